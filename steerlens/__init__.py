@@ -1,0 +1,37 @@
+"""Steering of language models as feedback control, for TransformerLens and nnsight.
+
+    with steer(model, lqr(model, pairs)) as run:
+        model.generate("I think that", max_new_tokens=40)
+"""
+
+from __future__ import annotations
+
+from steerlens.contrast import Pairs, shipped
+from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
+from steerlens.laws import Add, Feedback, Project
+from steerlens.methods import ablation, actadd, caa, lqr
+from steerlens.setpoints import Level
+from steerlens.steering import Run, steer
+from steerlens.version import __version__
+
+__all__ = [
+    "Add",
+    "Controller",
+    "Feedback",
+    "Law",
+    "Level",
+    "Loop",
+    "Pairs",
+    "Project",
+    "Record",
+    "Run",
+    "Setpoint",
+    "Site",
+    "__version__",
+    "ablation",
+    "actadd",
+    "caa",
+    "lqr",
+    "shipped",
+    "steer",
+]

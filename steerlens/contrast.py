@@ -1,0 +1,199 @@
+"""Contrast data: what the model should do against what it should not, and where in each text to read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Text = Any  # str | (prompt, completion) | [{"role": ..., "content": ...}, ...] | token ids
+
+READINGS = ("last", "mean", "completion")
+
+
+class Reading:
+    """Token ids of texts and, for each, the weights with which its tokens are pooled."""
+
+    def __init__(self, tokens: list[list[int]], weights: list[list[float]]):
+        self.tokens = tokens
+        self.weights = weights
+
+
+class Pairs:
+    """Texts that show the wanted behaviour and texts that do not.
+
+    Args:
+        positive: Texts with the behaviour. Each is a string, a `(prompt, completion)` tuple, a list of chat messages
+            (`{"role": ..., "content": ...}`, put through the tokenizer's chat template), or token ids.
+        negative: Texts without it; as many as positives where a method needs pairs.
+        read: Which activation of a text to take: `"last"` (its last token), `"mean"` (the mean over its tokens, the
+            first excluded, which carries an attention sink), `"completion"` (the mean over the completion's tokens), or
+            an index into the text's tokens, negative from its end.
+        special_tokens: Whether the tokenizer adds its special tokens (BOS); default: as it does by itself, and not
+            after a chat template, which brings its own.
+
+    Raises:
+        ValueError: a side is empty, a text is empty, or `read="completion"` without completions.
+    """
+
+    def __init__(
+        self,
+        positive: Sequence[Text],
+        negative: Sequence[Text],
+        *,
+        read: str | int = "last",
+        special_tokens: bool = True,
+    ):
+        self.positive, self.negative = list(positive), list(negative)
+        self.read = read
+        self.special_tokens = special_tokens
+        for side, texts in (("positive", self.positive), ("negative", self.negative)):
+            if not texts:
+                raise ValueError(f"no {side} texts; contrast needs at least one on each side")
+            for index, text in enumerate(texts):
+                _check_text(text, f"{side} text {index}", read)
+        if not isinstance(read, int) and read not in READINGS:
+            raise ValueError(f"read={read!r}; it is one of {', '.join(READINGS)} or an index into a text's tokens")
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, *, positive: str = "positive", negative: str = "negative", **options: Any) -> Pairs:
+        """Pairs from a file of JSON lines, one object a pair; `positive` and `negative` name its fields."""
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return cls([row[positive] for row in rows], [row[negative] for row in rows], **options)
+
+    def __len__(self) -> int:
+        return min(len(self.positive), len(self.negative))
+
+    def __getitem__(self, rows: slice) -> Pairs:
+        return Pairs(self.positive[rows], self.negative[rows], read=self.read, special_tokens=self.special_tokens)
+
+    def __repr__(self) -> str:
+        return f"Pairs({len(self.positive)} positive, {len(self.negative)} negative, read={self.read!r})"
+
+    def sides(self, tokenizer: Any) -> tuple[Reading, Reading]:
+        """Positive and negative texts as tokens and pooling weights."""
+        return tuple(read(side, tokenizer, self.read, self.special_tokens) for side in (self.positive, self.negative))  # type: ignore[return-value]
+
+    def digest(self) -> str:
+        """A hash of the texts and of how they are read, for a controller's recipe."""
+        plain = json.dumps([_plain(self.positive), _plain(self.negative), self.read, self.special_tokens], sort_keys=True)
+        return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def shipped(name: str, **options: Any) -> Pairs:
+    """Contrast pairs that come with steerlens, written for it and free to use: `shipped("sentiment")`.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    folder = resources.files("steerlens") / "data"
+    known = sorted(entry.name.removesuffix(".jsonl") for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
+    if name not in known:
+        raise ValueError(f"no shipped pairs {name!r}; there are {', '.join(known)}")
+    with resources.as_file(folder / f"{name}.jsonl") as path:
+        return Pairs.from_jsonl(path, **options)
+
+
+def tokenize(text: Text, tokenizer: Any, special_tokens: bool = True) -> tuple[list[int], int]:
+    """Token ids of one text, and how many of them belong to its prompt (all, where there is no completion)."""
+    if isinstance(text, str):
+        ids = _encode(tokenizer, text, special_tokens)
+        return ids, len(ids)
+    if isinstance(text, tuple):
+        prompt, completion = text
+        head = _encode(tokenizer, prompt, special_tokens)
+        whole = _encode(tokenizer, prompt + completion, special_tokens)
+        # a tokenizer may merge across the seam: the completion starts where the two first differ
+        common = 0
+        while common < min(len(head), len(whole)) and head[common] == whole[common]:
+            common += 1
+        return whole, common
+    if isinstance(text, Tensor) or (text and isinstance(text[0], int)):
+        ids = [int(token) for token in text]
+        pad = getattr(tokenizer, "pad_token_id", None)
+        if len(ids) > 1 and pad is not None and (ids[-1] == ids[-2] == pad or ids[0] == ids[1] == pad):
+            raise ValueError(f"token ids {ids[:4]}...{ids[-4:]} carry padding ({pad}); give each text without its pads")
+        return ids, len(ids)
+    template = _need(tokenizer).apply_chat_template
+    ids = template(text, tokenize=True, return_dict=True)["input_ids"]
+    if text[-1]["role"] != "assistant":
+        return ids, len(ids)
+    head = template(text[:-1], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return ids, len(head)
+
+
+def read(texts: Sequence[Text], tokenizer: Any, where: str | int, special_tokens: bool = True) -> Reading:
+    """Tokenise texts and say which tokens' activations to pool."""
+    tokens, weights = [], []
+    for index, text in enumerate(texts):
+        ids, prompt = tokenize(text, tokenizer, special_tokens)
+        if not ids:
+            raise ValueError(f"text {index} ({text!r}) has no tokens")
+        tokens.append(ids)
+        weights.append(_weights(len(ids), prompt, where, f"text {index} ({_short(text)})"))
+    return Reading(tokens, weights)
+
+
+def _weights(length: int, prompt: int, where: str | int, what: str) -> list[float]:
+    if isinstance(where, int):
+        position = where if where >= 0 else length + where
+        if not 0 <= position < length:
+            raise ValueError(f"read={where} lies outside {what}, which has {length} tokens: in a batch that is a pad")
+        chosen = range(position, position + 1)
+    elif where == "last":
+        chosen = range(length - 1, length)
+    elif where == "mean":
+        chosen = range(min(1, length - 1), length)
+    else:
+        chosen = range(prompt, length)
+        if not chosen:
+            raise ValueError(f"{what} has no completion tokens to read")
+    return [1.0 / len(chosen) if position in chosen else 0.0 for position in range(length)]
+
+
+def _check_text(text: Text, what: str, where: str | int) -> None:
+    if isinstance(text, str):
+        empty = not text
+    elif isinstance(text, tuple):
+        if len(text) != 2 or not all(isinstance(part, str) for part in text):
+            raise ValueError(f"{what} is {text!r}; a tuple is (prompt, completion), two strings")
+        empty = not text[0] + text[1]
+    elif isinstance(text, Tensor):
+        if text.ndim != 1:
+            raise ValueError(f"{what} is a tensor of shape {tuple(text.shape)}; give token ids of one text, [pos]")
+        empty = text.numel() == 0
+    elif isinstance(text, list):
+        empty = not text
+        if text and not (isinstance(text[0], int) or (isinstance(text[0], dict) and "role" in text[0])):
+            raise ValueError(f"{what} is {text!r}; a list holds token ids or chat messages with role and content")
+    else:
+        raise TypeError(f"{what} is a {type(text).__name__}; give a string, (prompt, completion), messages or token ids")
+    if empty:
+        raise ValueError(f"{what} is empty")
+    if where == "completion" and not isinstance(text, tuple) and not (isinstance(text, list) and isinstance(text[0], dict)):
+        raise ValueError(f"{what} has no completion; read='completion' needs (prompt, completion) tuples or chat messages")
+
+
+def _encode(tokenizer: Any, text: str, special_tokens: bool) -> list[int]:
+    return list(_need(tokenizer)(text, add_special_tokens=special_tokens)["input_ids"])
+
+
+def _need(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer; give texts as token ids")
+    return tokenizer
+
+
+def _plain(texts: Sequence[Text]) -> Any:
+    return [text.tolist() if isinstance(text, torch.Tensor) else text for text in texts]
+
+
+def _short(text: Text) -> str:
+    words = repr(text)
+    return words if len(words) <= 60 else words[:57] + "..."

@@ -1,0 +1,28 @@
+"""The nouns: sites, setpoints, laws, loops, controllers, and the pass that runs them. Knows no model library."""
+
+from __future__ import annotations
+
+from steerlens.core.controller import Controller
+from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors
+from steerlens.core.passing import Pass
+from steerlens.core.positions import Positions, check_where
+from steerlens.core.record import Record
+from steerlens.core.signals import name_signals
+from steerlens.core.sites import POINTS, Site
+
+__all__ = [
+    "POINTS",
+    "Controller",
+    "Law",
+    "Loop",
+    "Memory",
+    "Part",
+    "Pass",
+    "Positions",
+    "Record",
+    "Setpoint",
+    "Site",
+    "check_where",
+    "map_tensors",
+    "name_signals",
+]

@@ -1,0 +1,130 @@
+"""What a loop does: setpoints measure an error, laws turn a state into a control, a loop says where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.core.sites import Site
+
+Memory = dict[str, Any]
+
+
+class Part:
+    """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
+
+    Parts are moved, saved, loaded and sent to a server by walking their attributes (`map_tensors`), so a part needs no
+    code of its own for that, and may hold nothing else.
+    """
+
+
+def map_tensors(value: Any, change: Any) -> Any:
+    """A copy of a part, list, tuple or dict with `change` applied to every tensor in it; other values are shared."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Part):
+        copy = object.__new__(type(value))
+        copy.__dict__.update({name: map_tensors(entry, change) for name, entry in value.__dict__.items()})
+        return copy
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(entry, change) for entry in value)
+    if isinstance(value, dict):
+        return {name: map_tensors(entry, change) for name, entry in value.items()}
+    return value
+
+
+class Setpoint(Part):
+    """Abstract: where the state should be.
+
+    A setpoint speaks in coordinates `c` on a small basis, so that a gain can be applied to `m` numbers instead of `d`:
+
+        e = c @ basis,   c = coordinates(x),   basis: [m d]
+
+    A subclass is final, holds tensors and numbers only, and defines `coordinates` and `basis`.
+    """
+
+    basis: Tensor
+
+    def coordinates(self, x: Tensor, memory: Memory) -> Tensor:
+        """The error in coordinates, `[... d] -> [... m]`."""
+        raise NotImplementedError
+
+    def error(self, x: Tensor, memory: Memory) -> Tensor:
+        """The error `e = r - x` on the setpoint's subspace, `[... d] -> [... d]`."""
+        return self.coordinates(x, memory) @ self.basis
+
+    def distance(self, c: Tensor) -> Tensor:
+        """Norm of the error whose coordinates are `c`, `[... m] -> [...]`, in activation units."""
+        if c.shape[-1] == 1:
+            return c[..., 0].abs() * torch.linalg.vector_norm(self.basis)
+        return torch.linalg.vector_norm(c @ self.basis, dim=-1)
+
+
+class Law(Part):
+    """Abstract: tensors plus one pure function of the state.
+
+    A subclass is final, holds tensors, numbers, strings and setpoints only, and defines `act`. It sees float32 (or
+    float64) states and knows neither layer nor host nor token positions; `memory` is a dict that all loops of its
+    controller share during one forward pass, and `memory["sequence"]` one that lives until the sequence ends.
+
+    Attributes:
+        signals: Names that `act` returns besides the control itself, each a tensor `[...]` or `[... k]`.
+    """
+
+    signals: tuple[str, ...] = ()
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """The control to add, and the signals: `[... d] -> ([... d], {name: [...]})`."""
+        raise NotImplementedError
+
+
+class Loop:
+    """One feedback loop: a law, the site it acts on, and the site it senses.
+
+    Args:
+        law: Computes the control.
+        act: The control is added here.
+        sense: The state is read here, no later than `act` in the forward pass; default: where it acts.
+        where: Token positions: `"last"` (the last real token of a prompt and every token generated after it),
+            `"generated"`, `"prompt"`, `"all"`, a slice on absolute positions (negative: from the end of the prompt),
+            a boolean mask `[pos]` or `[batch pos]`, or a callable from positions `[batch pos]` to such a mask. The
+            names leave position 0 alone, where many models keep an activation two orders of magnitude larger than
+            elsewhere; a slice, mask or callable is taken literally.
+        strength: Factor on the control.
+        name: Prefix of the loop's own signals where several loops act at one layer.
+        group: Loops with the same group share `memory`.
+    """
+
+    __slots__ = ("act", "group", "law", "name", "sense", "strength", "where")
+
+    def __init__(
+        self,
+        law: Law,
+        act: Site,
+        sense: Site | None = None,
+        *,
+        where: Any = "last",
+        strength: float = 1.0,
+        name: str = "loop",
+        group: int = 0,
+    ):
+        if sense is not None and act < sense:
+            raise ValueError(f"a loop cannot sense {sense}, which comes after {act}, where it acts")
+        self.law = law
+        self.act = act
+        self.sense = act if sense is None else sense
+        self.where = where
+        self.strength = float(strength)
+        self.name = name
+        self.group = group
+
+    def replace(self, **changes: Any) -> Loop:
+        """A copy with some fields changed."""
+        fields = {slot: getattr(self, slot) for slot in self.__slots__} | changes
+        return Loop(fields.pop("law"), fields.pop("act"), fields.pop("sense"), **fields)
+
+    def __repr__(self) -> str:
+        sensed = "" if self.sense == self.act else f", sense={self.sense!r}"
+        return f"Loop({type(self.law).__name__}, {self.act!r}{sensed}, where={self.where!r}, strength={self.strength})"

@@ -1,0 +1,72 @@
+"""What a run kept of its signals: a plain mapping from hook names to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Record(Mapping):
+    """Signals of the latest sequence, `{"blocks.5.hook_steer_error": [batch pos], ...}`.
+
+    One column per token of the sequence, in its order; a generation's columns are the prompt and every generated token
+    that went through the model, whether or not a KV cache was used. A scalar is NaN, and a control zero, at tokens
+    that were not steered.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, list[Tensor]] = {}
+
+    def begin(self, *, fresh: bool, column: int) -> None:
+        """A pass whose first token is the sequence's `column`-th begins."""
+        if fresh or column == 0:  # a pass without a KV cache repeats the sequence from its start
+            self._pieces = {}
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Keep one pass's values of one signal."""
+        self._pieces.setdefault(name, []).append(value.detach())
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = self._pieces[name]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __repr__(self) -> str:
+        shapes = {tuple(self[name].shape) for name in self}
+        return f"Record({len(self)} signals, shapes {sorted(shapes)})"
+
+    def layers(self, signal: str) -> dict[int, Tensor]:
+        """One signal by layer: `layers("error")[5]` is `record["blocks.5.hook_steer_error"]`."""
+        found = {}
+        for name in self:
+            head, _, tail = name.partition(".hook_steer_")
+            if tail == signal:
+                found[int(head.removeprefix("blocks."))] = self[name]
+        if not found:
+            held = sorted({name.partition(".hook_steer_")[2] for name in self})
+            raise KeyError(f"no signal {signal!r} was recorded; the record holds {', '.join(held) or 'nothing'}")
+        return dict(sorted(found.items()))
+
+    def stack(self, signal: str) -> Tensor:
+        """One signal over all layers that have it, `[layer batch pos ...]`."""
+        return torch.stack([value.cpu() for value in self.layers(signal).values()])
+
+    def copy(self) -> Record:
+        """A record that later passes do not change."""
+        copy = Record()
+        copy._pieces = {name: [self[name].clone()] for name in self}
+        return copy
+
+    def save(self, path: str | Path) -> None:
+        """Write the signals to a safetensors file."""
+        from safetensors.torch import save_file  # not at the top: this module travels to servers that lack it
+
+        save_file({name: self[name].contiguous().cpu() for name in self}, path)

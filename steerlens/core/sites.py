@@ -1,0 +1,69 @@
+"""Where in a model a loop senses or acts: a layer and a point, named as TransformerLens names it."""
+
+from __future__ import annotations
+
+#: Points of one block in the order of the forward pass.
+POINTS = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")
+
+_PREFIX = {"z": "attn.hook_", "mlp_post": "mlp.hook_"}
+_SHORT = {"mlp_post": "post"}
+
+
+class Site:
+    """An address in the forward pass, `Site(5, "resid_post")`; `str()` is its TransformerLens hook name.
+
+    Args:
+        layer: Block index, 0-based.
+        point: One of `POINTS`. State shapes: `[batch pos d]` for the residual stream and the two branch outputs,
+            `[batch pos head d_head]` for `z` (query heads), `[batch pos neuron]` for `mlp_post`, which is the input of
+            the MLP's output matrix (for a gated MLP: activation(gate) * up).
+
+    Raises:
+        ValueError: a negative layer, or a point that is not in `POINTS`.
+
+    Sites sort in the order of the forward pass.
+    """
+
+    __slots__ = ("layer", "point")
+
+    def __init__(self, layer: int, point: str = "resid_post"):
+        if point not in POINTS:
+            raise ValueError(f"no point {point!r}; a point is one of {', '.join(POINTS)}")
+        if layer < 0:
+            raise ValueError(f"layer {layer} is negative; count blocks from 0")
+        self.layer = int(layer)
+        self.point = point
+
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        """The site of a hook name such as `blocks.5.hook_resid_post`."""
+        head, _, tail = name.partition(".")
+        layer, _, hook = tail.partition(".")
+        for point in POINTS:
+            if head == "blocks" and layer.isdigit() and hook == _hook(point):
+                return cls(int(layer), point)
+        raise ValueError(f"{name!r} names no site; write blocks.<layer>.hook_<point>, as blocks.5.hook_resid_post")
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: earlier in the forward pass is smaller."""
+        return self.layer, POINTS.index(self.point)
+
+    def __str__(self) -> str:
+        return f"blocks.{self.layer}.{_hook(self.point)}"
+
+    def __repr__(self) -> str:
+        return f"Site({self.layer}, {self.point!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Site) and self.order == other.order
+
+    def __hash__(self) -> int:
+        return hash(self.order)
+
+    def __lt__(self, other: Site) -> bool:
+        return self.order < other.order
+
+
+def _hook(point: str) -> str:
+    return f"{_PREFIX.get(point, 'hook_')}{_SHORT.get(point, point)}"

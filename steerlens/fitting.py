@@ -1,0 +1,86 @@
+"""What the fitting functions of the methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Site
+from steerlens.hosts import Host, host_of
+from steerlens.version import __version__
+
+
+def resolve(model: Any) -> Host:
+    """The host of a model, or of a model's host."""
+    return host_of(model)
+
+
+def every_layer(host: Host, layers: int | Sequence[int] | None) -> list[int]:
+    """Layers as a sorted list, all of them for None; negative ones count from the last.
+
+    Raises:
+        ValueError: a layer the model does not have, one named twice, or none at all.
+    """
+    if layers is None:
+        return list(range(host.n_layers))
+    given = [layers] if isinstance(layers, int) else list(layers)
+    if not given:
+        raise ValueError("layers is empty; name at least one")
+    counted = [layer + host.n_layers if layer < 0 else layer for layer in given]
+    for asked, layer in zip(given, counted, strict=True):
+        if not 0 <= layer < host.n_layers:
+            raise ValueError(f"no layer {asked} in a model of {host.n_layers} layers; the last is {host.n_layers - 1}")
+    if len(set(counted)) != len(counted):
+        raise ValueError(f"layers={given} names a layer twice")
+    return sorted(counted)
+
+
+def pick_layers(host: Host, layers: int | Sequence[int] | None, point: str, *, default: str) -> list[Site]:
+    """Sites of a method that acts at one point of some layers; `default` is "all", "middle" or "fifth" of the depth."""
+    if layers is None and default != "all":
+        layers = host.n_layers // 2 if default == "middle" else host.n_layers // 5
+    sites = [Site(layer, point) for layer in every_layer(host, layers)]
+    host.check(sites)
+    return sites
+
+
+def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """Mean activation of the positive and of the negative texts at each site, float32, on the CPU.
+
+    Raises:
+        TypeError: `data` is not `Pairs`.
+        ValueError: an activation is not finite.
+    """
+    if not isinstance(data, Pairs):
+        raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
+    means = []
+    for side in data.sides(host.tokenizer):
+        read = host.read(side.tokens, side.weights, sites)
+        for site, values in read.items():
+            if not torch.isfinite(values).all():
+                raise ValueError(f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?")
+        means.append({site: values.double().mean(0).to(values.dtype) for site, values in read.items()})
+    return means[0], means[1]
+
+
+def unit(vector: Tensor, site: Site) -> Tensor:
+    """`v / |v|`; a zero vector raises ValueError."""
+    norm = vector.norm()
+    if norm == 0:
+        raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+    return vector / norm
+
+
+def recipe(method: str, host: Host, arguments: dict[str, Any], *, data: Pairs | None = None) -> dict[str, Any]:
+    """Provenance of a controller as plain JSON."""
+    return {
+        "method": method,
+        "steerlens": __version__,
+        "arguments": arguments,
+        "model": host.fingerprint(),
+        "data": None if data is None else data.digest(),
+    }

@@ -1,0 +1,75 @@
+"""What TransformerBridge and nnsight share: a Hugging Face model underneath, its call arguments and its KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerlens.hosts.nominal import Capture, Nominal
+
+
+def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Pass.begin` that a call of a Hugging Face base model carries."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None:
+        tokens = args[0]
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
+        mask = args[1]
+    cache = kwargs.get("past_key_values")
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    return {"shape": (tokens.shape[0], tokens.shape[1]), "past": past, "mask": mask, "device": tokens.device}
+
+
+class FrozenCache:
+    """Stands in for a layer's KV cache during a replay: gives the past to the new token and keeps nothing."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self._past = (keys, values)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Past and new keys and values, `[n head pos d_head]`."""
+        past = [side.expand(keys.shape[0], -1, -1, -1) for side in self._past]
+        return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Number of past tokens."""
+        return self._past[0].shape[2]
+
+
+def nominal(model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int]) -> Nominal:
+    """The last token's path through a Hugging Face model whose blocks are `blocks`."""
+    require_context(tokens)
+    device = next(blocks[0].parameters()).device
+    ids = torch.as_tensor(tokens, device=device)[None]
+    with torch.inference_mode(False), torch.no_grad():
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        # the tensors before the last token; appending makes new ones
+        past = [(layer.keys, layer.values) for layer in cache.layers]
+        with Capture(blocks) as capture:
+            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+
+    def freeze(layer: int, value: Any) -> Any:
+        return FrozenCache(*past[layer]) if value is cache else value
+
+    return capture.nominal(freeze)
+
+
+def require_context(tokens: Sequence[int]) -> None:
+    """Raises ValueError for a text too short to have a last token and a context."""
+    if len(tokens) < 2:
+        raise ValueError(f"linearisation needs a text of at least 2 tokens, it got {len(tokens)}")
+
+
+def probe(weight: Tensor, d_model: int) -> list[float] | None:
+    """Eight weights of an MLP's output matrix, whichever way round it is stored; None on the meta device."""
+    if weight.device.type == "meta":
+        return None
+    weight = weight.detach()
+    row = weight[0, :8] if weight.shape[0] == d_model else weight[:8, 0]
+    return [round(float(value), 6) for value in row.float()]

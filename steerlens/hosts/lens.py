@@ -1,0 +1,367 @@
+"""TransformerLens: TransformerBridge (3.x and 4.x) and HookedTransformer (3.x)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from steerlens.core import POINTS, Pass, Record, Site
+from steerlens.hosts import hf
+from steerlens.hosts.base import Attachment, Host, pool
+from steerlens.hosts.nominal import Capture, Nominal
+
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:  # TransformerLens 4
+    HookedTransformer = None
+
+
+def claim(model: Any) -> Host | None:
+    """A host for a TransformerLens model, or None."""
+    if isinstance(model, TransformerBridge):
+        return BridgeHost(model)
+    if HookedTransformer is not None and isinstance(model, HookedTransformer):
+        return HookedHost(model)
+    return None
+
+
+def activation_cache(record: Record, model: Any) -> Any:
+    """A TransformerLens `ActivationCache` that holds a record's signals under their hook names."""
+    from transformer_lens import ActivationCache
+
+    return ActivationCache(dict(record), model)
+
+
+class LensHost(Host):
+    """Abstract: what the two TransformerLens classes share."""
+
+    library = "transformer_lens"
+
+    def __init__(self, model: Any):
+        cfg = model.cfg
+        self.model = model
+        self.n_layers = cfg.n_layers
+        self.d_model = cfg.d_model
+        self.n_heads = cfg.n_heads
+        self.d_head = cfg.d_head
+        self.d_mlp = cfg.d_mlp
+        self.d_vocab = cfg.d_vocab
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
+        return self.model.tokenizer
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.model.blocks[0].parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first block's weights are."""
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first block's weights (`cfg.dtype` of a Bridge says float32 whatever the model is)."""
+        return self._weight.dtype
+
+    def points(self) -> Sequence[str]:
+        """Points of the last block that exist as hook points."""
+        hooks = self.model.hook_dict
+        return [point for point in POINTS if str(Site(self.n_layers - 1, point)) in hooks]
+
+    def point(self, site: Site) -> HookPoint:
+        """The hook point of a site; its name is checked here because TransformerBridge ignores unknown ones."""
+        hook = self.model.hook_dict.get(str(site))
+        if not isinstance(hook, HookPoint):
+            raise ValueError(f"'{site}' is not a plain hook point of this model; is an SAE attached there?")
+        return hook
+
+    def signal_taken(self, name: str) -> bool:
+        """Whether a hook point of this name exists already."""
+        return name in self.registry()
+
+    def registry(self) -> dict[str, HookPoint]:
+        """The table in which the model looks up its hook points by name."""
+        raise NotImplementedError
+
+    def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
+        """Call `begin(**arguments of Pass.begin)` as each forward pass enters; returns the handles."""
+        raise NotImplementedError
+
+    def writes_mid(self) -> bool:
+        """Whether writing `hook_resid_mid` changes the residual stream."""
+        raise NotImplementedError
+
+    def attach(self, run: Pass) -> Attachment:
+        """Permanent hooks at the sites of the pass, and hook points for its signals."""
+        return LensAttachment(self, run)
+
+    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+        found: dict[Site, Tensor] = {}
+
+        def keep(site: Site) -> Callable[..., None]:
+            def hook(x: Tensor, hook: HookPoint) -> None:
+                found[site] = pool(x.detach(), weights).cpu()
+
+            return hook
+
+        handles = []
+        try:
+            handles = [_hook(self.point(site), keep(site)) for site in sites]
+            with torch.inference_mode(False), torch.no_grad():
+                last = max(site.layer for site in sites)
+                self._forward(ids, mask, stop=None if last + 1 >= self.n_layers else last + 1)
+        finally:
+            _unhook(handles)
+        return [found[site] for site in sites]
+
+    def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
+        raise NotImplementedError
+
+
+class BridgeHost(LensHost):
+    """TransformerBridge: a Hugging Face model whose modules are wrapped in place."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.processed = bool(getattr(model.cfg, "layer_norm_folding", False)) or _folded(model.cfg)
+
+    def registry(self) -> dict[str, HookPoint]:
+        """The Bridge's own registry; `hook_dict` is a copy of it."""
+        return self.model._hook_registry
+
+    def writes_mid(self) -> bool:
+        """No: the Bridge's `hook_resid_mid` is the input of the MLP's norm only."""
+        return False
+
+    def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
+        """Through a pre-hook on the Hugging Face base model, which sees mask and cache however it was called."""
+
+        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            begin(**hf.call_shape(args, kwargs))
+
+        return [self.model.original_model.base_model.register_forward_pre_hook(entering, with_kwargs=True)]
+
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        return hf.nominal(self.model.original_model, list(self.model.blocks), tokens)
+
+    def probe(self) -> list[float] | None:
+        """First weights of the last MLP's output matrix."""
+        try:
+            weight = self.model.blocks[-1].mlp.out.original_component.weight
+        except AttributeError:
+            return None
+        return hf.probe(weight, self.d_model)
+
+    def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
+        self.model(ids, stop_at_layer=stop) if stop is not None else self.model(ids, return_type=None)
+
+
+class HookedHost(LensHost):
+    """HookedTransformer of TransformerLens 3."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.processed = _folded(model.cfg)
+
+    def registry(self) -> dict[str, HookPoint]:
+        """HookedTransformer's table."""
+        return self.model.hook_dict
+
+    def writes_mid(self) -> bool:
+        """Yes."""
+        return True
+
+    def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
+        """Through pre-hooks on the controlled blocks: `generate` calls `forward` directly, and may start at any layer."""
+        seen = -1
+
+        def entering(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                nonlocal seen
+                if layer <= seen or seen < 0:
+                    entry = kwargs.get("past_kv_cache_entry")
+                    past = entry.past_keys.shape[1] if entry is not None else 0
+                    x = args[0]
+                    begin(shape=x.shape[:2], past=past, mask=kwargs.get("attention_mask"), device=x.device)
+                seen = layer
+
+            return hook
+
+        return [self.model.blocks[n].register_forward_pre_hook(entering(n), with_kwargs=True) for n in sorted(layers)]
+
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        hf.require_context(tokens)
+        ids = torch.as_tensor(tokens, device=self.device)[None]
+        with torch.inference_mode(False), torch.no_grad():
+            cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1)
+            for entry in cache.entries:  # cfg.dtype is not the weights' after model.to(dtype)
+                entry.past_keys, entry.past_values = (
+                    side.to(self.dtype) for side in (entry.past_keys, entry.past_values)
+                )
+            ones = torch.ones_like(ids)
+            self.model(ids[:, :-1], return_type=None, past_kv_cache=cache, attention_mask=ones[:, :-1])
+            past = [(entry.past_keys, entry.past_values) for entry in cache.entries]
+            with Capture(list(self.model.blocks)) as capture:
+                self.model(ids[:, -1:], return_type=None, past_kv_cache=cache, attention_mask=ones[:, -1:])
+        entries = {id(entry): index for index, entry in enumerate(cache.entries)}
+
+        def freeze(layer: int, value: Any) -> Any:
+            return FrozenEntry(*past[layer]) if id(value) in entries else value
+
+        return capture.nominal(freeze)
+
+    def probe(self) -> list[float] | None:
+        """First weights of the last MLP's output matrix."""
+        weight = getattr(getattr(self.model.blocks[-1], "mlp", None), "W_out", None)
+        return None if weight is None else hf.probe(weight.T, self.d_model)
+
+    def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
+        self.model(ids, attention_mask=mask, return_type=None, stop_at_layer=stop)
+
+
+class FrozenEntry:
+    """Stands in for a TransformerLens cache entry during a replay, as `hf.FrozenCache` does for Hugging Face."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.past_keys, self.past_values = keys, values
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Past and new keys and values, `[n pos head d_head]`."""
+        past = [side.expand(keys.shape[0], -1, -1, -1) for side in (self.past_keys, self.past_values)]
+        return torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1)
+
+
+class LensAttachment(Attachment):
+    """Hooks and signal points of one pass on one model."""
+
+    def __init__(self, host: LensHost, run: Pass):
+        self._registry = host.registry()
+        self._points: dict[str, HookPoint] = {}
+        self._lens_handles: list[Any] = []
+        self._torch_handles: list[Any] = []
+        self._run = run
+        self._generation: Any = None
+        try:
+            self._install(host)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _install(self, host: LensHost) -> None:
+        run = self._run
+        if run.record is not None:
+            for names in run.names.values():
+                for name in names.names():
+                    self._points[name] = point = HookPoint()
+                    point.name = name
+            run.tap = self._tap
+            self._register(host)
+        layers = sorted({site.layer for site in run.sites})
+        self._torch_handles = host.watch(lambda **call: self._begin(host, call), layers)
+        for site in run.sites:
+            if site.point == "resid_mid" and not host.writes_mid() and site in run.names:
+                self._steer_mid(host, site)
+            else:
+                self._lens_handles.append(_hook(host.point(site), _acting(run, site)))
+
+    def _steer_mid(self, host: LensHost, site: Site) -> None:
+        """Adds to the attention output what a write to the Bridge's `hook_resid_mid` would lose."""
+        before: list[Tensor] = []
+
+        def enter(x: Tensor, hook: HookPoint) -> None:
+            before[:] = [x]
+
+        def act(x: Tensor, hook: HookPoint) -> Tensor:
+            return self._run.at(site, before.pop() + x, carrier=x)
+
+        self._lens_handles.append(_hook(host.point(Site(site.layer, "resid_pre")), enter))
+        self._lens_handles.append(_hook(host.point(Site(site.layer, "attn_out")), act))
+
+    def _begin(self, host: LensHost, call: dict[str, Any]) -> None:
+        if self._points and next(iter(self._points)) not in self._registry:
+            self._register(host)  # HookedTransformer.setup() rebuilds its table
+        generation = _generate_frame()
+        continues = generation is not None and generation is self._generation
+        # kept only where it can matter: the frame holds the locals of generate(), a KV cache among them
+        self._generation = generation if call["past"] == 0 else None
+        shape = call.pop("shape")
+        self._run.begin(shape, continues=continues, **call)
+
+    def _register(self, host: LensHost) -> None:
+        self._registry = host.registry()
+        self._registry.update(self._points)
+        if isinstance(host, HookedHost):
+            host.model.mod_dict.update(self._points)
+            self._modules = host.model.mod_dict
+
+    def _tap(self, name: str, value: Tensor) -> Tensor:
+        return self._points[name](value)
+
+    def detach(self) -> None:
+        """Take every hook and hook point off again."""
+        _unhook(self._lens_handles)
+        for handle in self._torch_handles:
+            handle.remove()
+        for table in (self._registry, getattr(self, "_modules", {})):
+            for name, point in self._points.items():
+                if table.get(name) is point:
+                    del table[name]
+        self._lens_handles, self._torch_handles, self._points = [], [], {}
+        self._run.tap = None
+        self._generation = None
+
+
+def _acting(run: Pass, site: Site) -> Callable[..., Tensor | None]:
+    def hook(x: Tensor, hook: HookPoint) -> Tensor | None:
+        steered = run.at(site, x)
+        return None if steered is x else steered
+
+    return hook
+
+
+def _hook(point: HookPoint, function: Callable[..., Any]) -> tuple[HookPoint, Any]:
+    """A permanent hook, which `reset_hooks()` leaves alone, and what `_unhook` needs to remove just this one."""
+    point.add_hook(function, is_permanent=True)
+    return point, point.fwd_hooks[-1]
+
+
+def _unhook(handles: Sequence[tuple[HookPoint, Any]]) -> None:
+    for point, handle in handles:
+        handle.hook.remove()
+        if handle in point.fwd_hooks:
+            point.fwd_hooks.remove(handle)
+
+
+def _folded(cfg: Any) -> bool:
+    """Whether norm weights were folded into the matrices after them."""
+    return str(getattr(cfg, "normalization_type", "")).endswith("Pre")
+
+
+def _generate_frame() -> Any:
+    """The frame of the `generate` call that this forward pass serves, or None.
+
+    Without a KV cache each step of a generation is a pass over the whole sequence so far. Nothing but the call it
+    belongs to tells such a step from the first pass of a new prompt.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name.startswith("generate"):
+            library = frame.f_globals.get("__name__", "").partition(".")[0]
+            if library in ("transformer_lens", "transformers", "sae_lens"):
+                return frame
+        frame = frame.f_back
+    return None

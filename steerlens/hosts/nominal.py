@@ -1,0 +1,107 @@
+"""The plant of a control law: each block as a function of the last token, everything before it held fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Nominal:
+    """The last token's unsteered path `x[0] ... x[T]` and the blocks `x[t+1] = f_t(x[t])` around it.
+
+    Each block sees the other tokens through their keys and values, which do not change. By causality the product of
+    these Jacobians is the Jacobian of the whole model for the last token.
+
+    Args:
+        blocks: `f_t`, each `[n d] -> [n d]`.
+        states: `x[t]`, `[d]` each, one more than there are blocks.
+    """
+
+    def __init__(self, blocks: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor]):
+        self.blocks = list(blocks)
+        self.states = list(states)
+
+    def jacobian(self, t: int, *, chunk: int = 256) -> Tensor:
+        """`A_t = d f_t / d x` at `x[t]`, `[d d]` with `A[i, j] = d out_i / d in_j`, in the model's dtype.
+
+        Exact, by reverse mode through one token: `d` cotangents, `chunk` at a time.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            x = self.states[t].detach().clone()[None].requires_grad_()
+            y = self.blocks[t](x)
+            d = x.shape[-1]
+            rows = torch.empty(d, d, dtype=x.dtype, device=x.device)
+            for start in range(0, d, chunk):
+                size = min(chunk, d - start)
+                cotangents = torch.zeros(size, 1, d, dtype=y.dtype, device=y.device)
+                cotangents[torch.arange(size), 0, torch.arange(start, start + size)] = 1
+                (gradient,) = torch.autograd.grad(y, x, cotangents, retain_graph=True, is_grads_batched=True)
+                rows[start : start + size] = gradient[:, 0]
+        return rows
+
+
+class Capture:
+    """Records the arguments of every block during a forward pass, and calls the blocks again with another state.
+
+    Args:
+        blocks: The model's blocks, in order.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        self.modules = list(blocks)
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __enter__(self) -> Capture:
+        self._handles = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in self.modules]
+        self._handles.append(self.modules[-1].register_forward_hook(self._finish))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.append((args, dict(kwargs)))
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.final = first(output)
+
+    def nominal(self, freeze: Callable[[int, Any], Any]) -> Nominal:
+        """The captured pass over one token as a `Nominal`.
+
+        Args:
+            freeze: Given the layer and one argument of its block, returns what to pass instead: a cache that does not
+                grow for the cache, anything else unchanged.
+        """
+        if len(self.calls) != len(self.modules):
+            raise RuntimeError(f"the model ran {len(self.calls)} of its {len(self.modules)} blocks in one pass")
+        states = [_state(args, kwargs).detach()[0, -1] for args, kwargs in self.calls]
+        blocks = [self._block(layer, freeze) for layer in range(len(self.modules))]
+        return Nominal(blocks, [*states, self.final.detach()[0, -1]])
+
+    def _block(self, layer: int, freeze: Callable[[int, Any], Any]) -> Callable[[Tensor], Tensor]:
+        module = self.modules[layer]
+        args, kwargs = self.calls[layer]
+        args = tuple(freeze(layer, value) for value in args)
+        kwargs = {name: freeze(layer, value) for name, value in kwargs.items()}
+
+        def block(x: Tensor) -> Tensor:
+            state = x[:, None]
+            if "hidden_states" in kwargs:
+                return first(module(*args, **{**kwargs, "hidden_states": state}))[:, 0]
+            return first(module(state, *args[1:], **kwargs))[:, 0]
+
+        return block
+
+
+def first(output: Any) -> Tensor:
+    """The tensor of a module's output, which is a tuple in some families and releases."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

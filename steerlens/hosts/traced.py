@@ -1,0 +1,194 @@
+"""nnsight: edits that steer every trace and every generation, here or on a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import nnsight
+import torch
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.iterator import Iterations
+from torch import Tensor
+
+from steerlens.core import POINTS, Pass, Site
+from steerlens.hosts import hf
+from steerlens.hosts.base import Attachment, Host, pool
+from steerlens.hosts.families import family_paths, layers_path
+from steerlens.hosts.nominal import Nominal
+
+
+def claim(model: Any) -> Host | None:
+    """A host for an nnsight model, or None."""
+    return TracedHost(model) if isinstance(model, Envoy) else None
+
+
+class TracedHost(Host):
+    """An nnsight `TransformersModel` or `LanguageModel` of the Llama, Gemma or GPT-2 families."""
+
+    library = "nnsight"
+
+    def __init__(self, model: Any):
+        self.model = model
+        module = model._module
+        config = getattr(module, "config", None)
+        if config is None or getattr(module, "base_model", module) is module:
+            raise TypeError(f"{type(module).__name__} is no Hugging Face language model with a head; wrap one with TransformersModel")
+        config = config.get_text_config()
+        self.n_layers = config.num_hidden_layers
+        self.d_model = config.hidden_size
+        self.n_heads = config.num_attention_heads
+        self.d_head = getattr(config, "head_dim", None) or self.d_model // self.n_heads
+        self.d_mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model
+        self.d_vocab = config.vocab_size
+        self.base = getattr(model, module.base_model_prefix)
+        self.layers = getattr(self.base, layers_path(self.base._module))
+        self.paths = family_paths(self.layers[0]._module)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.layers[0]._module.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first block's weights are."""
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first block's weights."""
+        return self._weight.dtype
+
+    def points(self) -> Sequence[str]:
+        """All of them, in every family that is known."""
+        return POINTS
+
+    def attach(self, run: Pass) -> Attachment:
+        """An edit on the model's root: it also steers `generate`, sessions and remote runs."""
+        return TracedAttachment(self.model, self.base, self.taps(run), run)
+
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        self._need_weights("linearising the blocks")
+        module = self.model._module
+        return hf.nominal(module, [layer._module for layer in self.layers], tokens)
+
+    def probe(self) -> list[float] | None:
+        """First weights of the last MLP's output matrix; None while the model is not dispatched."""
+        path = self.paths["mlp_post"][0]
+        weight = getattr(self.layers[self.n_layers - 1]._module.get_submodule(path), "weight", None)
+        return None if weight is None else hf.probe(weight, self.d_model)
+
+    def taps(self, run: Pass) -> list[Tap]:
+        """What the edit must visit, in the order of the forward pass."""
+        taps = []
+        for site in run.sites:
+            if site.point == "resid_mid" and site in run.names:
+                taps.append(self._tap(Site(site.layer, "resid_pre"), stash=True))
+                taps.append(self._tap(Site(site.layer, "attn_out"), steers=site))
+            else:
+                taps.append(self._tap(site, steers=site))
+        return sorted(taps, key=lambda tap: tap.read.order)
+
+    def _tap(self, read: Site, *, steers: Site | None = None, stash: bool = False) -> Tap:
+        path, side = self.paths[read.point]
+        envoy = self.layers[read.layer]
+        for name in path.split(".") if path else ():
+            envoy = getattr(envoy, name)
+        heads = self.n_heads if read.point == "z" else 0
+        return Tap(envoy, side, read, steers, heads, stash)
+
+    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+        self._need_weights("reading activations")
+        taps = [self._tap(site) for site in sites]
+        model = self.model
+        with torch.no_grad(), model.trace({"input_ids": ids, "attention_mask": mask}) as tracer:
+            found = nnsight.save([pool(tap.value(), weights) for tap in taps])
+            tracer.stop()
+        return [value.cpu() for value in found]
+
+    def _need_weights(self, what: str) -> None:
+        if self._weight.device.type == "meta":
+            raise NotImplementedError(f"{what} needs the weights here; build the model with dispatch=True")
+
+
+class Tap:
+    """One location that the edit visits: where the state is read, and where a control goes.
+
+    Args:
+        envoy: The module.
+        side: `"input"` or `"output"`.
+        read: The site whose state is there.
+        steers: The site of the pass that it serves; None where it only reads.
+        heads: Number of heads into which the last dimension is split, 0 for none.
+        stash: Keep the value for the next tap, which needs it to form the state.
+    """
+
+    def __init__(self, envoy: Any, side: str, read: Site, steers: Site | None, heads: int, stash: bool):
+        self.envoy = envoy
+        self.side = side
+        self.read = read
+        self.steers = steers
+        self.heads = heads
+        self.stash = stash
+
+    def value(self) -> Tensor:
+        """The state there, heads split."""
+        raw = self.envoy.input if self.side == "input" else self.envoy.output
+        x = raw if isinstance(raw, torch.Tensor) else raw[0]
+        return x.unflatten(-1, (self.heads, -1)) if self.heads else x
+
+    def run(self, run: Pass, before: Any) -> Any:
+        """Visit the location; returns what the next tap needs of it."""
+        raw = self.envoy.input if self.side == "input" else self.envoy.output
+        x = raw if isinstance(raw, torch.Tensor) else raw[0]
+        if self.stash:
+            return x
+        split = x.unflatten(-1, (self.heads, -1)) if self.heads else x
+        state = split if before is None else before + split
+        steered = run.at(self.steers, state, carrier=split)
+        if steered is split:
+            return None
+        steered = steered.flatten(-2) if self.heads else steered
+        if self.side == "input":
+            self.envoy.input = steered
+        else:
+            self.envoy.output = steered if isinstance(raw, torch.Tensor) else (steered, *raw[1:])
+        return None
+
+
+def follow(base: Any, taps: list[Tap], run: Pass) -> None:
+    """The body of the edit: visit the taps in every forward pass of one trace or generation."""
+    for step in Iterations()[:]:
+        try:
+            args, kwargs = base.inputs
+        except OutOfOrderError:
+            # the generation is over: the loop asked for a pass that never came
+            if step == 0:
+                raise
+            return
+        call = hf.call_shape(args, kwargs)
+        run.begin(call["shape"], past=call["past"], mask=call["mask"], device=call["device"], continues=step > 0)
+        before = None
+        for tap in taps:
+            before = tap.run(run, before)
+
+
+class TracedAttachment(Attachment):
+    """One edit on a model's root envoy."""
+
+    def __init__(self, model: Any, base: Any, taps: list[Tap], run: Pass):
+        self._model = model
+        with model.edit(inplace=True):
+            follow(base, taps, run)
+        self._edit = model._edits[-1]
+
+    def detach(self) -> None:
+        """Remove this edit and no other."""
+        self._model._edits = [edit for edit in self._model._edits if edit is not self._edit]

@@ -1,0 +1,10 @@
+"""Steering methods, one function in one file each; the file is named like its function."""
+
+from __future__ import annotations
+
+from steerlens.methods.ablation import ablation
+from steerlens.methods.actadd import actadd
+from steerlens.methods.caa import caa
+from steerlens.methods.lqr import lqr
+
+__all__ = ["ablation", "actadd", "caa", "lqr"]

@@ -1,0 +1,64 @@
+"""Directional ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Loop, Site
+from steerlens.fitting import contrast_means, every_layer, pick_layers, recipe, resolve, unit
+from steerlens.laws import Project
+
+
+def ablation(
+    model: Any,
+    data: Pairs,
+    *,
+    layer: int | None = None,
+    layers: int | Sequence[int] | None = None,
+    origin: str = "zero",
+    strength: float = 1.0,
+    where: Any = "all",
+) -> Controller:
+    """Take one direction out of the residual stream, everywhere.
+
+        u = s (<v, r> - <v, x>) v,   v = unit mean difference at `layer`
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts; the positive ones show what is to be removed.
+        layer: Where the direction is read (after the block); default the middle layer.
+        layers: Where it is removed: before the first of them, and after attention and after the MLP of each; default all.
+        origin: `"zero"` (the paper: r = 0) or `"negative"` (r = mean of the negative texts at the site: the direction
+            becomes neutral instead of absent; neutral text often has a projection far from 0).
+        strength: s, the fraction removed; no unit.
+        where: Token positions, see `Loop`. The paper removes it at every position; here position 0 is left alone unless
+            you pass `slice(0, None)`.
+
+    Returns:
+        Up to two loops per layer. Recorded signals: `u`, `u_norm`, `projection` (before removal, activation units).
+
+    Raises:
+        ValueError: a layer the model does not have; texts that give no difference.
+
+    Source: Arditi et al. (arXiv 2406.11717), who ablate every write to the residual stream; ablating the stream after
+    each write is the same for r = 0.
+    """
+    if origin not in ("zero", "negative"):
+        raise ValueError(f"origin={origin!r}; it is 'zero' or 'negative'")
+    host = resolve(model)
+    (source,) = pick_layers(host, layer, "resid_post", default="middle")
+    acted = every_layer(host, layers)
+    after = [point for point in ("resid_mid", "resid_post") if point in host.points()]
+    sites = [Site(acted[0], "resid_pre"), *(Site(number, point) for number in acted for point in after)]
+    read = {source, *sites} if origin == "negative" else {source}
+    positive, negative = contrast_means(host, data, sorted(read))
+    direction = unit(positive[source] - negative[source], source)
+    loops = []
+    for site in sites:
+        reference = negative[site] if origin == "negative" else direction * 0
+        law = Project(direction[None], reference)
+        loops.append(Loop(law, site, where=where, strength=strength, name="ablation"))
+    arguments = {"layer": source.layer, "layers": acted, "origin": origin, "strength": strength}
+    return Controller(loops, recipe("ablation", host, arguments, data=data))

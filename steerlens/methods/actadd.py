@@ -1,0 +1,65 @@
+"""Activation addition from pairs of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from steerlens.contrast import Pairs, tokenize
+from steerlens.core import Controller, Loop
+from steerlens.fitting import pick_layers, recipe, resolve
+from steerlens.laws import Add
+
+
+def actadd(
+    model: Any,
+    data: Pairs,
+    *,
+    layers: int | Sequence[int] | None = None,
+    point: str = "resid_pre",
+    strength: float = 1.0,
+) -> Controller:
+    """Add the activations of one prompt minus those of another, position by position, to the front of every prompt.
+
+        u_t = s (x_t(p+) - x_t(p-)),   t = 0 ... max(len p+, len p-) - 1
+
+    The shorter prompt is padded on the right with the token of a space, as the authors do. Each position has a loop of
+    its own, because the method is aligned at the front of the prompt; position 0 is among them, where the two prompts
+    do not differ if both start with BOS.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: One positive and one negative text; the differences of several pairs are averaged.
+        layers: Where to add; default the layer at a fifth of the depth (6 to 10 of 48 in the paper).
+        point: Point of the block, see `Site`; the paper adds before the block.
+        strength: s, no unit; 1 to 15 in the paper.
+
+    Returns:
+        One loop per layer and position. Recorded signals: `u`, `u_norm`.
+
+    Raises:
+        ValueError: a layer or point the model does not have; the two sides differ in number.
+
+    Source: Turner et al. (arXiv 2308.10248).
+    """
+    host = resolve(model)
+    if len(data.positive) != len(data.negative):
+        raise ValueError(f"actadd needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts")
+    sites = pick_layers(host, layers, point, default="fifth")
+    space = tokenize(" ", host.tokenizer, special_tokens=False)[0][-1:] if host.tokenizer is not None else [0]
+    texts = [
+        tokenize(text, host.tokenizer, data.special_tokens)[0] for side in (data.positive, data.negative) for text in side
+    ]
+    length = max(map(len, texts))
+    # a row of the batch for each position to read: the texts are a few tokens long
+    tokens = [text + space * (length - len(text)) for text in texts for _ in range(length)]
+    weights = [[float(t == position) for t in range(length)] for _ in texts for position in range(length)]
+    read = host.read(tokens, weights, sites)
+    loops = []
+    for site in sites:
+        positive, negative = read[site].view(2, len(data), length, *host.shape(site)).mean(1)
+        for position, vector in enumerate(positive - negative):
+            where = slice(position, position + 1)
+            loops.append(Loop(Add(vector), site, where=where, strength=strength, name="actadd"))
+    arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength}
+    return Controller(loops, recipe("actadd", host, arguments, data=data))

@@ -1,0 +1,132 @@
+"""Attach a controller to a model, and take it off again."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from steerlens.core import Controller, Pass, Record, check_where, name_signals
+from steerlens.hosts import Host, host_of
+
+RECORDS = (None, "scalars", "all")
+
+
+def steer(
+    model: Any,
+    controller: Controller,
+    *,
+    where: Any = None,
+    strength: float = 1.0,
+    record: Any = "scalars",
+    trust: bool = False,
+) -> Run:
+    """Steer every call of a model until the returned run is closed.
+
+        with steer(model, controller) as run:
+            model.generate("I think that", max_new_tokens=40)
+        run.record
+
+    or `run = steer(model, controller)` ... `run.remove()`. Runs may be nested and removed in any order; the later one
+    sees what the earlier one added.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        controller: What a method returned.
+        where: Other token positions than the controller's own, see `Loop`.
+        strength: Factor on every control, as `controller * strength`.
+        record: What to keep of the signals: `"scalars"` (one number per token), `"all"`, names such as
+            `("u", "error")`, or None. With None nothing is computed or hooked for recording. Otherwise, on TransformerLens,
+            all signals are hook points while the run lasts (`blocks.5.hook_steer_u`): `run_with_cache` caches them and a
+            hook may patch them.
+        trust: Attach although the model is not the one the controller was fitted on.
+
+    Raises:
+        TypeError: not a controller, or a model of no known library.
+        ValueError: a layer, point or width the model does not have; a model other than the controller's, unless
+            `trust`; an unknown `where` or `record`. Nothing has been attached then.
+    """
+    if not isinstance(controller, Controller):
+        raise TypeError(f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)")
+    _check_record(record)
+    host = host_of(model)
+    if where is not None:
+        check_where(where)
+        controller = controller.at(where)
+    if strength != 1.0:
+        controller = controller * strength
+    _check_fit(host, controller, trust)
+    return Run(host, controller, record)
+
+
+class Run:
+    """A controller at work on a model: a context manager, and the record of what it did.
+
+    Attributes:
+        controller: What is attached.
+        record: Signals of the latest sequence (one call of `generate`, or one forward pass), see `Record`. It is
+            replaced when the next sequence begins; `run.record.copy()` keeps it.
+    """
+
+    def __init__(self, host: Host, controller: Controller, record: Any):
+        self.controller = controller
+        self._host = host
+        self._pass = Pass(controller.loops, record=record, suffix=_free_suffix(host, controller))
+        self._attachment = host.attach(self._pass)
+
+    @property
+    def record(self) -> Record:
+        """Signals of the latest sequence."""
+        return self._pass.log
+
+    def remove(self) -> None:
+        """Take the controller off; a second call does nothing."""
+        self._attachment.detach()
+
+    def to_cache(self) -> Any:
+        """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
+        from steerlens.hosts.lens import activation_cache
+
+        return activation_cache(self.record, self._host.model)
+
+    def plot(self) -> Any:
+        """Tracking error and control norm by layer and token, a plotly figure."""
+        from steerlens.plots import plot_record
+
+        return plot_record(self.record)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Run({self.controller!r} on {type(self._host.model).__name__}, {self.record!r})"
+
+
+def _check_record(record: Any) -> None:
+    names = isinstance(record, (tuple, list, set)) and all(isinstance(name, str) for name in record)
+    if not names and record not in RECORDS:
+        raise ValueError(f"record={record!r}; it is None, 'scalars', 'all' or a tuple of signal names such as ('u', 'error')")
+
+
+def _check_fit(host: Host, controller: Controller, trust: bool) -> None:
+    host.check({site for loop in controller.loops for site in (loop.act, loop.sense)})
+    fitted = controller.recipe.get("model")
+    differences = host.differences(fitted) if fitted and not trust else []
+    if differences:
+        method = controller.recipe.get("method", "controller")
+        raise ValueError(
+            f"this {method} was fitted on another model: {'; '.join(differences)}. Fit it on this one, or pass trust=True"
+        )
+
+
+def _free_suffix(host: Host, controller: Controller) -> str:
+    """What keeps this run's signal names apart from those of runs that are attached already."""
+    suffix, number = "", 1
+    while any(host.signal_taken(name) for names in name_signals(controller.loops, suffix).values() for name in names.names()):
+        number += 1
+        suffix = str(number)
+    return suffix
