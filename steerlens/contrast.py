@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.hosts import Host
+
 Text = Any  # str | (prompt, completion) | [{"role": ..., "content": ...}, ...] | token ids
 
 READINGS = ("last", "mean", "completion")
@@ -35,8 +37,9 @@ class Pairs:
         read: Which activation of a text to take: `"last"` (its last token), `"mean"` (the mean over its tokens, the
             first excluded, which carries an attention sink), `"completion"` (the mean over the completion's tokens), or
             an index into the text's tokens, negative from its end.
-        special_tokens: Whether the tokenizer adds its special tokens (BOS); default: as it does by itself, and not
-            after a chat template, which brings its own.
+        prepend_bos: Whether strings and tuples start with the BOS token; default: as the model's library does with a
+            string, so that texts are read as they will be steered (TransformerLens: `cfg.default_prepend_bos`;
+            nnsight: what the tokenizer does). Chat templates bring their own, token ids are taken as they are.
 
     Raises:
         ValueError: a side is empty, a text is empty, or `read="completion"` without completions.
@@ -48,11 +51,11 @@ class Pairs:
         negative: Sequence[Text],
         *,
         read: str | int = "last",
-        special_tokens: bool = True,
+        prepend_bos: bool | None = None,
     ):
         self.positive, self.negative = list(positive), list(negative)
         self.read = read
-        self.special_tokens = special_tokens
+        self.prepend_bos = prepend_bos
         for side, texts in (("positive", self.positive), ("negative", self.negative)):
             if not texts:
                 raise ValueError(f"no {side} texts; contrast needs at least one on each side")
@@ -71,18 +74,28 @@ class Pairs:
         return min(len(self.positive), len(self.negative))
 
     def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(self.positive[rows], self.negative[rows], read=self.read, special_tokens=self.special_tokens)
+        return Pairs(self.positive[rows], self.negative[rows], read=self.read, prepend_bos=self.prepend_bos)
 
     def __repr__(self) -> str:
         return f"Pairs({len(self.positive)} positive, {len(self.negative)} negative, read={self.read!r})"
 
-    def sides(self, tokenizer: Any) -> tuple[Reading, Reading]:
-        """Positive and negative texts as tokens and pooling weights."""
-        return tuple(read(side, tokenizer, self.read, self.special_tokens) for side in (self.positive, self.negative))  # type: ignore[return-value]
+    def sides(self, host: Host) -> tuple[Reading, Reading]:
+        """Positive and negative texts as tokens of a model, and pooling weights."""
+        return self._reading(self.positive, host), self._reading(self.negative, host)
+
+    def _reading(self, texts: Sequence[Text], host: Host) -> Reading:
+        tokens, weights = [], []
+        for index, text in enumerate(texts):
+            ids, prompt = tokenize(text, host, self.prepend_bos)
+            if not ids:
+                raise ValueError(f"text {index} ({text!r}) has no tokens")
+            tokens.append(ids)
+            weights.append(_weights(len(ids), prompt, self.read, f"text {index} ({_short(text)})"))
+        return Reading(tokens, weights)
 
     def digest(self) -> str:
         """A hash of the texts and of how they are read, for a controller's recipe."""
-        plain = json.dumps([_plain(self.positive), _plain(self.negative), self.read, self.special_tokens], sort_keys=True)
+        plain = json.dumps([_plain(self.positive), _plain(self.negative), self.read, self.prepend_bos], sort_keys=True)
         return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
@@ -100,21 +113,18 @@ def shipped(name: str, **options: Any) -> Pairs:
         return Pairs.from_jsonl(path, **options)
 
 
-def tokenize(text: Text, tokenizer: Any, special_tokens: bool = True) -> tuple[list[int], int]:
+def tokenize(text: Text, host: Host, prepend_bos: bool | None = None) -> tuple[list[int], int]:
     """Token ids of one text, and how many of them belong to its prompt (all, where there is no completion)."""
+    tokenizer = host.tokenizer
     if isinstance(text, str):
-        ids = _encode(tokenizer, text, special_tokens)
+        ids = _encode(text, host, prepend_bos)
         return ids, len(ids)
     if isinstance(text, tuple):
         prompt, completion = text
-        head = _encode(tokenizer, prompt, special_tokens)
-        whole = _encode(tokenizer, prompt + completion, special_tokens)
-        # a tokenizer may merge across the seam: the completion starts where the two first differ
-        common = 0
-        while common < min(len(head), len(whole)) and head[common] == whole[common]:
-            common += 1
-        return whole, common
-    if isinstance(text, Tensor) or (text and isinstance(text[0], int)):
+        head = _encode(prompt, host, prepend_bos)
+        whole = _encode(prompt + completion, host, prepend_bos)
+        return whole, _common(head, whole)
+    if isinstance(text, Tensor) or isinstance(text[0], int):
         ids = [int(token) for token in text]
         pad = getattr(tokenizer, "pad_token_id", None)
         if len(ids) > 1 and pad is not None and (ids[-1] == ids[-2] == pad or ids[0] == ids[1] == pad):
@@ -125,19 +135,15 @@ def tokenize(text: Text, tokenizer: Any, special_tokens: bool = True) -> tuple[l
     if text[-1]["role"] != "assistant":
         return ids, len(ids)
     head = template(text[:-1], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return ids, len(head)
+    return ids, _common(head, ids)
 
 
-def read(texts: Sequence[Text], tokenizer: Any, where: str | int, special_tokens: bool = True) -> Reading:
-    """Tokenise texts and say which tokens' activations to pool."""
-    tokens, weights = [], []
-    for index, text in enumerate(texts):
-        ids, prompt = tokenize(text, tokenizer, special_tokens)
-        if not ids:
-            raise ValueError(f"text {index} ({text!r}) has no tokens")
-        tokens.append(ids)
-        weights.append(_weights(len(ids), prompt, where, f"text {index} ({_short(text)})"))
-    return Reading(tokens, weights)
+def _common(head: list[int], whole: list[int]) -> int:
+    """Length of the common prefix: a tokenizer may merge across the seam of prompt and completion."""
+    length = 0
+    while length < min(len(head), len(whole)) and head[length] == whole[length]:
+        length += 1
+    return length
 
 
 def _weights(length: int, prompt: int, where: str | int, what: str) -> list[float]:
@@ -180,8 +186,14 @@ def _check_text(text: Text, what: str, where: str | int) -> None:
         raise ValueError(f"{what} has no completion; read='completion' needs (prompt, completion) tuples or chat messages")
 
 
-def _encode(tokenizer: Any, text: str, special_tokens: bool) -> list[int]:
-    return list(_need(tokenizer)(text, add_special_tokens=special_tokens)["input_ids"])
+def _encode(text: str, host: Host, prepend_bos: bool | None) -> list[int]:
+    tokenizer = _need(host.tokenizer)
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not (host.prepends_bos if prepend_bos is None else prepend_bos):
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise ValueError("prepend_bos=True, but the tokenizer has no BOS token")
+    return [tokenizer.bos_token_id, *ids]
 
 
 def _need(tokenizer: Any) -> Any:

@@ -58,7 +58,7 @@ def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict
     if not isinstance(data, Pairs):
         raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
     means = []
-    for side in data.sides(host.tokenizer):
+    for side in data.sides(host):
         read = host.read(side.tokens, side.weights, sites)
         for site, values in read.items():
             if not torch.isfinite(values).all():

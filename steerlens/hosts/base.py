@@ -55,6 +55,11 @@ class Host:
         """Dtype of the first block's weights."""
         raise NotImplementedError
 
+    @property
+    def prepends_bos(self) -> bool:
+        """Whether the library puts BOS before a string by default."""
+        raise NotImplementedError
+
     def points(self) -> Sequence[str]:
         """Points of `core.POINTS` that this model offers."""
         raise NotImplementedError

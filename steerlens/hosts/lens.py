@@ -59,6 +59,11 @@ class LensHost(Host):
         return self.model.tokenizer
 
     @property
+    def prepends_bos(self) -> bool:
+        """TransformerLens's own setting, True unless changed, whatever the tokenizer was made to do."""
+        return bool(self.model.cfg.default_prepend_bos)
+
+    @property
     def _weight(self) -> Tensor:
         return next(self.model.blocks[0].parameters())
 

@@ -52,6 +52,12 @@ class TracedHost(Host):
         return getattr(self.model, "tokenizer", None)
 
     @property
+    def prepends_bos(self) -> bool:
+        """Whether the tokenizer does it by itself."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return bos is not None and self.tokenizer("a")["input_ids"][0] == bos
+
+    @property
     def _weight(self) -> Tensor:
         return next(self.layers[0]._module.parameters())
 

@@ -46,9 +46,9 @@ def actadd(
     if len(data.positive) != len(data.negative):
         raise ValueError(f"actadd needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts")
     sites = pick_layers(host, layers, point, default="fifth")
-    space = tokenize(" ", host.tokenizer, special_tokens=False)[0][-1:] if host.tokenizer is not None else [0]
+    space = tokenize(" ", host, prepend_bos=False)[0][-1:] if host.tokenizer is not None else [0]
     texts = [
-        tokenize(text, host.tokenizer, data.special_tokens)[0] for side in (data.positive, data.negative) for text in side
+        tokenize(text, host, data.prepend_bos)[0] for side in (data.positive, data.negative) for text in side
     ]
     length = max(map(len, texts))
     # a row of the batch for each position to read: the texts are a few tokens long

@@ -131,11 +131,11 @@ def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text])
     if isinstance(linearize_on, int):
         if linearize_on < 1:
             raise ValueError(f"linearize_on={linearize_on}; at least one text is needed")
-        side = data[: linearize_on].sides(host.tokenizer)[0]
+        side = data[:linearize_on].sides(host)[0]
         # up to the token that is read, where a single one is
         texts = [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
     else:
-        texts = [tokenize(text, host.tokenizer, data.special_tokens)[0] for text in linearize_on]
+        texts = [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
     if not texts or min(map(len, texts)) < 2:
         raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
     return texts
