@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from steerlens.core.law import Memory, Setpoint
 
@@ -23,8 +24,8 @@ class Level(Setpoint):
 
     def __init__(self, direction: Tensor, level: Tensor | float):
         self.basis = direction[None]
-        self.level = direction.new_tensor(float(level))
+        self.level = direction.new_tensor([float(level)])
 
     def coordinates(self, x: Tensor, memory: Memory) -> Tensor:
         """`[... d] -> [... 1]`"""
-        return (self.level - x @ self.basis[0])[..., None]
+        return self.level - linear(x, self.basis)

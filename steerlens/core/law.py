@@ -42,7 +42,8 @@ class Setpoint(Part):
 
         e = c @ basis,   c = coordinates(x),   basis: [m d]
 
-    A subclass is final, holds tensors and numbers only, and defines `coordinates` and `basis`.
+    A subclass is final, holds tensors and numbers only, and defines `coordinates` and `basis`, whose rows have unit
+    norm.
     """
 
     basis: Tensor
@@ -58,7 +59,7 @@ class Setpoint(Part):
     def distance(self, c: Tensor) -> Tensor:
         """Norm of the error whose coordinates are `c`, `[... m] -> [...]`, in activation units."""
         if c.shape[-1] == 1:
-            return c[..., 0].abs() * torch.linalg.vector_norm(self.basis)
+            return c[..., 0].abs()
         return torch.linalg.vector_norm(c @ self.basis, dim=-1)
 
 

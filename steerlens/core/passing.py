@@ -126,7 +126,8 @@ class Pass:
         law = self._law(index, seen)
         dtype = torch.float64 if seen.dtype == torch.float64 else torch.float32
         u, signals = law.act(seen.to(dtype), self._memory[loop.group])
-        u = u * loop.strength if loop.strength else torch.zeros_like(u)
+        if loop.strength != 1:
+            u = u * loop.strength if loop.strength else torch.zeros_like(u)
         return _spread(u, selection, shape, 0.0), {
             name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()
         }
