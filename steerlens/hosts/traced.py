@@ -114,9 +114,12 @@ class TracedHost(Host):
         self._need_weights("reading activations")
         taps = [self._tap(site) for site in sites]
         model = self.model
+        # stopping before the unembedding would cut off edits of the user's at later layers
+        early = not model._edits
         with torch.no_grad(), model.trace({"input_ids": ids, "attention_mask": mask}) as tracer:
             found = nnsight.save([pool(tap.value(), weights) for tap in taps])
-            tracer.stop()
+            if early:
+                tracer.stop()
         return [value.cpu() for value in found]
 
     def _need_weights(self, what: str) -> None:

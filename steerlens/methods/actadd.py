@@ -8,6 +8,7 @@ from typing import Any
 from steerlens.contrast import Pairs, tokenize
 from steerlens.core import Controller, Loop
 from steerlens.fitting import pick_layers, recipe, resolve
+from steerlens.hosts import Host
 from steerlens.laws import Add
 
 
@@ -46,7 +47,7 @@ def actadd(
     if len(data.positive) != len(data.negative):
         raise ValueError(f"actadd needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts")
     sites = pick_layers(host, layers, point, default="fifth")
-    space = tokenize(" ", host, prepend_bos=False)[0][-1:] if host.tokenizer is not None else [0]
+    space = _space(host)
     texts = [
         tokenize(text, host, data.prepend_bos)[0] for side in (data.positive, data.negative) for text in side
     ]
@@ -63,3 +64,10 @@ def actadd(
             loops.append(Loop(Add(vector), site, where=where, strength=strength, name="actadd"))
     arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength}
     return Controller(loops, recipe("actadd", host, arguments, data=data))
+
+
+def _space(host: Host) -> list[int]:
+    """The token that pads the shorter prompt; a tokenizer without one for a space gives its end-of-text token."""
+    if host.tokenizer is None:
+        return [0]
+    return tokenize(" ", host, prepend_bos=False)[0][-1:] or [host.tokenizer.eos_token_id or 0]

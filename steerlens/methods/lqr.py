@@ -108,7 +108,7 @@ def lqr(
         "qf": qf,
         "origin": origin,
         "linearized_on": len(nominal_tokens),
-        "mu": {t: float(positive[site].sub(negative[site]).norm()) for t, site in enumerate(sites)},
+        "mu": [float((positive[site] - negative[site]).norm()) for site in sites],
     }
     return Controller(sorted(loops, key=lambda loop: loop.act), recipe("lqr", host, arguments, data=data))
 
