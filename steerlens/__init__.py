@@ -1,7 +1,7 @@
 """Steering of language models as feedback control, for TransformerLens and nnsight.
 
-    with steer(model, lqr(model, pairs)) as run:
-        model.generate("I think that", max_new_tokens=40)
+with steer(model, lqr(model, pairs)) as run:
+    model.generate("I think that", max_new_tokens=40)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from steerlens.contrast import Pairs, shipped
 from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
 from steerlens.laws import Add, Feedback, Project
+from steerlens.linearization import Linearization, linearize
 from steerlens.methods import ablation, actadd, caa, lqr
 from steerlens.setpoints import Level
 from steerlens.steering import Run, steer
@@ -20,6 +21,7 @@ __all__ = [
     "Feedback",
     "Law",
     "Level",
+    "Linearization",
     "Loop",
     "Pairs",
     "Project",
@@ -31,6 +33,7 @@ __all__ = [
     "ablation",
     "actadd",
     "caa",
+    "linearize",
     "lqr",
     "shipped",
     "steer",

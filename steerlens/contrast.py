@@ -65,7 +65,9 @@ class Pairs:
             raise ValueError(f"read={read!r}; it is one of {', '.join(READINGS)} or an index into a text's tokens")
 
     @classmethod
-    def from_jsonl(cls, path: str | Path, *, positive: str = "positive", negative: str = "negative", **options: Any) -> Pairs:
+    def from_jsonl(
+        cls, path: str | Path, *, positive: str = "positive", negative: str = "negative", **options: Any
+    ) -> Pairs:
         """Pairs from a file of JSON lines, one object a pair; `positive` and `negative` name its fields."""
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         return cls([row[positive] for row in rows], [row[negative] for row in rows], **options)
@@ -179,11 +181,19 @@ def _check_text(text: Text, what: str, where: str | int) -> None:
         if text and not (isinstance(text[0], int) or (isinstance(text[0], dict) and "role" in text[0])):
             raise ValueError(f"{what} is {text!r}; a list holds token ids or chat messages with role and content")
     else:
-        raise TypeError(f"{what} is a {type(text).__name__}; give a string, (prompt, completion), messages or token ids")
+        raise TypeError(
+            f"{what} is a {type(text).__name__}; give a string, (prompt, completion), messages or token ids"
+        )
     if empty:
         raise ValueError(f"{what} is empty")
-    if where == "completion" and not isinstance(text, tuple) and not (isinstance(text, list) and isinstance(text[0], dict)):
-        raise ValueError(f"{what} has no completion; read='completion' needs (prompt, completion) tuples or chat messages")
+    if (
+        where == "completion"
+        and not isinstance(text, tuple)
+        and not (isinstance(text, list) and isinstance(text[0], dict))
+    ):
+        raise ValueError(
+            f"{what} has no completion; read='completion' needs (prompt, completion) tuples or chat messages"
+        )
 
 
 def _encode(text: str, host: Host, prepend_bos: bool | None) -> list[int]:

@@ -62,7 +62,9 @@ def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict
         read = host.read(side.tokens, side.weights, sites)
         for site, values in read.items():
             if not torch.isfinite(values).all():
-                raise ValueError(f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?")
+                raise ValueError(
+                    f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?"
+                )
         means.append({site: values.double().mean(0).to(values.dtype) for site, values in read.items()})
     return means[0], means[1]
 

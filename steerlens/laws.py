@@ -20,20 +20,23 @@ class Feedback(Law):
         gains: K applied to each basis vector, `[m d]`.
         matrix: K itself, `[d d]`, kept for inspection only.
 
-    Signals: `error` `[batch pos]`, distance to the setpoint in activation units.
+    Signals: those of the setpoint, `error` (distance to it, in activation units) among them.
     """
-
-    signals = ("error",)
 
     def __init__(self, setpoint: Setpoint, gains: Tensor, *, matrix: Tensor | None = None):
         self.setpoint = setpoint
         self.gains = gains
         self.matrix = matrix
 
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the setpoint."""
+        return self.setpoint.signals
+
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = c @ gains`"""
-        c = self.setpoint.coordinates(x, memory)
-        return c @ self.gains, {"error": self.setpoint.distance(c)}
+        c, signals = self.setpoint.measure(x, memory)
+        return c @ self.gains, signals
 
 
 class Add(Law):

@@ -22,7 +22,9 @@ class CostToGo:
         self.S = final
 
     @classmethod
-    def scalar(cls, qf: float, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> CostToGo:
+    def scalar(
+        cls, qf: float, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+    ) -> CostToGo:
         """`S_T = qf I`."""
         return cls(qf * torch.eye(d, dtype=dtype, device=device))
 

@@ -19,13 +19,19 @@ class Level(Setpoint):
         direction: v, `[d]`, of unit norm; a zero vector asks for nothing.
         level: beta, in activation units.
 
+    Signals: `error`, `|c|`; `projection`, `<v, x>`; both `[batch pos]`, in activation units.
+
     Source: A-LQR (arXiv 2604.19018), adaptive linear feature setpoint.
     """
+
+    signals = ("error", "projection")
 
     def __init__(self, direction: Tensor, level: Tensor | float):
         self.basis = direction[None]
         self.level = direction.new_tensor([float(level)])
 
-    def coordinates(self, x: Tensor, memory: Memory) -> Tensor:
-        """`[... d] -> [... 1]`"""
-        return self.level - linear(x, self.basis)
+    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[... d] -> ([... 1], signals)`"""
+        projection = linear(x, self.basis)
+        c = self.level - projection
+        return c, {"error": c[..., 0].abs(), "projection": projection[..., 0]}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from steerlens.core import Controller, Pass, Record, check_where, name_signals
+import torch
+
+from steerlens.core import Controller, Memory, Pass, Record, check_where, map_tensors, name_signals, tensors_of
 from steerlens.hosts import Host, host_of
 
 RECORDS = (None, "scalars", "all")
@@ -35,9 +37,9 @@ def steer(
         where: Other token positions than the controller's own, see `Loop`.
         strength: Factor on every control, as `controller * strength`.
         record: What to keep of the signals: `"scalars"` (one number per token), `"all"`, names such as
-            `("u", "error")`, or None. With None nothing is computed or hooked for recording. Otherwise, on TransformerLens,
-            all signals are hook points while the run lasts (`blocks.5.hook_steer_u`): `run_with_cache` caches them and a
-            hook may patch them.
+            `("u", "error")`, or None. With None nothing is computed or hooked for recording. Otherwise, on
+            TransformerLens, all signals are hook points while the run lasts (`blocks.5.hook_steer_u`): `run_with_cache`
+            caches them and a hook may patch them.
         trust: Attach although the model is not the one the controller was fitted on.
 
     Raises:
@@ -46,7 +48,9 @@ def steer(
             `trust`; an unknown `where` or `record`. Nothing has been attached then.
     """
     if not isinstance(controller, Controller):
-        raise TypeError(f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)")
+        raise TypeError(
+            f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)"
+        )
     _check_record(record)
     host = host_of(model)
     if where is not None:
@@ -55,6 +59,7 @@ def steer(
     if strength != 1.0:
         controller = controller * strength
     _check_fit(host, controller, trust)
+    _check_shapes(host, controller)
     return Run(host, controller, record)
 
 
@@ -70,7 +75,7 @@ class Run:
     def __init__(self, host: Host, controller: Controller, record: Any):
         self.controller = controller
         self._host = host
-        self._pass = Pass(controller.loops, record=record, suffix=_free_suffix(host, controller))
+        self._pass = Pass(controller.loops, record=record, run=_free_name(host, controller))
         self._attachment = host.attach(self._pass)
 
     @property
@@ -109,7 +114,9 @@ class Run:
 def _check_record(record: Any) -> None:
     names = isinstance(record, (tuple, list, set)) and all(isinstance(name, str) for name in record)
     if not names and record not in RECORDS:
-        raise ValueError(f"record={record!r}; it is None, 'scalars', 'all' or a tuple of signal names such as ('u', 'error')")
+        raise ValueError(
+            f"record={record!r}; it is None, 'scalars', 'all' or a tuple of signal names such as ('u', 'error')"
+        )
 
 
 def _check_fit(host: Host, controller: Controller, trust: bool) -> None:
@@ -117,16 +124,37 @@ def _check_fit(host: Host, controller: Controller, trust: bool) -> None:
     fitted = controller.recipe.get("model")
     differences = host.differences(fitted) if fitted and not trust else []
     if differences:
-        method = controller.recipe.get("method", "controller")
-        raise ValueError(
-            f"this {method} was fitted on another model: {'; '.join(differences)}. Fit it on this one, or pass trust=True"
-        )
+        method, words = controller.recipe.get("method", "controller"), "; ".join(differences)
+        raise ValueError(f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True")
 
 
-def _free_suffix(host: Host, controller: Controller) -> str:
-    """What keeps this run's signal names apart from those of runs that are attached already."""
-    suffix, number = "", 1
-    while any(host.signal_taken(name) for names in name_signals(controller.loops, suffix).values() for name in names.names()):
+def _check_shapes(host: Host, controller: Controller) -> None:
+    """Runs every law once on a zero state, so that a wrong width is told before the model runs."""
+    memory: dict[int, Memory] = {loop.group: {"sequence": {}} for loop in controller.loops}
+    for loop in sorted(controller.loops, key=lambda loop: loop.act):
+        law = map_tensors(loop.law, lambda tensor: tensor.detach().cpu())
+        sensed, acted = host.shape(loop.sense), host.shape(loop.act)
+        dtype = next((tensor.dtype for tensor in tensors_of(law) if tensor.is_floating_point()), torch.float32)
+        try:
+            u, _ = law.act(torch.zeros(1, 1, *sensed, dtype=dtype), memory[loop.group])
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"the {type(law).__name__} at {loop.act} does not fit a state of shape {list(sensed)}: {error}"
+            ) from error
+        if u.shape != (1, 1, *acted):
+            got = list(u.shape[2:])
+            raise ValueError(
+                f"the {type(law).__name__} at {loop.act} gives a control of shape {got}, not {list(acted)}"
+            )
+
+
+def _free_name(host: Host, controller: Controller) -> str:
+    """What keeps this run's signal names apart from those of runs that are attached already: "", then "run2", ..."""
+    name, number = "", 1
+    while any(
+        host.signal_taken(hook) for site in name_signals(controller.loops, name).values() for hook in site.names()
+    ):
         number += 1
-        suffix = str(number)
-    return suffix
+        # no digit right after "steer": TransformerLens would take it for a layer
+        name = f"run{number}"
+    return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from steerlens.core.controller import Controller
-from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors
+from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors, tensors_of
 from steerlens.core.passing import Pass
 from steerlens.core.positions import Positions, check_where
 from steerlens.core.record import Record
@@ -25,4 +25,5 @@ __all__ = [
     "check_where",
     "map_tensors",
     "name_signals",
+    "tensors_of",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Law, Loop, Part, map_tensors
+from steerlens.core.law import Loop, Part, map_tensors, tensors_of
 from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
 
@@ -83,18 +83,12 @@ class Controller:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        sizes: list[int] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.numel() * tensor.element_size())
-            return tensor
-
-        map_tensors([loop.law for loop in self.loops], note)
-        return sum(sizes)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of([loop.law for loop in self.loops]))
 
     def __repr__(self) -> str:
         method = self.recipe.get("method", "?")
-        return f"Controller({method}: {len(self.loops)} loops at layers {_ranges(self.layers)}, {self.nbytes / 1e3:.0f} kB)"
+        size = f"{self.nbytes / 1e3:.0f} kB"
+        return f"Controller({method}: {len(self.loops)} loops at layers {_ranges(self.layers)}, {size})"
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file: tensors, and everything else as JSON in its header.
@@ -205,7 +199,7 @@ def _unpack(entry: dict[str, Any], tensors: dict[str, Tensor], known: dict[str, 
     return part
 
 
-def _own_class(path: str) -> type[Law]:
+def _own_class(path: str) -> type[Part]:
     """A part defined in steerlens; nothing outside the package is imported for a file."""
     module, _, name = path.rpartition(".")
     kind = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from steerlens.core.sites import Site
@@ -35,32 +34,44 @@ def map_tensors(value: Any, change: Any) -> Any:
     return value
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a part, list, tuple or dict, in a fixed order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
+    return found
+
+
 class Setpoint(Part):
     """Abstract: where the state should be.
 
     A setpoint speaks in coordinates `c` on a small basis, so that a gain can be applied to `m` numbers instead of `d`:
 
-        e = c @ basis,   c = coordinates(x),   basis: [m d]
+        e = r - x = c @ basis,   basis: [m d], rows of unit norm
 
-    A subclass is final, holds tensors and numbers only, and defines `coordinates` and `basis`, whose rows have unit
-    norm.
+    A subclass is final, holds tensors and numbers only, and defines `basis` and `measure`.
+
+    Attributes:
+        signals: Names of what `measure` reports besides the coordinates; `"error"` is among them.
     """
 
     basis: Tensor
+    signals: tuple[str, ...] = ("error",)
 
-    def coordinates(self, x: Tensor, memory: Memory) -> Tensor:
-        """The error in coordinates, `[... d] -> [... m]`."""
+    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """The error in coordinates, and signals: `[... d] -> ([... m], {name: [...]})`.
+
+        The signal `error` is the norm of e, the distance to the setpoint in activation units.
+        """
         raise NotImplementedError
 
     def error(self, x: Tensor, memory: Memory) -> Tensor:
-        """The error `e = r - x` on the setpoint's subspace, `[... d] -> [... d]`."""
-        return self.coordinates(x, memory) @ self.basis
-
-    def distance(self, c: Tensor) -> Tensor:
-        """Norm of the error whose coordinates are `c`, `[... m] -> [...]`, in activation units."""
-        if c.shape[-1] == 1:
-            return c[..., 0].abs()
-        return torch.linalg.vector_norm(c @ self.basis, dim=-1)
+        """The error e on the setpoint's subspace, `[... d] -> [... d]`."""
+        return self.measure(x, memory)[0] @ self.basis
 
 
 class Law(Part):

@@ -28,13 +28,13 @@ class Pass:
             senses where it acts sees what the loops before it added.
         record: What `log` keeps: None (nothing, and nothing is computed for it), `"scalars"` (signals of one number
             per token), `"all"`, or names of signals.
-        suffix: Put into the signals' names, to keep two controllers attached at once apart.
+        run: Put into the signals' names, to keep two controllers attached at once apart.
     """
 
-    def __init__(self, loops: Sequence[Loop], *, record: Any = "scalars", suffix: str = ""):
+    def __init__(self, loops: Sequence[Loop], *, record: Any = "scalars", run: str = ""):
         self.loops = list(loops)
         self.record = record
-        self.names: dict[Site, SiteSignals] = name_signals(self.loops, suffix)
+        self.names: dict[Site, SiteSignals] = name_signals(self.loops, run)
         self.positions = Positions()
         self.log = Record()
         self.tap: Tap | None = None
@@ -109,7 +109,7 @@ class Pass:
                 squares = _add(squares, signals["error"].square() if "error" in signals else None)
             total = _add(total, u)
             x = x + u if len(acting) > 1 else x
-        if observed and names.total:
+        if observed and names.total and total is not None:
             total = self._publish(names.total, total, {} if squares is None else {"error": squares.sqrt()})
         for sensed in self._spent.get(site, ()):  # a long prompt's states at all layers would fill a GPU
             self._states.pop(sensed, None)
@@ -141,7 +141,9 @@ class Pass:
             # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
             # later forward pass with gradients could not use
             with torch.inference_mode(False):
-                law = map_tensors(self.loops[index].law, lambda t: t.to(x.device, dtype if t.is_floating_point() else t.dtype))
+                law = map_tensors(
+                    self.loops[index].law, lambda t: t.to(x.device, dtype if t.is_floating_point() else t.dtype)
+                )
             self._cast[key] = law
         return law
 

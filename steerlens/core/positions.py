@@ -21,7 +21,9 @@ def check_where(where: Any) -> None:
             raise ValueError(f"where={where!r} has a step; use a mask or a callable for every n-th position")
     elif isinstance(where, Tensor):
         if where.dtype != torch.bool or where.ndim not in (1, 2):
-            raise ValueError(f"where is a {where.dtype} tensor of {where.ndim} dimensions; a mask is bool [pos] or [batch pos]")
+            raise ValueError(
+                f"where is a {where.dtype} tensor of {where.ndim} dimensions; a mask is bool [pos] or [batch pos]"
+            )
     elif not callable(where):
         raise TypeError(f"where={where!r}; give one of {', '.join(NAMES)}, a slice, a bool mask or a callable")
 
@@ -106,6 +108,7 @@ def _bounds(where: str | slice, prompt: Any) -> tuple[Any, Any]:
         return 1, prompt
     if where == "all":
         return 1, _END
+    assert isinstance(where, slice)
     low = 0 if where.start is None else where.start
     high = _END if where.stop is None else where.stop
     return (prompt + low if low < 0 else low), (prompt + high if high < 0 else high)

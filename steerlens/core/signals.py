@@ -25,8 +25,8 @@ class SiteSignals:
         total: `{signal: hook name}`, empty for a lone loop.
     """
 
-    def __init__(self, site: Site, loops: Sequence[Loop], *, crowded: bool, suffix: str = ""):
-        stem = f"blocks.{site.layer}.hook_steer{suffix}_" + (f"{site.point}_" if crowded else "")
+    def __init__(self, site: Site, loops: Sequence[Loop], *, crowded: bool, run: str = ""):
+        stem = f"blocks.{site.layer}.hook_steer_" + (f"{run}_" if run else "") + (f"{site.point}_" if crowded else "")
         self.own: list[dict[str, str]] = []
         self.total: dict[str, str] = {}
         taken: dict[str, int] = {}
@@ -45,8 +45,8 @@ class SiteSignals:
         return [name for table in (*self.own, self.total) for name in table.values()]
 
 
-def name_signals(loops: Sequence[Loop], suffix: str = "") -> dict[Site, SiteSignals]:
-    """The names of all signals, by acting site. `suffix` keeps two controllers attached at once apart."""
+def name_signals(loops: Sequence[Loop], run: str = "") -> dict[Site, SiteSignals]:
+    """The names of all signals, by acting site. `run` keeps two controllers attached at once apart."""
     sites = sorted({loop.act for loop in loops})
     layers = [site.layer for site in sites]
     return {
@@ -54,7 +54,7 @@ def name_signals(loops: Sequence[Loop], suffix: str = "") -> dict[Site, SiteSign
             site,
             [loop for loop in loops if loop.act == site],
             crowded=layers.count(site.layer) > 1,
-            suffix=suffix,
+            run=run,
         )
         for site in sites
     }

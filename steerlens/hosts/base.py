@@ -98,8 +98,9 @@ class Host:
         """Raises ValueError for a layer or point that the model does not have."""
         for site in sites:
             if site.layer >= self.n_layers:
+                last = self.n_layers - 1
                 raise ValueError(
-                    f"no hook point '{site}' in a model of {self.n_layers} layers; the last is blocks.{self.n_layers - 1}"
+                    f"no hook point '{site}' in a model of {self.n_layers} layers; the last is blocks.{last}"
                 )
             if site.point not in self.points():
                 raise ValueError(
@@ -107,7 +108,12 @@ class Host:
                 )
 
     def read(
-        self, tokens: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], sites: Sequence[Site], *, batch: int = 16
+        self,
+        tokens: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        sites: Sequence[Site],
+        *,
+        batch: int = 16,
     ) -> dict[Site, Tensor]:
         """Pooled activations of texts, without steering: `sum_t w_t x_t` for each.
 
@@ -130,7 +136,9 @@ class Host:
             read = self._read(ids, mask, pooled, ordered)
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
-        return {site: torch.stack([rows[row][index] for row in range(len(tokens))]) for index, site in enumerate(ordered)}
+        return {
+            site: torch.stack([rows[row][index] for row in range(len(tokens))]) for index, site in enumerate(ordered)
+        }
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether a controller fitted on one model may be attached to another."""

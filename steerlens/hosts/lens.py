@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -137,7 +138,8 @@ class BridgeHost(LensHost):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        self.processed = bool(getattr(model.cfg, "layer_norm_folding", False)) or _folded(model.cfg)
+        # enable_compatibility_mode() leaves cfg.normalization_type as it was
+        self.processed = bool(getattr(model, "_weights_processed", False)) or _folded(model.cfg)
 
     def registry(self) -> dict[str, HookPoint]:
         """The Bridge's own registry; `hook_dict` is a copy of it."""
@@ -187,7 +189,7 @@ class HookedHost(LensHost):
         return True
 
     def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
-        """Through pre-hooks on the controlled blocks: `generate` calls `forward` directly, and may start at any layer."""
+        """Through pre-hooks on the controlled blocks: `generate` calls `forward` directly, from any layer."""
         seen = -1
 
         def entering(layer: int) -> Callable[..., None]:
@@ -361,7 +363,7 @@ def _generate_frame() -> Any:
     Without a KV cache each step of a generation is a pass over the whole sequence so far. Nothing but the call it
     belongs to tells such a step from the first pass of a new prompt.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name.startswith("generate"):

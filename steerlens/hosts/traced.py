@@ -34,7 +34,8 @@ class TracedHost(Host):
         module = model._module
         config = getattr(module, "config", None)
         if config is None or getattr(module, "base_model", module) is module:
-            raise TypeError(f"{type(module).__name__} is no Hugging Face language model with a head; wrap one with TransformersModel")
+            kind = type(module).__name__
+            raise TypeError(f"{kind} is no Hugging Face language model with a head; wrap one with TransformersModel")
         config = config.get_text_config()
         self.n_layers = config.num_hidden_layers
         self.d_model = config.hidden_size
@@ -157,7 +158,7 @@ class Tap:
         """Visit the location; returns what the next tap needs of it."""
         raw = self.envoy.input if self.side == "input" else self.envoy.output
         x = raw if isinstance(raw, torch.Tensor) else raw[0]
-        if self.stash:
+        if self.stash or self.steers is None:
             return x
         split = x.unflatten(-1, (self.heads, -1)) if self.heads else x
         state = split if before is None else before + split

@@ -29,7 +29,8 @@ def ablation(
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; the positive ones show what is to be removed.
         layer: Where the direction is read (after the block); default the middle layer.
-        layers: Where it is removed: before the first of them, and after attention and after the MLP of each; default all.
+        layers: Where it is removed: before the first of them, and after attention and after the MLP of each; default
+            all.
         origin: `"zero"` (the paper: r = 0) or `"negative"` (r = mean of the negative texts at the site: the direction
             becomes neutral instead of absent; neutral text often has a projection far from 0).
         strength: s, the fraction removed; no unit.

@@ -45,12 +45,12 @@ def actadd(
     """
     host = resolve(model)
     if len(data.positive) != len(data.negative):
-        raise ValueError(f"actadd needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts")
+        raise ValueError(
+            f"actadd needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts"
+        )
     sites = pick_layers(host, layers, point, default="fifth")
     space = _space(host)
-    texts = [
-        tokenize(text, host, data.prepend_bos)[0] for side in (data.positive, data.negative) for text in side
-    ]
+    texts = [tokenize(text, host, data.prepend_bos)[0] for side in (data.positive, data.negative) for text in side]
     length = max(map(len, texts))
     # a row of the batch for each position to read: the texts are a few tokens long
     tokens = [text + space * (length - len(text)) for text in texts for _ in range(length)]

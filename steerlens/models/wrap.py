@@ -29,7 +29,11 @@ def wrap(host: str, folder: str, model: Any, tokenizer: Any, *, processed: bool,
         return model, tokenizer
     if host == "nnsight":
         return _nnsight(model, tokenizer)
-    lens = _bridge(folder, model, tokenizer, processed) if host == "bridge" else _hooked(folder, model, tokenizer, processed)
+    lens = (
+        _bridge(folder, model, tokenizer, processed)
+        if host == "bridge"
+        else _hooked(folder, model, tokenizer, processed)
+    )
     lens.cfg.default_prepend_bos = prepend_bos
     return lens.eval()
 
@@ -49,7 +53,9 @@ def _hooked(folder: str, model: Any, tokenizer: Any, processed: bool) -> Any:
     try:
         from transformer_lens import HookedTransformer
     except ImportError as error:
-        raise ImportError("TransformerLens 4 has no HookedTransformer; use host='bridge', or TransformerLens 3") from error
+        raise ImportError(
+            "TransformerLens 4 has no HookedTransformer; use host='bridge', or TransformerLens 3"
+        ) from error
     from transformer_lens import loading_from_pretrained as loading
 
     load = HookedTransformer.from_pretrained if processed else HookedTransformer.from_pretrained_no_processing

@@ -1,0 +1,49 @@
+"""The command line: `steerlens demo`, `steerlens methods`, `steerlens cite`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Steering of language models as feedback control.")
+
+
+@app.command()
+def demo(
+    concept: str = typer.Option("ocean", help="Shipped contrast pairs: anger, french, ocean, sentiment or wedding."),
+    tokens: int = typer.Option(20, help="Tokens to generate for each prompt."),
+    picture: Path = typer.Option(Path("steerlens-demo.html"), help="Where to write the figure."),  # noqa: B008
+) -> None:
+    """Steer a real model in closed loop, beside its unsteered text."""
+    from rich.console import Console
+
+    from steerlens.demo import run_demo
+
+    run_demo(Console(), concept=concept, tokens=tokens, picture=picture)
+
+
+@app.command()
+def methods() -> None:
+    """List the steering methods."""
+    from steerlens.cite import method_sources
+
+    for name, (summary, source) in method_sources().items():
+        typer.echo(f"{name:12} {summary}\n{'':12} {source}")
+
+
+@app.command()
+def cite(names: list[str] = typer.Argument(None, help="Methods; default all.")) -> None:  # noqa: B008
+    """Print the source of each method that you used."""
+    from steerlens.cite import method_sources
+
+    known = method_sources()
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise typer.BadParameter(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in names or known:
+        typer.echo(f"{name}: {known[name][1]}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,194 @@
+"""Mistakes get one clear sentence before any forward pass, and leave the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import steerlens as sl
+from steerlens.testing import discover_hosts, snapshot
+
+PAIRS = sl.Pairs([[1, 2, 3]], [[4, 5, 6]])
+
+
+@pytest.fixture
+def model(host, tiny_model):
+    """A model whose forward pass fails: whatever is refused here was refused before it."""
+    model = tiny_model(host)
+    module = getattr(model, "_module", None) or getattr(model, "original_model", model)
+    before = snapshot(model)
+    handle = module.register_forward_pre_hook(_refuse)
+    yield model
+    handle.remove()
+    assert snapshot(model) == before
+
+
+def _refuse(module, args):
+    raise AssertionError("a forward pass was run")
+
+
+def controller(site, width=32, **options):
+    return sl.Controller([sl.Loop(sl.Add(torch.ones(width)), site, **options)])
+
+
+def test_unknown_layer(model):
+    with pytest.raises(ValueError, match=r"no hook point 'blocks.9.hook_resid_post' in a model of 4 layers"):
+        sl.steer(model, controller(sl.Site(9)))
+    with pytest.raises(ValueError, match="no layer 7 in a model of 4 layers"):
+        sl.caa(model, PAIRS, layers=7)
+    with pytest.raises(ValueError, match="names a layer twice"):
+        sl.caa(model, PAIRS, layers=[1, -3])
+
+
+def test_unknown_point():
+    with pytest.raises(ValueError, match="no point 'residual'; a point is one of resid_pre"):
+        sl.Site(1, "residual")
+
+
+def test_wrong_width(model):
+    with pytest.raises(ValueError, match=r"the Add at blocks.1.hook_resid_post does not fit a state of shape \[32\]"):
+        sl.steer(model, controller(sl.Site(1), width=31))
+
+
+def test_another_models_controller(model):
+    recipe = {"method": "caa", "model": {"n_layers": 30, "d_model": 576}}
+    foreign = sl.Controller([sl.Loop(sl.Add(torch.ones(32)), sl.Site(1))], recipe)
+    with pytest.raises(
+        ValueError, match=r"fitted on another model: n_layers is 4, it was 30; d_model is 32, it was 576"
+    ):
+        sl.steer(model, foreign)
+    sl.steer(model, foreign, trust=True).remove()
+
+
+def test_other_weights_of_the_same_architecture(host, tiny_model):
+    fitted = sl.caa(tiny_model(host), PAIRS)
+    with pytest.raises(ValueError, match="the weights differ"):
+        sl.steer(tiny_model(host, seed=1), fitted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("host", [name for name in discover_hosts() if name != "nnsight"])
+def test_processed_and_raw_weights(host, family, tiny_model):
+    raw, processed = tiny_model(host, family), tiny_model(host, family, processed=True)
+    with pytest.raises(ValueError, match="this model has raw weights, it was fitted on processed ones"):
+        sl.steer(raw, sl.caa(processed, PAIRS))
+    with pytest.raises(ValueError, match="this model has processed weights, it was fitted on raw ones"):
+        sl.steer(processed, sl.caa(raw, PAIRS))
+
+
+def test_one_models_controller_steers_its_copy_on_another_host(tiny_model):
+    first, *others = discover_hosts()
+    fitted = sl.caa(tiny_model(first), PAIRS)
+    for host in others:
+        sl.steer(tiny_model(host), fitted).remove()
+
+
+def test_empty_pairs():
+    for sides in (([], ["a"]), (["a"], [])):
+        with pytest.raises(ValueError, match="no (positive|negative) texts"):
+            sl.Pairs(*sides)
+    with pytest.raises(ValueError, match="positive text 1 is empty"):
+        sl.Pairs(["a", ""], ["b", "c"])
+
+
+def test_reading_a_pad(model):
+    short = sl.Pairs([[1, 2, 3, 4, 5]], [[6, 7]], read=3)
+    with pytest.raises(ValueError, match=r"read=3 lies outside .*2 tokens: in a batch that is a pad"):
+        sl.caa(model, short)
+    with pytest.raises(ValueError, match="carry padding"):
+        sl.caa(model, sl.Pairs([[1, 2, 97, 97]], [[3, 4]]))
+
+
+def test_reading_a_completion_that_is_not_there():
+    with pytest.raises(ValueError, match="has no completion"):
+        sl.Pairs(["text"], ["other"], read="completion")
+
+
+def test_unsupported_models():
+    with pytest.raises(TypeError, match="cannot steer a torch.nn.modules.linear.Linear"):
+        sl.steer(torch.nn.Linear(2, 2), controller(sl.Site(0)))
+
+
+def test_unsupported_family():
+    nnsight = pytest.importorskip("nnsight")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    model = nnsight.NNsight(transformers.GPTNeoXForCausalLM(config))
+    with pytest.raises(TypeError, match="GPTNeoXLayer has no layout that steerlens knows; it looks for"):
+        sl.steer(model, controller(sl.Site(0)))
+
+
+def test_unknown_keywords(model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layer_idx'"):
+        sl.caa(model, PAIRS, layer_idx=3)
+    with pytest.raises(ValueError, match="record='everything'"):
+        sl.steer(model, controller(sl.Site(1)), record="everything")
+    with pytest.raises(ValueError, match="where='first'"):
+        sl.steer(model, controller(sl.Site(1)), where="first")
+    with pytest.raises(TypeError, match="takes a Controller"):
+        sl.steer(model, torch.ones(32))
+
+
+@pytest.mark.parametrize("weights", [{"q": 0}, {"r": -1}, {"qf": float("nan")}, {"r": float("inf")}])
+def test_weights_that_are_not_positive(model, weights):
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        sl.lqr(model, PAIRS, **weights)
+
+
+def test_a_text_too_short_to_linearise_on(model):
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        sl.lqr(model, PAIRS, linearize_on=[[5]], progress=False)
+    with pytest.raises(ValueError, match="linearize_on=0"):
+        sl.lqr(model, PAIRS, linearize_on=0, progress=False)
+
+
+def test_texts_without_a_difference(host, tiny_model):
+    same = sl.Pairs([[1, 2, 3]], [[1, 2, 3]])
+    with pytest.raises(ValueError, match="no difference"):
+        sl.caa(tiny_model(host), same)
+    with pytest.raises(ValueError, match="no difference at any layer"):
+        sl.lqr(tiny_model(host), same, progress=False)
+
+
+def test_data_that_are_not_pairs(model):
+    with pytest.raises(TypeError, match=r"data is a list; give steerlens.Pairs"):
+        sl.caa(model, ["a", "b"])
+    with pytest.raises(ValueError, match="actadd needs pairs"):
+        sl.actadd(model, sl.Pairs([[1, 2], [3, 4]], [[5, 6]]))
+
+
+def test_a_loop_cannot_sense_what_comes_later():
+    with pytest.raises(ValueError, match="cannot sense blocks.3.hook_resid_pre, which comes after"):
+        sl.Loop(sl.Add(torch.ones(2)), sl.Site(2), sl.Site(3, "resid_pre"))
+
+
+def test_a_file_that_is_no_controller(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="holds no controller"):
+        sl.Controller.load(path)
+
+
+class Foreign(sl.Law):
+    def __init__(self):
+        self.size = 2.0
+
+    def act(self, x, memory):
+        return self.size * x, {}
+
+
+def test_a_users_own_law_is_loaded_only_when_it_is_named(tmp_path):
+    path = tmp_path / "own.safetensors"
+    sl.Controller([sl.Loop(Foreign(), sl.Site(1))]).save(path)
+    with pytest.raises(ValueError, match="pass your own classes as laws="):
+        sl.Controller.load(path)
+    assert sl.Controller.load(path, laws=[Foreign]).loops[0].law.size == 2.0
+
+
+def test_a_callable_where_cannot_be_saved(tmp_path):
+    with pytest.raises(TypeError, match="a callable, which a file cannot hold"):
+        controller(sl.Site(1), where=lambda position: position > 1).save(tmp_path / "x.safetensors")

@@ -1,0 +1,85 @@
+"""Absolute positions: pads, caches, and what the names mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steerlens.core import Positions, check_where
+
+LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+RIGHT = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+
+def begin(shape, past=0, mask=None, continues=False, tracker=None):
+    tracker = tracker or Positions()
+    tracker.begin(shape, past, mask, continues=continues, device="cpu")
+    return tracker
+
+
+def chosen(tracker, where):
+    selection = tracker.select(where)
+    columns = torch.zeros(tracker.batch, tracker.length, dtype=torch.bool)
+    if selection is not None:
+        if isinstance(selection, slice):
+            columns[:, selection] = True
+        else:
+            columns = selection
+    return columns.int().tolist()
+
+
+def test_names_leave_position_zero_alone():
+    tracker = begin((1, 4))
+    assert chosen(tracker, "last") == [[0, 0, 0, 1]]
+    assert chosen(tracker, "all") == [[0, 1, 1, 1]]
+    assert chosen(tracker, "prompt") == [[0, 1, 1, 1]]
+    assert chosen(tracker, "generated") == [[0, 0, 0, 0]]
+    assert chosen(tracker, slice(0, None)) == [[1, 1, 1, 1]]
+    assert chosen(begin((1, 1)), "last") == [[0]]
+
+
+def test_padded_rows_count_from_their_first_real_token():
+    left, right = begin((2, 5), mask=LEFT), begin((2, 5), mask=RIGHT)
+    assert left.table().tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert chosen(left, "last") == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]]
+    assert chosen(right, "last") == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+    assert chosen(left, "all") == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+    assert chosen(right, slice(-2, None)) == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
+    assert chosen(left, lambda position: position % 2 == 0) == [[0, 0, 1, 0, 1], [1, 0, 1, 0, 1]]
+
+
+def test_a_kv_cache_does_not_shift_positions():
+    cached = begin((1, 4))
+    begin((1, 1), past=4, tracker=cached)
+    plain = begin((1, 4))
+    begin((1, 5), continues=True, tracker=plain)
+    for where, old, new in (("last", [0, 0, 0, 1], 1), ("generated", [0] * 4, 1), ("prompt", [0, 1, 1, 1], 0)):
+        assert chosen(cached, where) == [[new]]
+        assert chosen(plain, where) == [[*old, new]]
+
+
+def test_a_prompt_as_long_as_a_cache_is_not_taken_for_a_continuation():
+    tracker = begin((1, 4))
+    assert begin((1, 5), tracker=tracker).prompt == 5
+
+
+def test_decoding_keeps_each_rows_own_prompt():
+    tracker = begin((2, 5), mask=LEFT)
+    mask = torch.cat([LEFT, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    begin((2, 1), past=5, mask=mask, tracker=tracker)
+    assert tracker.table().tolist() == [[3], [5]]
+    assert chosen(tracker, "last") == [[1], [1]]
+    assert chosen(tracker, slice(4, None)) == [[0], [1]]
+
+
+def test_a_mask_is_read_at_absolute_positions():
+    tracker = begin((2, 5), mask=LEFT)
+    assert chosen(tracker, torch.tensor([False, True, True])) == [[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("where", ["first", slice(0, 9, 2), torch.ones(3), torch.ones(1, 2, 3, dtype=torch.bool)])
+def test_nonsense_is_refused(where):
+    with pytest.raises(ValueError, match="where"):
+        check_where(where)
+    with pytest.raises(TypeError, match="where"):
+        check_where(3)
