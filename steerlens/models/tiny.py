@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from steerlens.models.wrap import check_host, wrap
+from steerlens.models.wrap import check_host, choose_device, wrap
 
 VOCABULARY = 100
 FAMILIES = ("llama", "gemma", "gpt2")
@@ -21,29 +21,29 @@ def tiny(
     d_model: int = 32,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | None = "cpu",
     processed: bool = False,
 ) -> Any:
     """A model of 4 layers and 100 tokens with random weights; no network, a fraction of a second.
 
     Args:
         family: `"llama"` (grouped-query attention, gated MLP), `"gemma"` (Gemma 2: norms after each branch too,
-            softcaps, sliding window) or `"gpt2"` (LayerNorm, learned positions). HookedTransformer cannot build a Gemma
-            of another size than Google's.
-        host: As for `smollm2`.
+            softcaps, sliding window) or `"gpt2"` (LayerNorm, learned positions).
+        host, device: As for `smollm2`.
         seed: Of the weights.
+
+    Hosts agree to rounding: in float64 to 1e-13 for `"gpt2"`, to 1e-5 for the others, whose RMS norms and rotary angles
+    transformers computes in float32 whatever the dtype.
 
     The vocabulary is `w0 ... w96`, `<pad>`, `<bos>`, `<eos>`; no BOS is prepended.
     """
     check_host(host, processed)
     if family not in FAMILIES:
         raise ValueError(f"family={family!r}; it is one of {', '.join(FAMILIES)}")
-    if (family, host) == ("gemma", "hooked"):
-        raise ValueError("HookedTransformer knows Gemma in Google's sizes only; use host='bridge', or models.gemma3()")
     with tempfile.TemporaryDirectory(prefix="tiny-") as folder:
-        model = _model(family, n_layers, d_model, seed).to(device=device, dtype=dtype).eval()
-        model.config.save_pretrained(folder)
-        return wrap(host, folder, model, _tokenizer(folder), processed=processed, prepend_bos=False)
+        model = _model(family, n_layers, d_model, seed).to(device=choose_device(device), dtype=dtype).eval()
+        name = f"steerlens/tiny-{family}"
+        return wrap(host, name, model, _tokenizer(folder), processed=processed, prepend_bos=False)
 
 
 def _model(family: str, n_layers: int, d_model: int, seed: int) -> Any:
@@ -71,7 +71,9 @@ def _model(family: str, n_layers: int, d_model: int, seed: int) -> Any:
     elif family == "gemma":
         kind = transformers.Gemma2ForCausalLM
         # shorter than the suite's texts, so that the window matters
-        config = transformers.Gemma2Config(architectures=["Gemma2ForCausalLM"], sliding_window=8, **gated)
+        config = transformers.Gemma2Config(
+            architectures=["Gemma2ForCausalLM"], sliding_window=8, query_pre_attn_scalar=d_model // 4, **gated
+        )
     else:
         kind = transformers.GPT2LMHeadModel
         config = transformers.GPT2Config(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from steerlens.models.hooked import hooked
+
 HOSTS = ("bridge", "hooked", "nnsight", "hf")
 
 
@@ -15,13 +19,17 @@ def check_host(host: str, processed: bool) -> None:
         raise ValueError(f"processed=True is a mode of TransformerLens; host={host!r} always has the raw weights")
 
 
-def wrap(host: str, folder: str, model: Any, tokenizer: Any, *, processed: bool, prepend_bos: bool) -> Any:
+def choose_device(device: str | None) -> str:
+    """The device itself; for None CUDA where there is one, else the CPU."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wrap(host: str, name: str, model: Any, tokenizer: Any, *, processed: bool, prepend_bos: bool) -> Any:
     """Wrap a model.
 
     Args:
         host: `"bridge"`, `"hooked"`, `"nnsight"`, or `"hf"` for the pair (model, tokenizer) itself.
-        folder: Where the model's configuration lies. HookedTransformer tells the architecture from this name, so it
-            must contain neither "llama" nor "gemma" for a model that is not one of Meta's or Google's own.
+        name: What TransformerLens calls the model, as its name on the hub.
         processed: Fold norms and centre weights, as `HookedTransformer.from_pretrained` does.
         prepend_bos: What `cfg.default_prepend_bos` becomes on TransformerLens.
     """
@@ -29,46 +37,21 @@ def wrap(host: str, folder: str, model: Any, tokenizer: Any, *, processed: bool,
         return model, tokenizer
     if host == "nnsight":
         return _nnsight(model, tokenizer)
-    lens = (
-        _bridge(folder, model, tokenizer, processed)
-        if host == "bridge"
-        else _hooked(folder, model, tokenizer, processed)
-    )
+    build = _bridge if host == "bridge" else hooked
+    lens = build(name, model, tokenizer, processed=processed)
     lens.cfg.default_prepend_bos = prepend_bos
     return lens.eval()
 
 
-def _bridge(folder: str, model: Any, tokenizer: Any, processed: bool) -> Any:
+def _bridge(name: str, model: Any, tokenizer: Any, *, processed: bool) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers(
-        folder, hf_model=model, tokenizer=tokenizer, device=str(model.device), dtype=model.dtype
+        name, hf_model=model, tokenizer=tokenizer, device=str(model.device), dtype=model.dtype
     )
     if processed:
         bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge
-
-
-def _hooked(folder: str, model: Any, tokenizer: Any, processed: bool) -> Any:
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError as error:
-        raise ImportError(
-            "TransformerLens 4 has no HookedTransformer; use host='bridge', or TransformerLens 3"
-        ) from error
-    from transformer_lens import loading_from_pretrained as loading
-
-    load = HookedTransformer.from_pretrained if processed else HookedTransformer.from_pretrained_no_processing
-    known = loading.OFFICIAL_MODEL_NAMES
-    # a name that is not on this list is refused, also where the model itself is given
-    added = folder not in known
-    if added:
-        known.append(folder)
-    try:
-        return load(folder, hf_model=model, tokenizer=tokenizer, device=str(model.device), dtype=model.dtype)
-    finally:
-        if added:
-            known.remove(folder)
 
 
 def _nnsight(model: Any, tokenizer: Any) -> Any:
