@@ -40,14 +40,15 @@ def run_demo(
     plant = linearize(model, pairs.positive[:4])
     controllers = {strength: lqr(model, pairs, strength=strength, linearization=plant) for strength in STRENGTHS}
     texts = Table("strength", *PROMPTS, title="Greedy continuations, unsteered and steered", show_lines=True)
-    texts.add_row("-", *(_continue(model, prompt, tokens) for prompt in PROMPTS))
+    texts.add_row("-", *(_continue(model, prompt, tokens)[0] for prompt in PROMPTS))
     for strength, controller in controllers.items():
         with steer(model, controller) as run:
-            texts.add_row(f"{strength:g}", *(_continue(model, prompt, tokens) for prompt in PROMPTS))
-            record = run.record.copy()
+            continued = [_continue(model, prompt, tokens) for prompt in PROMPTS]
+            texts.add_row(f"{strength:g}", *(text for text, _ in continued))
+            record, words = run.record.copy(), continued[-1][1]
     console.print(texts)
     console.print(_layers(Table, controller, record, strength))
-    for path in write_figure(plot_record(record), picture):
+    for path in write_figure(plot_record(record, tokens=words), picture):
         console.print(f"Tracking error and control norm by layer and token: {path}")
 
 
@@ -62,9 +63,11 @@ def write_figure(figure: Any, path: Path) -> Sequence[Path]:
     return path, image
 
 
-def _continue(model: Any, prompt: str, tokens: int) -> str:
-    text = model.generate(prompt, max_new_tokens=tokens, do_sample=False, verbose=False)
-    return text[len(prompt) :].strip()
+def _continue(model: Any, prompt: str, tokens: int) -> tuple[str, list[str]]:
+    """The continuation, and prompt and continuation as tokens."""
+    options = {"max_new_tokens": tokens, "do_sample": False, "verbose": False, "return_type": "tokens"}
+    words = model.to_str_tokens(model.generate(prompt, **options)[0])
+    return "".join(words)[len(prompt) :].strip(), words
 
 
 def _layers(table: Any, controller: Controller, record: Record, strength: float) -> Any:
@@ -75,7 +78,7 @@ def _layers(table: Any, controller: Controller, record: Record, strength: float)
         "measured",
         "error",
         "|u|",
-        title=f"Per layer at strength {strength:g}, mean over steered tokens",
+        title=f"Per layer at strength {strength:g}, means",
     )
     signals = {name: record.layers(name) for name in ("projection", "error", "u_norm")}
     for loop in controller.loops:

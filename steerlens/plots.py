@@ -59,7 +59,9 @@ def plot_record(record: Record, *, row: int = 0, tokens: list[str] | None = None
         )
         figure.update_yaxes(title_text="layer", row=number, col=1)
     figure.update_xaxes(title_text="token" if tokens else "token position", row=len(held), col=1)
-    return figure.update_layout(height=320 * len(held) + 80, width=900, template="simple_white")
+    return figure.update_layout(
+        height=320 * len(held) + 80, width=900, template="simple_white", margin={"t": 40, "l": 60, "r": 20}
+    )
 
 
 def _columns(count: int, tokens: list[str] | None) -> list[Any]:

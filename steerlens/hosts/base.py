@@ -96,15 +96,16 @@ class Host:
 
     def check(self, sites: Iterable[Site]) -> None:
         """Raises ValueError for a layer or point that the model does not have."""
+        points = self.points()
         for site in sites:
             if site.layer >= self.n_layers:
                 last = self.n_layers - 1
                 raise ValueError(
                     f"no hook point '{site}' in a model of {self.n_layers} layers; the last is blocks.{last}"
                 )
-            if site.point not in self.points():
+            if site.point not in points:
                 raise ValueError(
-                    f"this {type(self.model).__name__} offers no {site.point!r}; it has {', '.join(self.points())}"
+                    f"this {type(self.model).__name__} offers no {site.point!r}; it has {', '.join(points)}"
                 )
 
     def read(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -83,12 +83,14 @@ class LensHost(Host):
         hooks = self.model.hook_dict
         return [point for point in POINTS if str(Site(self.n_layers - 1, point)) in hooks]
 
-    def point(self, site: Site) -> HookPoint:
-        """The hook point of a site; its name is checked here because TransformerBridge ignores unknown ones."""
-        hook = self.model.hook_dict.get(str(site))
-        if not isinstance(hook, HookPoint):
-            raise ValueError(f"'{site}' is not a plain hook point of this model; is an SAE attached there?")
-        return hook
+    def find(self, sites: Iterable[Site]) -> dict[Site, HookPoint]:
+        """The hook points of sites; names are checked here because TransformerBridge ignores unknown ones."""
+        hooks = self.model.hook_dict  # a Bridge makes it anew at each access, in some milliseconds
+        found = {site: hooks.get(str(site)) for site in sites}
+        for site, hook in found.items():
+            if not isinstance(hook, HookPoint):
+                raise ValueError(f"'{site}' is not a plain hook point of this model; is an SAE attached there?")
+        return found
 
     def signal_taken(self, name: str) -> bool:
         """Whether a hook point of this name exists already."""
@@ -121,7 +123,7 @@ class LensHost(Host):
 
         handles = []
         try:
-            handles = [_hook(self.point(site), keep(site)) for site in sites]
+            handles = [_hook(point, keep(site)) for site, point in self.find(sites).items()]
             with torch.inference_mode(False), torch.no_grad():
                 last = max(site.layer for site in sites)
                 self._forward(ids, mask, stop=None if last + 1 >= self.n_layers else last + 1)
@@ -278,13 +280,20 @@ class LensAttachment(Attachment):
             self._register(host)
         layers = sorted({site.layer for site in run.sites})
         self._torch_handles = host.watch(lambda **call: self._begin(host, call), layers)
+        points = host.find({place for site in run.sites for place in (site, *self._around(host, site))})
         for site in run.sites:
-            if site.point == "resid_mid" and not host.writes_mid() and site in run.names:
-                self._steer_mid(host, site)
+            if self._around(host, site):
+                self._steer_mid(points, site)
             else:
-                self._lens_handles.append(_hook(host.point(site), _acting(run, site)))
+                self._lens_handles.append(_hook(points[site], _acting(run, site)))
 
-    def _steer_mid(self, host: LensHost, site: Site) -> None:
+    def _around(self, host: LensHost, site: Site) -> tuple[Site, ...]:
+        """Where to hook for a control that cannot be written at its own site."""
+        if site.point != "resid_mid" or host.writes_mid() or site not in self._run.names:
+            return ()
+        return Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
+
+    def _steer_mid(self, points: dict[Site, HookPoint], site: Site) -> None:
         """Adds to the attention output what a write to the Bridge's `hook_resid_mid` would lose."""
         before: list[Tensor] = []
 
@@ -294,8 +303,8 @@ class LensAttachment(Attachment):
         def act(x: Tensor, hook: HookPoint) -> Tensor:
             return self._run.at(site, before.pop() + x, carrier=x)
 
-        self._lens_handles.append(_hook(host.point(Site(site.layer, "resid_pre")), enter))
-        self._lens_handles.append(_hook(host.point(Site(site.layer, "attn_out")), act))
+        self._lens_handles.append(_hook(points[Site(site.layer, "resid_pre")], enter))
+        self._lens_handles.append(_hook(points[Site(site.layer, "attn_out")], act))
 
     def _begin(self, host: LensHost, call: dict[str, Any]) -> None:
         if self._points and next(iter(self._points)) not in self._registry:
