@@ -12,14 +12,14 @@ import argparse
 
 import common
 import torch
+
+import steerlens as sl
 from steerlens.hosts import host_of
 from steerlens.models import smollm2
 
-import steerlens as sl
-
 TEXT = (
-    "The hotel was spotless and the staff were so kind that we stayed another week, walked along the beach every morning, "
-    "and came home with sand in our shoes and a promise to return."
+    "The hotel was spotless and the staff were so kind that we stayed another week, walked along the beach every "
+    "morning, and came home with sand in our shoes and a promise to return."
 )
 
 

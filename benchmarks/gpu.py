@@ -1,6 +1,6 @@
 """The same ratios on a GPU: float32 and bfloat16 decoding, and the fit. Says so where there is no GPU.
 
-    python benchmarks/gpu.py
+python benchmarks/gpu.py
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import sys
 
 import common
 import torch
-from steerlens.models import smollm2
-from steerlens.testing import Case
 
 import steerlens as sl
+from steerlens.models import smollm2
+from steerlens.testing import Case
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
             calls["unsteered"]()
             times = common.paired(calls, 6, "cuda")
             cost = 100 * (common.ratio(times["lqr"], times["unsteered"]) - 1)
-            print(f"{str(dtype):15} {host:8} fit {fit:5.2f} s, decoding steered {cost:+.1f}%")
+            print(f"{dtype!s:15} {host:8} fit {fit:5.2f} s, decoding steered {cost:+.1f}%")
 
 
 if __name__ == "__main__":

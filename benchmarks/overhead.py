@@ -1,6 +1,6 @@
 """Tokens per second of greedy decoding on SmolLM2, steered against unsteered, on each host.
 
-    python benchmarks/overhead.py [--hosts bridge nnsight] [--tokens 24] [--rounds 10]
+python benchmarks/overhead.py [--hosts bridge nnsight] [--tokens 24] [--rounds 10]
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import argparse
 
 import common
 import torch
-from steerlens.models import smollm2
-from steerlens.testing import Case, discover_hosts
 
 import steerlens as sl
+from steerlens.models import smollm2
+from steerlens.testing import Case, discover_hosts
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from steerlens.contrast import Pairs, shipped
 from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
+from steerlens.hosts import remote
 from steerlens.laws import Add, Feedback, Project
 from steerlens.linearization import Linearization, linearize
 from steerlens.methods import ablation, actadd, caa, lqr
@@ -35,6 +36,7 @@ __all__ = [
     "caa",
     "linearize",
     "lqr",
+    "remote",
     "shipped",
     "steer",
 ]

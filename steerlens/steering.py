@@ -21,6 +21,7 @@ def steer(
     strength: float = 1.0,
     record: Any = "scalars",
     trust: bool = False,
+    payload_limit: int = 16 * 2**20,
 ) -> Run:
     """Steer every call of a model until the returned run is closed.
 
@@ -41,6 +42,7 @@ def steer(
             TransformerLens, all signals are hook points while the run lasts (`blocks.5.hook_steer_u`): `run_with_cache`
             caches them and a hook may patch them.
         trust: Attach although the model is not the one the controller was fitted on.
+        payload_limit: Largest request in bytes that nnsight may send to a server.
 
     Raises:
         TypeError: not a controller, or a model of no known library.
@@ -60,7 +62,7 @@ def steer(
         controller = controller * strength
     _check_fit(host, controller, trust)
     _check_shapes(host, controller)
-    return Run(host, controller, record)
+    return Run(host, controller, record, payload_limit)
 
 
 class Run:
@@ -72,16 +74,21 @@ class Run:
             replaced when the next sequence begins; `run.record.copy()` keeps it.
     """
 
-    def __init__(self, host: Host, controller: Controller, record: Any):
+    def __init__(self, host: Host, controller: Controller, record: Any, payload_limit: int):
         self.controller = controller
         self._host = host
         self._pass = Pass(controller.loops, record=record, run=_free_name(host, controller))
-        self._attachment = host.attach(self._pass)
+        self._attachment = host.attach(self._pass, payload_limit=payload_limit)
 
     @property
     def record(self) -> Record:
         """Signals of the latest sequence."""
         return self._pass.log
+
+    @property
+    def payload_bytes(self) -> int | None:
+        """Size of the latest request to a server, controller and travelling code included; None on a local run."""
+        return self._attachment.payload_bytes
 
     def remove(self) -> None:
         """Take the controller off; a second call does nothing."""

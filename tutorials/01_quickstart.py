@@ -1,18 +1,18 @@
 # %% [markdown]
 # # Quickstart: hold a concept at a level, in closed loop
 #
-# You will fit a controller for SmolLM2-135M from sixteen sentences about the sea, steer with it, and look at what it did
-# at each layer and token. About a minute on two cores; no GPU, no network beyond PyPI.
+# You will fit a controller for SmolLM2-135M from sixteen sentences about the sea, steer with it, and look at what it
+# did at each layer and token. About a minute on two cores; no GPU, no network beyond PyPI.
 #
-# The method is A-LQR (arXiv 2604.19018): before each block it measures how far the residual stream is from where a text
-# about the sea would have it, and after the block it adds a correction. How large a correction is worth its cost at which
-# layer is answered once, when the controller is fitted, by a linear quadratic regulator over the layers.
+# The method is A-LQR (arXiv 2604.19018): before each block it measures how far the residual stream is from where a
+# text about the sea would have it, and after the block it adds a correction. How large a correction is worth its cost
+# at which layer is answered once, when the controller is fitted, by a linear quadratic regulator over the layers.
 
 # %%
 import torch
-from steerlens.models import smollm2
 
 import steerlens as sl
+from steerlens.models import smollm2
 
 torch.set_num_threads(2)
 model = smollm2()  # a TransformerBridge; host="nnsight" or host="hooked" give the other kinds
@@ -69,20 +69,21 @@ print("afterwards:", continuation())
 #
 # ## What the loop did
 #
-# The run has recorded one number per layer and token: the distance to the setpoint and the size of the control. Grey
-# columns are prompt tokens, which this controller leaves alone: `where="last"` steers the last prompt token and every token after it.
+# The run has recorded one number per layer and token: the distance to the setpoint and the size of the control. Blank
+# columns are prompt tokens, which this controller leaves alone: `where="last"` steers the last prompt token and every
+# token after it.
 
 # %%
 run.plot()
 
 # %% [markdown]
-# The error does not go to zero: control has a price (`r`), and the feature is pulled towards its setpoint, not nailed to
-# it. Late layers have larger errors and larger controls because the residual stream itself grows with depth.
+# The error does not go to zero: control has a price (`r`), and the feature is pulled towards its setpoint, not nailed
+# to it. Late layers have larger errors and larger controls because the residual stream itself grows with depth.
 #
 # ## The controller's state in the activation cache
 #
-# While a run lasts, its signals are hook points like any other: `run_with_cache` caches them, `names_filter` selects them, and
-# a hook may change them. Here the control of layer 20 is set to zero while all other layers go on.
+# While a run lasts, its signals are hook points like any other: `run_with_cache` caches them, `names_filter` selects
+# them, and a hook may change them. Here the control of layer 20 is set to zero while all other layers go on.
 
 # %%
 with sl.steer(model, strong):
@@ -98,8 +99,8 @@ print("largest change of a logit without it:", round(float((logits - without).ab
 #
 # ## Keep it
 #
-# A controller is data: directions, levels, gains, and a recipe that says how it was made. It saves to one file, loads in
-# nnsight as well, and refuses a model other than the one it was fitted on.
+# A controller is data: directions, levels, gains, and a recipe that says how it was made. It saves to one file, steers
+# the same model in nnsight too, and refuses a model other than the one it was fitted on.
 
 # %%
 strong.save("ocean.safetensors")

@@ -1,7 +1,7 @@
 """Execute the tutorials, `NN_name.py` in percent format, and write the notebooks beside them.
 
-    python tutorials/build.py           # write NN_name.ipynb with fresh outputs
-    python tutorials/build.py --check   # execute, write nothing, fail on an error or a missing notebook
+python tutorials/build.py           # write NN_name.ipynb with fresh outputs
+python tutorials/build.py --check   # execute, write nothing, fail on an error or a missing notebook
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="stems, as 01_quickstart; default all")
     parser.add_argument("--check", action="store_true", help="execute only")
     arguments = parser.parse_args()
-    sources = [path for path in sorted(HERE.glob("[0-9][0-9]_*.py")) if not arguments.names or path.stem in arguments.names]
+    sources = [
+        path for path in sorted(HERE.glob("[0-9][0-9]_*.py")) if not arguments.names or path.stem in arguments.names
+    ]
     for source in sources:
         start = time.monotonic()
         notebook = jupytext.read(source)
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+        NotebookClient(
+            notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+        ).execute()
         target = source.with_suffix(".ipynb")
         if arguments.check:
             if not target.exists() or sources_of(nbformat.read(target, 4)) != sources_of(notebook):

@@ -18,26 +18,27 @@ class Record(Mapping):
     """
 
     def __init__(self) -> None:
-        self._pieces: dict[str, list[Tensor]] = {}
+        # one dict for good, so that a server can fill the very object that is sent to it and send it back
+        self.pieces: dict[str, list[Tensor]] = {}
 
     def begin(self, *, fresh: bool, column: int) -> None:
         """A pass whose first token is the sequence's `column`-th begins."""
         if fresh or column == 0:  # a pass without a KV cache repeats the sequence from its start
-            self._pieces = {}
+            self.pieces.clear()
 
     def put(self, name: str, value: Tensor) -> None:
         """Keep one pass's values of one signal."""
-        self._pieces.setdefault(name, []).append(value.detach())
+        self.pieces.setdefault(name, []).append(value.detach())
 
     def __getitem__(self, name: str) -> Tensor:
-        pieces = self._pieces[name]
+        pieces = self.pieces[name]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
+        return iter(self.pieces)
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self.pieces)
 
     def __repr__(self) -> str:
         shapes = {tuple(self[name].shape) for name in self}
@@ -62,7 +63,7 @@ class Record(Mapping):
     def copy(self) -> Record:
         """A record that later passes do not change."""
         copy = Record()
-        copy._pieces = {name: [self[name].clone()] for name in self}
+        copy.pieces.update({name: [self[name].clone()] for name in self})
         return copy
 
     def save(self, path: str | Path) -> None:

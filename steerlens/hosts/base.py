@@ -16,6 +16,11 @@ from steerlens.hosts.nominal import Nominal
 class Attachment:
     """A pass that is attached to a model; `detach` takes it off and leaves nothing behind."""
 
+    @property
+    def payload_bytes(self) -> int | None:
+        """Size of the latest request to a server, on hosts that send any."""
+        return None
+
     def detach(self) -> None:
         """Remove every hook and edit; calling it twice is harmless."""
         raise NotImplementedError
@@ -64,8 +69,12 @@ class Host:
         """Points of `core.POINTS` that this model offers."""
         raise NotImplementedError
 
-    def attach(self, run: Pass) -> Attachment:
-        """Run a pass with every forward call of the model until detached."""
+    def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
+        """Run a pass with every forward call of the model until detached.
+
+        Args:
+            payload_limit: Largest request in bytes, on hosts that send them.
+        """
         raise NotImplementedError
 
     def signal_taken(self, name: str) -> bool:

@@ -108,7 +108,7 @@ class LensHost(Host):
         """Whether writing `hook_resid_mid` changes the residual stream."""
         raise NotImplementedError
 
-    def attach(self, run: Pass) -> Attachment:
+    def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
         """Permanent hooks at the sites of the pass, and hook points for its signals."""
         return LensAttachment(self, run)
 

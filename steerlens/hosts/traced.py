@@ -10,6 +10,7 @@ import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
+from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor
 
 from steerlens.core import POINTS, Pass, Site
@@ -17,6 +18,7 @@ from steerlens.hosts import hf
 from steerlens.hosts.base import Attachment, Host, pool
 from steerlens.hosts.families import family_paths, layers_path
 from steerlens.hosts.nominal import Nominal
+from steerlens.hosts.remote import RemoteForms
 
 
 def claim(model: Any) -> Host | None:
@@ -29,8 +31,9 @@ class TracedHost(Host):
 
     library = "nnsight"
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, remote: bool | str = False):
         self.model = model
+        self.remote = remote
         module = model._module
         config = getattr(module, "config", None)
         if config is None or getattr(module, "base_model", module) is module:
@@ -76,9 +79,9 @@ class TracedHost(Host):
         """All of them, in every family that is known."""
         return POINTS
 
-    def attach(self, run: Pass) -> Attachment:
+    def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
         """An edit on the model's root: it also steers `generate`, sessions and remote runs."""
-        return TracedAttachment(self.model, self.base, self.taps(run), run)
+        return TracedAttachment(self.model, self.base, self.taps(run), run, payload_limit)
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -112,12 +115,14 @@ class TracedHost(Host):
         return Tap(envoy, side, read, steers, heads, stash)
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
-        self._need_weights("reading activations")
+        if not self.remote:
+            self._need_weights("reading activations")
         taps = [self._tap(site) for site in sites]
         model = self.model
         # stopping before the unembedding would cut off edits of the user's at later layers
         early = not model._edits
-        with torch.no_grad(), model.trace({"input_ids": ids, "attention_mask": mask}) as tracer:
+        where = {"remote": self.remote} if self.remote else {}
+        with torch.no_grad(), model.trace({"input_ids": ids, "attention_mask": mask}, **where) as tracer:
             found = nnsight.save([pool(tap.value(), weights) for tap in taps])
             if early:
                 tracer.stop()
@@ -125,7 +130,10 @@ class TracedHost(Host):
 
     def _need_weights(self, what: str) -> None:
         if self._weight.device.type == "meta":
-            raise NotImplementedError(f"{what} needs the weights here; build the model with dispatch=True")
+            raise NotImplementedError(
+                f"{what} needs the weights here: build the model with dispatch=True, or read on a server with "
+                "steerlens.remote(model)"
+            )
 
 
 class Tap:
@@ -193,8 +201,10 @@ def follow(base: Any, taps: list[Tap], run: Pass) -> None:
 class TracedAttachment(Attachment):
     """One edit on a model's root envoy."""
 
-    def __init__(self, model: Any, base: Any, taps: list[Tap], run: Pass):
+    def __init__(self, model: Any, base: Any, taps: list[Tap], run: Pass, payload_limit: int):
         self._model = model
+        self._run = run
+        self._forms = RemoteForms.enter(model, run, payload_limit) if isinstance(model, Remotable) else None
         with model.edit(inplace=True):
             follow(base, taps, run)
         self._edit = model._edits[-1]
@@ -202,3 +212,10 @@ class TracedAttachment(Attachment):
     def detach(self) -> None:
         """Remove this edit and no other."""
         self._model._edits = [edit for edit in self._model._edits if edit is not self._edit]
+        if self._forms is not None:
+            self._forms.leave(self._run)
+
+    @property
+    def payload_bytes(self) -> int | None:
+        """Size of the latest request to a server."""
+        return None if self._forms is None else self._forms.payload_bytes
