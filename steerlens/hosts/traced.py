@@ -8,14 +8,13 @@ from typing import Any
 import nnsight
 import torch
 from nnsight.intervention.envoy import Envoy
-from nnsight.intervention.interleaver import OutOfOrderError
-from nnsight.intervention.iterator import Iterations
 from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor
 
 from steerlens.core import POINTS, Pass, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Attachment, Host, pool
+from steerlens.hosts.edit import Tap, follow
 from steerlens.hosts.families import family_paths, layers_path
 from steerlens.hosts.nominal import Nominal
 from steerlens.hosts.remote import RemoteForms
@@ -67,8 +66,9 @@ class TracedHost(Host):
 
     @property
     def device(self) -> torch.device:
-        """Where the first block's weights are."""
-        return self._weight.device
+        """Where the first block's weights are; the CPU while they are on a server only."""
+        device = self._weight.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,68 +134,6 @@ class TracedHost(Host):
                 f"{what} needs the weights here: build the model with dispatch=True, or read on a server with "
                 "steerlens.remote(model)"
             )
-
-
-class Tap:
-    """One location that the edit visits: where the state is read, and where a control goes.
-
-    Args:
-        envoy: The module.
-        side: `"input"` or `"output"`.
-        read: The site whose state is there.
-        steers: The site of the pass that it serves; None where it only reads.
-        heads: Number of heads into which the last dimension is split, 0 for none.
-        stash: Keep the value for the next tap, which needs it to form the state.
-    """
-
-    def __init__(self, envoy: Any, side: str, read: Site, steers: Site | None, heads: int, stash: bool):
-        self.envoy = envoy
-        self.side = side
-        self.read = read
-        self.steers = steers
-        self.heads = heads
-        self.stash = stash
-
-    def value(self) -> Tensor:
-        """The state there, heads split."""
-        raw = self.envoy.input if self.side == "input" else self.envoy.output
-        x = raw if isinstance(raw, torch.Tensor) else raw[0]
-        return x.unflatten(-1, (self.heads, -1)) if self.heads else x
-
-    def run(self, run: Pass, before: Any) -> Any:
-        """Visit the location; returns what the next tap needs of it."""
-        raw = self.envoy.input if self.side == "input" else self.envoy.output
-        x = raw if isinstance(raw, torch.Tensor) else raw[0]
-        if self.stash or self.steers is None:
-            return x
-        split = x.unflatten(-1, (self.heads, -1)) if self.heads else x
-        state = split if before is None else before + split
-        steered = run.at(self.steers, state, carrier=split)
-        if steered is split:
-            return None
-        steered = steered.flatten(-2) if self.heads else steered
-        if self.side == "input":
-            self.envoy.input = steered
-        else:
-            self.envoy.output = steered if isinstance(raw, torch.Tensor) else (steered, *raw[1:])
-        return None
-
-
-def follow(base: Any, taps: list[Tap], run: Pass) -> None:
-    """The body of the edit: visit the taps in every forward pass of one trace or generation."""
-    for step in Iterations()[:]:
-        try:
-            args, kwargs = base.inputs
-        except OutOfOrderError:
-            # the generation is over: the loop asked for a pass that never came
-            if step == 0:
-                raise
-            return
-        call = hf.call_shape(args, kwargs)
-        run.begin(call["shape"], past=call["past"], mask=call["mask"], device=call["device"], continues=step > 0)
-        before = None
-        for tap in taps:
-            before = tap.run(run, before)
 
 
 class TracedAttachment(Attachment):
