@@ -21,8 +21,6 @@ def case(method, host, family, device):
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_promise(method, host, family, check, device):
-    if (family, host) == ("gemma", "hooked"):
-        pytest.skip("HookedTransformer cannot build a small Gemma")
     run_check(check, case(method, host, family, device))
 
 

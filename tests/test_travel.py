@@ -31,10 +31,14 @@ def parts():
             yield child
             yield from below(child)
 
-    return sorted({kind for kind in below(Part) if kind.__module__.startswith("steerlens")}, key=lambda kind: kind.__name__)
+    return sorted(
+        {kind for kind in below(Part) if kind.__module__.startswith("steerlens")}, key=lambda kind: kind.__name__
+    )
 
 
-@pytest.mark.parametrize("kind", [*parts(), Pass, Record, Loop, Site, Positions, SiteSignals], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*parts(), Pass, Record, Loop, Site, Positions, SiteSignals], ids=lambda kind: kind.__name__
+)
 def test_what_a_controller_is_made_of_travels(kind):
     assert problems(kind) == []
 

@@ -1,8 +1,8 @@
 """Finds what would break, some of it silently, when code is sent by source to a server without steerlens.
 
-Measured on a real server: a zero-argument `super()` has no `__class__` cell there, `self.__x` is not mangled, a decorator
-made with `functools.wraps` is dropped, generated methods (dataclass, NamedTuple) travel as bytecode of this Python's minor
-version, and a global that names a package the server lacks fails to unpickle, also where it is never used.
+Measured on a real server: a zero-argument `super()` has no `__class__` cell there, `self.__x` is not mangled, a
+decorator made with `functools.wraps` is dropped, generated methods (dataclass, NamedTuple) travel as bytecode of this
+Python's minor version, and a global that names a package the server lacks fails to unpickle, also where it is unused.
 """
 
 from __future__ import annotations
