@@ -133,7 +133,7 @@ class Case:
 
     def steer(self, **options: Any) -> Run:
         """Attach the fitted controller."""
-        return steer(self.model, options.pop("controller", self.controller), **options)
+        return steer(self.model, options.pop("controller", None) or self.controller, **options)
 
     @property
     def tolerance(self) -> float:
