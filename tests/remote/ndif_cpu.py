@@ -1,8 +1,8 @@
 """Actor classes with which NDIF 0.1.2 serves nnsight 0.8.1 on a machine without a GPU.
 
 Imported by the server's own processes, never by steerlens: Ray finds it on their PYTHONPATH by the dotted names that
-`server.py` sets. Importing it is also what puts the two repairs below in place, so every actor class here has an importable
-base in this module: Ray pickles the decorated class by value, and only the base's import runs this file in the worker.
+`server.py` sets. Importing it is also what puts the two repairs below in place, so every actor class has a base in this
+module: Ray pickles the decorated class by value, and only the import of the base runs this file in the worker.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nnsight.modeling.mixins.remotable import Remotable
 
 
 def _accept_trust_remote_code(name: str) -> None:
-    """NDIF passes a keyword that nnsight dropped between 0.8.0 and 0.8.1; without this every deployment ends in TypeError."""
+    """NDIF passes a keyword that nnsight dropped with 0.8.1; without this every deployment ends in TypeError."""
     described = getattr(Remotable, name).__func__
 
     def tolerant(cls: type, *args: Any, trust_remote_code: bool = False, **options: Any) -> Any:

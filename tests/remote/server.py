@@ -6,19 +6,19 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-INSTALL = "apt-get install redis-server"
-# The server's processes get these and nothing else: no PYTHONPATH that would show them steerlens, no token, no Ray address.
-INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "HF_HOME", "XDG_CACHE_HOME")
+# what the server's processes get of the user's environment: no PYTHONPATH that shows them steerlens, no token, no Ray
+INHERITED = ("HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "HF_HOME", "XDG_CACHE_HOME")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Server:
     folder: Path
 
     def tails(self, lines: int = 25) -> str:
-        """The last lines of every log that has any."""
+        """The last lines of every log that has any, the newest log last."""
         logs = [*self.folder.glob("*.log"), *self.folder.glob("ray/session_latest/logs/worker-*")]
         parts = []
         for log in sorted(logs, key=lambda log: log.stat().st_mtime):
@@ -47,7 +47,7 @@ def environment() -> Path:
 def missing() -> str | None:
     """What has to be installed before the server can start, in one line, or None."""
     if shutil.which("redis-server") is None:
-        return f"the NDIF test server needs redis-server: {INSTALL}"
+        return "the NDIF test server needs Redis: apt-get install redis-server (or: brew install redis)"
     if not (environment() / "ready").exists():
         return f"the NDIF test server needs its environment: tests/remote/make_env.sh {environment()}"
     return None
@@ -74,6 +74,7 @@ def ndif_server(
 
     Raises:
         RuntimeError: something is not installed, a process ended, or the time was up; with the tails of the logs.
+        FileNotFoundError: no model in the folder.
     """
     hint = missing()
     if hint:
@@ -81,27 +82,25 @@ def ndif_server(
     model_dir = Path(model_dir).resolve()
     if not (model_dir / "config.json").exists():
         raise FileNotFoundError(f"no config.json in {model_dir}; save a model and its tokenizer there")
+    names = ("redis", "gcs", "client", "dashboard", "agent", "api", "store")
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
     # Not $TMPDIR: Ray's Unix sockets lie some 70 characters below it, and their paths may have 107 (on macOS 103).
-    folder = Path(tempfile.mkdtemp(prefix="ndif-", dir="/tmp"))
-    ports = dict(zip(("redis", "gcs", "client", "dashboard", "agent", "api", "store"), _free_ports(7), strict=True))
-    server = Server(f"http://127.0.0.1:{ports['api']}", folder)
-    settings = _settings(folder, ports) | {
+    server = Server(f"http://127.0.0.1:{ports['api']}", Path(tempfile.mkdtemp(prefix="ndif-", dir="/tmp")))
+    settings = _settings(server.folder, ports) | {
         "NDIF_DEPLOYMENTS": model_key(model_dir),
         "NDIF_DEFAULT_DTYPE": dtype,
         "NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS": str(request_s),
         "NDIF_SANDBOX_POOL_SIZE": str(runners),
     }
-    deadline = time.monotonic() + start_s
-    services: list[_Service] = []
+    processes = _Processes(server.folder, settings)
     try:
         try:
-            _start(services, server, settings, ports, deadline)
+            _start(processes, server, ports, model_key(model_dir), time.monotonic() + start_s)
         except Exception as error:
             raise RuntimeError(f"the NDIF test server did not start: {error}\n{server.tails()}") from error
         yield server
     finally:
-        _stop(services)
-        shutil.rmtree(folder, ignore_errors=True)
+        processes.end()
 
 
 def model_key(model_dir: Path) -> str:
@@ -111,10 +110,10 @@ def model_key(model_dir: Path) -> str:
 
 
 def _settings(folder: Path, ports: dict[str, int]) -> dict[str, str]:
-    """The environment variables of all processes; writes the files that they name."""
+    """The environment variables of all processes; makes the folder that their PYTHONPATH names."""
     shim = folder / "shim"
     shim.mkdir()
-    # a copy: the folder of the original holds the tests
+    # a copy: beside the original lie the tests
     shutil.copy(HERE / "ndif_cpu.py", shim)
     return {name: os.environ[name] for name in INHERITED if name in os.environ} | {
         "PATH": f"{environment() / 'bin'}:{os.environ['PATH']}",
@@ -127,11 +126,16 @@ def _settings(folder: Path, ports: dict[str, int]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "GRPC_ENABLE_FORK_SUPPORT": "0",
         "RAY_ADDRESS": f"127.0.0.1:{ports['gcs']}",
+        # Ray's switch for laptops; without it Ray puts the machine's outer address in the place of 127.0.0.1, and
+        # listens on all interfaces
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "NDIF_REDIS_URL": f"redis://127.0.0.1:{ports['redis']}",
         "NDIF_RAY_ADDRESS": f"ray://127.0.0.1:{ports['client']}",
         # nothing listens there: a result above 8 MiB, or one that is fetched later, would need an S3 server
         "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{ports['store']}",
         "NDIF_API_PORT": str(ports["api"]),
+        # /status answers from a copy that is a minute old by default, and the start waits for what it says
+        "NDIF_STATUS_TTL_S": "1",
         "NDIF_DEFAULT_PADDING_BIAS": "0",
         "NDIF_MINIMUM_DEPLOYMENT_TIME_SECONDS": "0",
         "NDIF_CONTROLLER_IMPORT_PATH": "ndif_cpu.CPUControllerActor",
@@ -139,28 +143,19 @@ def _settings(folder: Path, ports: dict[str, int]) -> dict[str, str]:
     }
 
 
-def _start(
-    services: list[_Service], server: Server, settings: dict[str, str], ports: dict[str, int], deadline: float
-) -> None:
-    python = str(environment() / "bin" / "python")
-
-    def start(name: str, *command: str, **more: str) -> _Service:
-        service = _Service(name, command, settings | more, server.folder)
-        services.append(service)
-        return service
-
+def _start(processes: _Processes, server: Server, ports: dict[str, int], key: str, deadline: float) -> None:
     def wait(what: str, ready: Callable[[], bool]) -> None:
         while not ready():
-            for service in services:
-                if service.failed():
-                    raise RuntimeError(f"{service.name} ended with exit status {service.process.returncode}")
+            processes.check()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the time was up while waiting for {what}")
-            time.sleep(0.2)
+            time.sleep(0.25)
 
-    loopback = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    start("redis", "redis-server", "--port", str(ports["redis"]), *loopback)
-    ray = start(
+    python = str(environment() / "bin" / "python")
+    # nothing is written to disk
+    redis = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
+    processes.start("redis", "redis-server", "--port", str(ports["redis"]), *redis)
+    processes.start(
         "ray",
         *(python, "-m", "ray.scripts.scripts", "start", "--block", "--head", "--node-ip-address=127.0.0.1"),
         # The GPU is a label, without which NDIF sees no node. The sizes are what NDIF may place, not what is reserved.
@@ -172,56 +167,100 @@ def _start(
         *(f"--dashboard-agent-listen-port={ports['agent']}", f"--temp-dir={server.folder / 'ray'}"),
         "--disable-usage-stats",
     )
-    wait("Ray", lambda: "Ray runtime started" in ray.log.read_text(encoding="utf-8", errors="replace"))
-    controller = start("controller", python, "-m", "ndif.services.ray.deployments.controller.controller")
+    wait("Ray", lambda: "Ray runtime started" in processes.log("ray"))
+    controller = processes.start("controller", python, "-m", "ndif.services.ray.deployments.controller.controller")
     # nnsight's `.save` on every object breaks the parsing of requests above 1 MB with anyio 4.15 and later
     config = server.folder / "api.yaml"
     config.write_text("APP: {PYMOUNT: false}\n", encoding="utf-8")
-    gunicorn = (python, "-m", "gunicorn", "--config", "python:ndif.services.api.gunicorn_conf")
-    # NDIF's own configuration binds to all interfaces
-    address = server.url.removeprefix("http://")
-    start("api", *gunicorn, "-b", address, "ndif.services.api.app:app", NNSIGHT_CONFIG=str(config))
-    wait("the controller", lambda: controller.process.poll() == 0)
-    wait("the API", lambda: _get(server.url + "/connected") is not None)
-    wait("the model", lambda: _deployed(server))
+    processes.start(
+        "api",
+        *("env", f"NNSIGHT_CONFIG={config}", python, "-m", "gunicorn"),
+        *("--config", "python:ndif.services.api.gunicorn_conf", "--no-control-socket"),
+        # NDIF's own configuration binds to all interfaces
+        *("-b", server.url.removeprefix("http://"), "ndif.services.api.app:app"),
+    )
+    # it hands the controller to Ray and ends
+    wait("the controller", lambda: controller.poll() == 0)
+    wait("the API", lambda: _get(f"{server.url}/connected") is not None)
+    wait("the model", lambda: _deployed(_get(f"{server.url}/status"), key))
 
 
-def _deployed(server: Server) -> bool:
-    status = _get(server.url + "/status")
-    states = [found.get("application_state") for found in (status or {}).get("deployments", {}).values()]
-    if "UNHEALTHY" in states:
+def _deployed(status: dict | None, key: str) -> bool:
+    if status is None:
+        return False
+    found = [entry for entry in status["deployments"].values() if entry.get("model_key") == key]
+    # the controller answers only after it has placed the model
+    if not found or found[0]["application_state"] == "UNHEALTHY":
         raise RuntimeError("the model could not be deployed")
-    return "RUNNING" in states
+    return found[0]["application_state"] == "RUNNING"
 
 
 def _get(url: str) -> dict | None:
-    # no proxy: what http_proxy names cannot reach this machine's loopback
+    # no proxy: from there this machine's loopback is another one
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=10) as response:
             return json.load(response)
-    except (OSError, ValueError):
+    except OSError:
         return None
 
 
-class _Service:
-    """A process group with its log."""
+class _Processes:
+    """The server's processes, each with its log; they end with `end()`, and also with the process that started them."""
 
-    def __init__(self, name: str, command: tuple[str, ...], settings: dict[str, str], folder: Path):
-        self.name = name
-        self.log = folder / f"{name}.log"
-        with self.log.open("wb") as log:
-            # In the folder: Python puts the working directory on its path, and Ray hands that on to the workers. Started in
-            # the repository the server would find steerlens.
-            self.process = subprocess.Popen(
+    def __init__(self, folder: Path, settings: dict[str, str]):
+        self.folder = folder
+        self.settings = settings
+        self.started: dict[str, subprocess.Popen] = {}
+        self.guard = subprocess.Popen(
+            [sys.executable, str(HERE / "guard.py"), str(folder)],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def start(self, name: str, *command: str) -> subprocess.Popen:
+        """Starts a process in a session of its own."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
                 command,
-                cwd=folder,
-                env=settings,
+                # Python puts the working directory on its path, and Ray hands that path on to its workers: started in
+                # the repository, the server would find steerlens
+                cwd=self.folder,
+                env=self.settings,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.started[name] = process
+        self.guard.stdin.write(f"{process.pid}\n")
+        self.guard.stdin.flush()
+        return process
 
-    def failed(self) -> bool:
-        return self.process.poll() not in (None, 0)
+    def log(self, name: str) -> str:
+        """What a process has written so far."""
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def check(self) -> None:
+        """Raises RuntimeError when one of them has failed."""
+        for name, process in self.started.items():
+            if process.poll() not in (None, 0):
+                raise RuntimeError(f"{name} ended with exit status {process.returncode}")
+
+    def end(self) -> None:
+        """Kills all of them and removes the folder."""
+        self.guard.stdin.close()
+        if self.guard.wait(timeout=30) != 0:
+            raise RuntimeError(f"processes of the NDIF test server may be left: {sorted(self.started)}")
+        for process in self.started.values():
+            process.wait(timeout=5)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago, all different."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
