@@ -40,13 +40,15 @@ class Positions:
         self.padded = False
         self.prompt: Any = 0  # int, or [batch] where rows differ
         self.index: Tensor | None = None  # [batch length], -1 at pads; None where no row is padded
+        self._mask: Tensor | None = None  # of the whole sequence so far
         self.device: torch.device | None = None
 
     def begin(self, shape: tuple[int, int], past: int, mask: Tensor | None, *, continues: bool, device: Any) -> bool:
         """Enter a forward pass over `shape` = (batch, length) new tokens after `past` cached ones.
 
         Args:
-            mask: 1 for real tokens, `[batch past+length]` or `[batch length]`; None: all are real.
+            mask: 1 for real tokens, `[batch past+length]` or `[batch length]`; None: all are real, of a sequence that
+                continues all that are new.
             continues: the caller knows that this pass belongs to the sequence of the previous one.
 
         Returns:
@@ -61,19 +63,29 @@ class Positions:
         self.batch, self.length, self.past, self.seen = batch, length, past, past + length
         self.device = torch.device(device) if device is not None else None
         if fresh:
+            self._mask = None
             # one host-device sync for a prompt, none while decoding
             self.padded = mask is not None and not bool(mask.all())
         self.index = None
-        if self.padded and mask is not None:
-            full = mask.to(device=device, dtype=torch.long)
-            if full.shape[1] < past + length:
-                full = torch.cat([full.new_ones(batch, past + length - full.shape[1]), full], dim=1)
+        if self.padded:
+            full = self._whole(mask, past + length)
             self.index = torch.where(full > 0, full.cumsum(1) - 1, -1)[:, -length:]
             if fresh:
                 self.prompt = full.sum(1)
         elif fresh:
             self.prompt = past + length
         return fresh
+
+    def _whole(self, mask: Tensor | None, total: int) -> Tensor:
+        """The mask of the whole sequence so far, `[batch total]`, whatever part of it came in."""
+        before = self._mask if self._mask is not None and self._mask.shape[0] == self.batch else None
+        if mask is None or mask.shape[1] < total:
+            new = torch.ones(self.batch, 0, dtype=torch.long) if mask is None else mask
+            old = torch.ones(self.batch, 0, dtype=torch.long) if before is None else before[:, : total - new.shape[1]]
+            gap = torch.ones(self.batch, total - old.shape[1] - new.shape[1], dtype=torch.long, device=self.device)
+            mask = torch.cat([old.to(gap), gap, new.to(gap)], dim=1)
+        self._mask = mask.to(device=self.device, dtype=torch.long)
+        return self._mask
 
     def table(self) -> Tensor:
         """Absolute positions `[batch length]`; -1 at pads."""

@@ -14,62 +14,107 @@ from steerlens.hosts.hf import call_shape
 
 
 class Tap:
-    """One location that the edit visits: where the state is read, and where a control goes.
+    """One location that the edit visits.
+
+    On a server no location is a block's own input: in the sandbox a location's whole value goes to another process and
+    back, and a block's arguments hold the KV cache, of which a copy would come back. The input of the block's first
+    norm is the same state. A write to it reaches attention only, so a control at `resid_pre` is added once more to
+    what attention puts out (`ENTER`, then `CARRY`); one at `resid_mid` is added there too (`BEFORE`, then `MID`).
 
     Args:
         envoy: The module.
         side: `"input"` or `"output"`.
         read: The site whose state is there.
-        steers: The site of the pass that it serves; None where it only reads.
+        role: What to do there, one of the five below.
+        steers: The site of the pass that it serves; None where it serves another tap.
         heads: Number of heads into which the last dimension is split, 0 for none.
-        stash: Keep the value for the next tap, which needs it to form the state.
     """
 
-    def __init__(self, envoy: Any, side: str, read: Site, steers: Site | None, heads: int, stash: bool):
+    # in the order in which taps at one location are visited
+    PLAIN, ENTER, BEFORE, MID, CARRY = range(5)
+
+    def __init__(self, envoy: Any, side: str, read: Site, role: int, steers: Site | None = None, heads: int = 0):
         self.envoy = envoy
         self.side = side
         self.read = read
+        self.role = role
         self.steers = steers
         self.heads = heads
-        self.stash = stash
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key: the order of the forward pass, then of the roles."""
+        return (*self.read.order, self.role)
+
+    def raw(self) -> Any:
+        """What the location holds."""
+        return self.envoy.input if self.side == "input" else self.envoy.output
 
     def value(self) -> Tensor:
         """The state there, heads split."""
-        raw = self.envoy.input if self.side == "input" else self.envoy.output
+        raw = self.raw()
         x = raw if isinstance(raw, torch.Tensor) else raw[0]
         return x.unflatten(-1, (self.heads, -1)) if self.heads else x
 
-    def run(self, run: Pass, before: Any) -> Any:
-        """Visit the location; returns what the next tap needs of it."""
-        raw = self.envoy.input if self.side == "input" else self.envoy.output
-        x = raw if isinstance(raw, torch.Tensor) else raw[0]
-        if self.stash or self.steers is None:
-            return x
-        split = x.unflatten(-1, (self.heads, -1)) if self.heads else x
-        state = split if before is None else before + split
-        steered = run.at(self.steers, state, carrier=split)
-        if steered is split:
-            return None
-        steered = steered.flatten(-2) if self.heads else steered
+    def write(self, raw: Any, value: Tensor) -> None:
+        """Replace the state there."""
+        value = value.flatten(-2) if self.heads else value
         if self.side == "input":
-            self.envoy.input = steered
+            self.envoy.input = value
         else:
-            self.envoy.output = steered if isinstance(raw, torch.Tensor) else (steered, *raw[1:])
-        return None
+            self.envoy.output = value if isinstance(raw, torch.Tensor) else (value, *raw[1:])
+
+    def visit(self, run: Pass, kept: dict[str, Tensor]) -> None:
+        """Sense, act, or keep something for a later tap of the same block."""
+        if self.role == Tap.CARRY and "entered" not in kept:
+            return
+        raw = self.raw()
+        x = raw if isinstance(raw, torch.Tensor) else raw[0]
+        x = x.unflatten(-1, (self.heads, -1)) if self.heads else x
+        if self.role == Tap.BEFORE:
+            kept["before"] = x
+        elif self.role == Tap.CARRY:
+            self.write(raw, x + kept.pop("entered"))
+        elif self.role == Tap.ENTER:
+            zero = torch.zeros_like(x)
+            u = run.at(self.steers, x, carrier=zero)  # type: ignore[arg-type]
+            if u is not zero:
+                kept["entered"] = u
+                self.write(raw, x + u)
+        else:
+            state = kept.pop("before") + x if self.role == Tap.MID else x
+            steered = run.at(self.steers, state, carrier=x)  # type: ignore[arg-type]
+            if steered is not x:
+                self.write(raw, steered)
 
 
-def follow(base: Any, taps: list[Tap], run: Pass) -> None:
-    """The body of the edit: visit the taps in every forward pass of one trace or generation."""
+def follow(base: Any, first: Any, taps: list[Tap], run: Pass) -> None:
+    """The body of the edit: visit the taps in every forward pass of one trace or generation.
+
+    Args:
+        base: The Hugging Face base model, whose arguments tell mask and cache of the first pass.
+        first: None where the weights are here. On a server, where reading `base`'s arguments would send the KV cache to
+            the sandbox and back at every token, the first norm of the first block: its input tells the shape.
+    """
     for step in Iterations()[:]:
         try:
-            args, kwargs = base.inputs
+            if step == 0 or first is None:
+                args, kwargs = base.inputs
+            else:
+                x = first.input
         except OutOfOrderError:
-            # the generation is over: the loop asked for a pass that never came
             if step == 0:
                 raise
-            return
-        call = call_shape(args, kwargs)
-        run.begin(call["shape"], past=call["past"], mask=call["mask"], device=call["device"], continues=step > 0)
-        before = None
+            return  # the generation is over: the loop asked for a pass that never came
+        if step == 0 or first is None:
+            call = call_shape(args, kwargs)
+            shape, mask, device = call["shape"], call["mask"], call["device"]
+            run.begin(shape, past=call["past"], mask=mask, device=device, continues=step > 0)
+        else:
+            # without a KV cache each pass repeats the sequence and adds a token
+            seen = run.positions.seen
+            past = 0 if x.shape[1] == seen + 1 else seen
+            run.begin((x.shape[0], x.shape[1]), past=past, continues=True, device=x.device)
+        kept: dict[str, Tensor] = {}
         for tap in taps:
-            before = tap.run(run, before)
+            tap.visit(run, kept)

@@ -9,10 +9,10 @@ from torch import nn
 #: point -> (path inside the block, "input" or "output")
 Paths = dict[str, tuple[str, str]]
 
-_BLOCK: Paths = {"resid_pre": ("", "input"), "resid_post": ("", "output")}
-
 #: Llama, Mistral, Qwen, Phi-3, Gemma 1: norm, attention, add, norm, MLP, add.
-LLAMA: Paths = _BLOCK | {
+LLAMA: Paths = {
+    "resid_pre": ("input_layernorm", "input"),
+    "resid_post": ("", "output"),
     "z": ("self_attn.o_proj", "input"),
     "attn_out": ("self_attn", "output"),
     "resid_mid": ("post_attention_layernorm", "input"),
@@ -25,7 +25,9 @@ GEMMA: Paths = LLAMA | {
     "resid_mid": ("pre_feedforward_layernorm", "input"),
     "mlp_out": ("post_feedforward_layernorm", "output"),
 }
-GPT2: Paths = _BLOCK | {
+GPT2: Paths = {
+    "resid_pre": ("ln_1", "input"),
+    "resid_post": ("", "output"),
     "z": ("attn.c_proj", "input"),
     "attn_out": ("attn", "output"),
     "resid_mid": ("ln_2", "input"),

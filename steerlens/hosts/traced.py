@@ -17,7 +17,7 @@ from steerlens.hosts.base import Attachment, Host, pool
 from steerlens.hosts.edit import Tap, follow
 from steerlens.hosts.families import family_paths, layers_path
 from steerlens.hosts.nominal import Nominal
-from steerlens.hosts.remote import RemoteForms
+from steerlens.hosts.remote import RemoteForms, Request
 
 
 def claim(model: Any) -> Host | None:
@@ -67,8 +67,7 @@ class TracedHost(Host):
     @property
     def device(self) -> torch.device:
         """Where the first block's weights are; the CPU while they are on a server only."""
-        device = self._weight.device
-        return torch.device("cpu") if device.type == "meta" else device
+        return torch.device("cpu") if self.away else self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +80,8 @@ class TracedHost(Host):
 
     def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
         """An edit on the model's root: it also steers `generate`, sessions and remote runs."""
-        return TracedAttachment(self.model, self.base, self.taps(run), run, payload_limit)
+        first = self._tap(Site(0, "resid_pre")).envoy if self.away else None
+        return TracedAttachment(self.model, self.base, first, self.taps(run), run, payload_limit)
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -95,24 +95,32 @@ class TracedHost(Host):
         weight = getattr(self.layers[self.n_layers - 1]._module.get_submodule(path), "weight", None)
         return None if weight is None else hf.probe(weight, self.d_model)
 
+    @property
+    def away(self) -> bool:
+        """Whether the weights are on a server only."""
+        return self._weight.device.type == "meta"
+
     def taps(self, run: Pass) -> list[Tap]:
         """What the edit must visit, in the order of the forward pass."""
         taps = []
         for site in run.sites:
+            pre, branch = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
             if site.point == "resid_mid" and site in run.names:
-                taps.append(self._tap(Site(site.layer, "resid_pre"), stash=True))
-                taps.append(self._tap(Site(site.layer, "attn_out"), steers=site))
+                taps += [self._tap(pre, Tap.BEFORE), self._tap(branch, Tap.MID, site)]
+            elif site.point == "resid_pre" and site in run.names and self.away:
+                taps += [self._tap(pre, Tap.ENTER, site), self._tap(branch, Tap.CARRY)]
+            elif site.point == "resid_pre" and site in run.names:
+                taps.append(Tap(self.layers[site.layer], "input", site, Tap.PLAIN, site))
             else:
-                taps.append(self._tap(site, steers=site))
-        return sorted(taps, key=lambda tap: tap.read.order)
+                taps.append(self._tap(site, Tap.PLAIN, site))
+        return sorted(taps, key=lambda tap: tap.order)
 
-    def _tap(self, read: Site, *, steers: Site | None = None, stash: bool = False) -> Tap:
+    def _tap(self, read: Site, role: int = Tap.PLAIN, steers: Site | None = None) -> Tap:
         path, side = self.paths[read.point]
         envoy = self.layers[read.layer]
         for name in path.split(".") if path else ():
             envoy = getattr(envoy, name)
-        heads = self.n_heads if read.point == "z" else 0
-        return Tap(envoy, side, read, steers, heads, stash)
+        return Tap(envoy, side, read, role, steers, self.n_heads if read.point == "z" else 0)
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:
@@ -129,7 +137,7 @@ class TracedHost(Host):
         return [value.cpu() for value in found]
 
     def _need_weights(self, what: str) -> None:
-        if self._weight.device.type == "meta":
+        if self.away:
             raise NotImplementedError(
                 f"{what} needs the weights here: build the model with dispatch=True, or read on a server with "
                 "steerlens.remote(model)"
@@ -139,12 +147,16 @@ class TracedHost(Host):
 class TracedAttachment(Attachment):
     """One edit on a model's root envoy."""
 
-    def __init__(self, model: Any, base: Any, taps: list[Tap], run: Pass, payload_limit: int):
+    def __init__(self, model: Any, base: Any, first: Any, taps: list[Tap], run: Pass, payload_limit: int):
         self._model = model
         self._run = run
-        self._forms = RemoteForms.enter(model, run, payload_limit) if isinstance(model, Remotable) else None
+        self._forms = None
+        if isinstance(model, Remotable):
+            entered = [tap.read for tap in taps if tap.role == Tap.ENTER]
+            whole = any(tap.side == "input" and tap.envoy.path.endswith(f".{tap.read.layer}") for tap in taps)
+            self._forms = RemoteForms.enter(model, run, Request(payload_limit, entered, whole))
         with model.edit(inplace=True):
-            follow(base, taps, run)
+            follow(base, first, taps, run)
         self._edit = model._edits[-1]
 
     def detach(self) -> None:

@@ -5,63 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import nnsight
 import pytest
 import torch
 from nnsight.intervention.backends.remote import RemoteError
-from nnsight.modeling import huggingface
 from nnsight.schema.request import RequestModel
 
 import steerlens as sl
-from remote.server import missing, ndif_server
-from steerlens.models import smollm2, tiny
+from remote.server import ndif_server
+from steerlens.models import smollm2
 from steerlens.testing import Case, check_runs_on_a_server, discover_methods, exceptions
 
 pytestmark = pytest.mark.remote
 IDS = torch.tensor([[3, 17, 25, 29, 41, 22, 9]])
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model where client and server both see it."""
-    path = tmp_path_factory.mktemp("model")
-    model, tokenizer = tiny(host="hf")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@contextmanager
-def running(folder, **options):
-    hint = missing()
-    if hint and not os.environ.get("CI"):
-        pytest.skip(hint)
-    with ndif_server(folder, **options) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def url(folder):
-    with running(folder) as server:
-        yield server.url
-
-
-@pytest.fixture
-def client(folder, url, monkeypatch):
-    """A model without weights, pointed at the server."""
-    return connect(folder, url, monkeypatch)
-
-
-def connect(folder, url, monkeypatch):
-    monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
-    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", url)
-    monkeypatch.setitem(huggingface._ID_CACHE, str(folder), str(folder))  # a path needs no look-up on the hub
-    _, tokenizer = tiny(host="hf")
-    return nnsight.TransformersModel(str(folder), tokenizer=tokenizer, task="text-generation")
 
 
 @pytest.fixture
@@ -110,9 +69,9 @@ def test_untrusted_requests(method, client, local, untrusted):
     check_runs_on_a_server(local(method), Case(method, "nnsight", model=client, remote=True))
 
 
-def test_a_bfloat16_server(folder, local, monkeypatch):
-    with running(folder, dtype="bfloat16") as server:
-        client = connect(folder, server.url, monkeypatch)
+def test_a_bfloat16_server(client, model_dir, local, monkeypatch):
+    with ndif_server(model_dir, dtype="bfloat16") as server:
+        monkeypatch.setattr(nnsight.CONFIG.API, "HOST", server.url)
         for method in ("lqr", "caa"):
             check_runs_on_a_server(local(method), Case(method, "nnsight", model=client, remote=True), exact=False)
 
@@ -207,15 +166,18 @@ def test_failures_are_told_and_leave_nothing(client, local, monkeypatch):
     assert torch.equal(after, plain), "the next call does not work as before"
 
 
-def test_a_model_that_is_not_there(client, local, tmp_path, monkeypatch):
-    missing_model = str(tmp_path / "nowhere")
-    monkeypatch.setattr(type(client), "to_model_key", lambda self, plain=type(client).to_model_key: plain(self).replace(
-        Path(self.repo_id).name if hasattr(self, "repo_id") else "model", "nowhere"))
-    with pytest.raises((RemoteError, ConnectionError), match="server"):
-        with sl.steer(client, local("caa").controller):
-            client.generate(IDS, max_new_tokens=2, remote=True)
+def test_a_model_that_the_server_cannot_load(client, local, monkeypatch):
+    monkeypatch.setattr(client, "to_model_key", lambda: type(client).to_model_key(client).replace("model", "nowhere"))
+    with pytest.raises(RemoteError, match="the server"), sl.steer(client, local("caa").controller):
+        client.generate(IDS, max_new_tokens=2, remote=True)
     assert clean(client)
-    del missing_model
+
+
+def test_nested_runs_that_cannot_be_carried_are_refused(client, local):
+    controller = local("ablation").controller
+    with sl.steer(client, controller), pytest.raises(ValueError, match="compose the controllers with"):
+        sl.steer(client, controller)
+    assert clean(client)
 
 
 def test_no_key_shows(client, local, monkeypatch):
@@ -229,13 +191,13 @@ def test_no_key_shows(client, local, monkeypatch):
     assert "secret-key-123" not in shown + str(caught.value)
 
 
-def test_the_tutorial(url):
+def test_the_tutorial(server):
     """Executes the remote notebook against this server, with SmolLM2."""
     model, _ = smollm2(host="hf")
     path = model.config._name_or_path
     setup = f"import nnsight.modeling.huggingface as hub; hub._ID_CACHE[{path!r}] = {path!r}"
     command = [sys.executable, str(ROOT / "tutorials" / "build.py"), "07_remote", "--check", "--setup", setup]
-    environment = {**os.environ, "NDIF_HOST": url, "STEERLENS_REMOTE_MODEL": path, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "NDIF_HOST": server, "STEERLENS_REMOTE_MODEL": path, "PYTHONPATH": str(ROOT)}
     if os.environ.get("STEERLENS_WRITE_NOTEBOOKS"):
         command.remove("--check")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
