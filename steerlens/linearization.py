@@ -183,6 +183,13 @@ def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     yield from tqdm(range(len(plant) - 1, first - 1, -1), desc="linearising blocks", disable=not progress)
 
 
+def check_plant(host: Host, linearization: Linearization) -> None:
+    """Raises ValueError for a linearization of another model."""
+    differences = host.differences(linearization.model)
+    if differences:
+        raise ValueError(f"the linearization is of another model: {'; '.join(differences)}")
+
+
 def _mean(terms: Iterable[Tensor]) -> Tensor:
     total, count = None, 0
     for term in terms:

@@ -13,7 +13,7 @@ from steerlens.core import Controller, Law, Loop, Site
 from steerlens.fitting import every_layer, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.laws import Feedback, Preview
-from steerlens.linearization import Blocks, Linearization, Plant
+from steerlens.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
 from steerlens.targets import Aim, Targets
 
@@ -118,7 +118,7 @@ def lqr(
     asked = every_layer(host, layers)
     plant: Plant
     if linearization is None:
-        plant = Blocks(host, nominal_tokens(host, aim.concepts[0], linearize_on))
+        plant = Blocks(host, _nominal_tokens(host, aim.concepts[0], linearize_on))
     else:
         check_plant(host, linearization)
         plant = linearization
@@ -164,12 +164,8 @@ def _foresee(t: int, gain: Gain, plant: Plant, targets: Targets) -> Law:
     return Preview(setpoint, *(part.to(like).cpu() for part in (gain.inputs, ahead, gain.outputs)))
 
 
-def nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text]) -> list[list[int]]:
-    """Token ids of the texts to linearise on.
-
-    Raises:
-        ValueError: none, or fewer than one.
-    """
+def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text]) -> list[list[int]]:
+    """Token ids of the texts to linearise on."""
     if isinstance(linearize_on, int):
         if linearize_on < 1:
             raise ValueError(f"linearize_on={linearize_on}; at least one text is needed")
@@ -177,13 +173,6 @@ def nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text]) 
         # up to the token that is read, where a single one is
         return [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
     return [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
-
-
-def check_plant(host: Host, linearization: Linearization) -> None:
-    """Raises ValueError for a linearization of another model."""
-    differences = host.differences(linearization.model)
-    if differences:
-        raise ValueError(f"the linearization is of another model: {'; '.join(differences)}")
 
 
 def _last_read(weights: Sequence[float]) -> int:
