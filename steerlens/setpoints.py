@@ -51,10 +51,9 @@ class Joint(Setpoint):
         directions: V, `[m d]`, rows of unit norm; a row of zeros asks for nothing.
         levels: beta, `[m]`, in activation units.
 
-    Signals: `error` `[batch pos]`, `|e|`; `projection` `[batch pos m]`, `V x`; in activation units.
+    Signals: `error`, `|e|`; `projection_0`, `projection_1`, ..., each row's `<v, x>`; all `[batch pos]`, in activation
+    units.
     """
-
-    signals = ("error", "projection")
 
     def __init__(self, directions: Tensor, levels: Tensor):
         self.basis = directions
@@ -63,11 +62,16 @@ class Joint(Setpoint):
         gram = directions.double() @ directions.double().T
         self.inverse = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True).to(directions)
 
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`error`, and a projection for each direction."""
+        return ("error", *(f"projection_{index}" for index in range(self.basis.shape[0])))
+
     def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = linear(self.levels - projection, self.inverse)
-        return c, {"error": torch.linalg.vector_norm(c @ self.basis, dim=-1), "projection": projection}
+        return c, _signals(c @ self.basis, projection)
 
 
 class Independent(Setpoint):
@@ -81,22 +85,32 @@ class Independent(Setpoint):
         directions: V, `[m d]`, rows of unit norm; a row of zeros asks for nothing.
         levels: beta, `[m]`, in activation units.
 
-    Signals: `error` `[batch pos]`, `|e|`; `projection` `[batch pos m]`, `V x`; in activation units.
+    Signals: `error`, `|e|`; `projection_0`, `projection_1`, ..., each row's `<v, x>`; all `[batch pos]`, in activation
+    units.
 
     Source: the code of A-LQR (arXiv 2604.19018), two concepts at once.
     """
-
-    signals = ("error", "projection")
 
     def __init__(self, directions: Tensor, levels: Tensor):
         self.basis = directions
         self.levels = levels.to(directions)
 
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`error`, and a projection for each direction."""
+        return ("error", *(f"projection_{index}" for index in range(self.basis.shape[0])))
+
     def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = self.levels - projection
-        return c, {"error": torch.linalg.vector_norm(c @ self.basis, dim=-1), "projection": projection}
+        return c, _signals(c @ self.basis, projection)
+
+
+def _signals(e: Tensor, projection: Tensor) -> dict[str, Tensor]:
+    """One number per token each, so that all of them are recorded as scalars."""
+    single = {f"projection_{index}": value for index, value in enumerate(projection.unbind(-1))}
+    return {"error": torch.linalg.vector_norm(e, dim=-1), **single}
 
 
 class Angle(Setpoint):

@@ -94,9 +94,9 @@ def lqr(
     Returns:
         One loop per layer, but none where all texts have the same activation: that is so at layer 0, which sees the
         token itself, whenever all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
-        the setpoint, and `projection` `[batch pos]` (`[batch pos concept]` for several), `<v_t, x_t>`, in activation
-        units; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of the errors ahead;
-        `u`; `u_norm`. The recipe's `controller` names what the solver computes.
+        the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units (`projection_0`, `projection_1`
+        and so on for several concepts); `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the
+        norm of the errors ahead; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
 
     Raises:
         TypeError: data that is not `Pairs`.

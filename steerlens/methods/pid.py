@@ -55,9 +55,9 @@ def pid(
         where: Token positions, see `Loop`. The paper steers the last one.
 
     Returns:
-        One loop per layer, from the first at which the texts differ. Recorded signals: `error` `[batch pos]`,
-        `projection` `[batch pos]` (`[batch pos concept]` for several) and `angle_rad`, those of the setpoint;
-        `integral` and `derivative` `[batch pos]`, norms of s_t and of e_t - e_{t-1}, in activation units; `u`; `u_norm`.
+        One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
+        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts); `angle_rad` with
+        the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
 
     Raises:
         TypeError: data that is not `Pairs`.
