@@ -45,7 +45,7 @@ class FeatureCostToGo:
         factor, failed = torch.linalg.cholesky_ex(r * self.D + gram)
         if failed:
             raise ValueError("r D + Z Z' is not positive definite; r must be positive and the gradients finite")
-        outputs = torch.cholesky_solve(self.Z, factor)
+        outputs = torch.cholesky_solve(self.Z, factor).contiguous()  # the solver's layout is by columns
         self.Z, self.D = pulled, self.D + gram / r
         self._prepend(features, q)
         return outputs

@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
+from conftest import DATA
 from safetensors.torch import load_file
 
 import steerlens as sl
 from steerlens import targets
 from steerlens.testing import Case, checks, discover_hosts
-
-from conftest import DATA
 
 
 def randn(*shape, seed=0):

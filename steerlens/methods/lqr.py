@@ -161,7 +161,7 @@ def _foresee(t: int, gain: Gain, plant: Plant, targets: Targets) -> Law:
     ahead = torch.stack(goals) + gain.inputs @ path[t]
     setpoint = targets.setpoints[t]
     like = setpoint.basis
-    return Preview(setpoint, *(part.to(like).cpu() for part in (gain.inputs, ahead, gain.outputs)))
+    return Preview(setpoint, *(part.to(like).cpu().contiguous() for part in (gain.inputs, ahead, gain.outputs)))
 
 
 def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text]) -> list[list[int]]:

@@ -56,8 +56,8 @@ def pid(
 
     Returns:
         One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
-        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts); `angle_rad` with
-        the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
+        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts); `angle_rad`
+        with the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
 
     Raises:
         TypeError: data that is not `Pairs`.
