@@ -9,22 +9,29 @@ from __future__ import annotations
 from steerlens.contrast import Pairs, shipped
 from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
 from steerlens.hosts import remote
-from steerlens.laws import Add, Feedback, Project
+from steerlens.laws import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.linearization import Linearization, linearize
-from steerlens.methods import ablation, actadd, caa, lqr
-from steerlens.setpoints import Level
+from steerlens.methods import ablation, actadd, caa, lqr, pid, track
+from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, steer
 from steerlens.version import __version__
 
 __all__ = [
     "Add",
+    "Angle",
     "Controller",
+    "FactoredFeedback",
     "Feedback",
+    "Independent",
+    "Joint",
     "Law",
     "Level",
     "Linearization",
     "Loop",
     "Pairs",
+    "Pid",
+    "Point",
+    "Preview",
     "Project",
     "Record",
     "Run",
@@ -36,7 +43,9 @@ __all__ = [
     "caa",
     "linearize",
     "lqr",
+    "pid",
     "remote",
     "shipped",
     "steer",
+    "track",
 ]

@@ -77,12 +77,18 @@ def unit(vector: Tensor, site: Site) -> Tensor:
     return vector / norm
 
 
-def recipe(method: str, host: Host, arguments: dict[str, Any], *, data: Pairs | None = None) -> dict[str, Any]:
-    """Provenance of a controller as plain JSON."""
+def recipe(
+    method: str, host: Host, arguments: dict[str, Any], *, data: Pairs | Sequence[Pairs] | None = None
+) -> dict[str, Any]:
+    """Provenance of a controller as plain JSON; the data's hash is a list where there are several concepts."""
+    if data is None or isinstance(data, Pairs):
+        digest: Any = None if data is None else data.digest()
+    else:
+        digest = [pairs.digest() for pairs in data]
     return {
         "method": method,
         "steerlens": __version__,
         "arguments": arguments,
         "model": host.fingerprint(),
-        "data": None if data is None else data.digest(),
+        "data": digest,
     }

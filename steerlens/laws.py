@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from steerlens.core.law import Law, Memory, Setpoint
 
@@ -37,6 +38,126 @@ class Feedback(Law):
         """`u = c @ gains`"""
         c, signals = self.setpoint.measure(x, memory)
         return c @ self.gains, signals
+
+
+class FactoredFeedback(Law):
+    """Feedback through a gain of low rank, kept in two factors.
+
+        u = K e = (e @ inputs') @ outputs,   K = outputs' inputs
+
+    Args:
+        setpoint: Measures the error e.
+        inputs: Rows that read the error, `[k d]`.
+        outputs: Rows that write the control, `[k d]`.
+
+    Signals: those of the setpoint.
+    """
+
+    def __init__(self, setpoint: Setpoint, inputs: Tensor, outputs: Tensor):
+        self.setpoint = setpoint
+        self.inputs = inputs
+        self.outputs = outputs
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the setpoint."""
+        return self.setpoint.signals
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = (e @ inputs') @ outputs`"""
+        _, signals = self.setpoint.measure(x, memory)
+        return linear(self.setpoint.error(x, memory), self.inputs) @ self.outputs, signals
+
+
+class Preview(Law):
+    """Feedback on the errors that later layers will have if nothing more is done.
+
+        u = c @ outputs,   c = targets - inputs x
+
+    where a row of `inputs` predicts a later feature from the present state, to first order.
+
+    Args:
+        setpoint: The present layer's own, for its signals; it does not enter the control.
+        inputs: `[k d]`, a row for each later feature.
+        targets: Level of each feature less the constant of its prediction, `[k]`, in activation units.
+        outputs: `[k d]`.
+
+    Signals: those of the setpoint; `predicted_error` `[batch pos]`, the norm of c, in activation units.
+    """
+
+    def __init__(self, setpoint: Setpoint, inputs: Tensor, targets: Tensor, outputs: Tensor):
+        self.setpoint = setpoint
+        self.inputs = inputs
+        self.targets = targets
+        self.outputs = outputs
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the setpoint, and `predicted_error`."""
+        return (*self.setpoint.signals, "predicted_error")
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = (targets - inputs x) @ outputs`"""
+        _, signals = self.setpoint.measure(x, memory)
+        c = self.targets - linear(x, self.inputs)
+        return c @ self.outputs, {**signals, "predicted_error": torch.linalg.vector_norm(c, dim=-1)}
+
+
+class Pid(Law):
+    """Proportional, integral and derivative feedback, with the layers as time.
+
+        u_t = kp e_t + ki s_t + kd (e_t - e_{t-1}),   s_t = s_{t-1} + e_t
+
+    Sum and last error start from zero in every forward pass, and each token has its own.
+
+    Args:
+        setpoint: Measures the error e.
+        kp, ki, kd: Gains, no unit.
+        reset: Empty the sum here, after this layer's error was added: it then is in no later control, nor in this one.
+        carry: Take e_{t-1} of the first layer from the last layer at the token before (the last one that was computed
+            before this forward pass), as the authors do.
+
+    Signals: those of the setpoint; `integral` and `derivative`, norms of s_t and of e_t - e_{t-1}, `[batch pos]`, in
+    activation units.
+
+    Source: S-PID in A-LQR (arXiv 2604.19018).
+    """
+
+    def __init__(
+        self, setpoint: Setpoint, kp: float, ki: float, kd: float, *, reset: bool = False, carry: bool = False
+    ):
+        self.setpoint = setpoint
+        self.kp = kp
+        self.ki = ki
+        self.kd = kd
+        self.reset = reset
+        self.carry = carry
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the setpoint, `integral` and `derivative`."""
+        return (*self.setpoint.signals, "integral", "derivative")
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = kp e + ki s + kd (e - e_before)`"""
+        _, signals = self.setpoint.measure(x, memory)
+        e = self.setpoint.error(x, memory)
+        before = memory.get("pid_error")
+        if before is None and self.carry:
+            before = memory["sequence"].get("pid_error")
+        total = memory.get("pid_sum")
+        total = e if total is None else total + e
+        total = torch.zeros_like(total) if self.reset else total
+        change = e if before is None else e - before
+        memory["pid_sum"], memory["pid_error"] = total, e
+        if self.carry:
+            memory["sequence"]["pid_error"] = e[:, -1:].detach()
+        u = self.kp * e + self.ki * total + self.kd * change
+        norms = {
+            "integral": torch.linalg.vector_norm(total, dim=-1),
+            "derivative": torch.linalg.vector_norm(change, dim=-1),
+        }
+        return u, {**signals, **norms}
 
 
 class Add(Law):

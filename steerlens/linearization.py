@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,73 @@ from tqdm.auto import tqdm
 from steerlens.contrast import Text, tokenize
 from steerlens.fitting import resolve
 from steerlens.hosts import Host
+from steerlens.hosts.nominal import Nominal
 
 
-class Linearization:
+class Plant:
+    """Abstract: the blocks as a linear system around the last token of some texts, `x[t+1] = r[t+1] + A_t (x - r[t])`.
+
+    Jacobians and states are means over the texts; a product of Jacobians is the product of the means.
+
+    Attributes:
+        states: r, the mean unsteered path of the last token, `[layer+1 d]`; the last is before the final norm.
+        n_texts: How many texts were averaged.
+    """
+
+    states: Tensor
+    n_texts: int
+
+    def __len__(self) -> int:
+        return self.states.shape[0] - 1
+
+    def jacobian(self, t: int) -> Tensor:
+        """`A_t`, `[d d]`, `A[i, j] = d out_i / d in_j`."""
+        raise NotImplementedError
+
+    def pull(self, t: int, rows: Tensor) -> Tensor:
+        """`rows @ A_t`, gradients through one block, `[k d] -> [k d]`, in the dtype of `rows`."""
+        raise NotImplementedError
+
+    def push(self, t: int, rows: Tensor) -> Tensor:
+        """`rows @ A_t'`, tangents through one block, `[k d] -> [k d]`, in the dtype of `rows`."""
+        raise NotImplementedError
+
+
+class Linearization(Plant):
     """Jacobians of all blocks at the last token of some texts, averaged over the texts.
 
     Attributes:
         jacobians: `A_t`, `[layer d d]`, `A[i, j] = d out_i / d in_j`, float32, on the CPU.
+        states: Mean unsteered path of the last token, `[layer+1 d]`, float32, on the CPU.
         model: Fingerprint of the model.
         n_texts: How many texts were averaged.
     """
 
-    def __init__(self, jacobians: Tensor, model: dict[str, Any], n_texts: int):
+    def __init__(self, jacobians: Tensor, states: Tensor, model: dict[str, Any], n_texts: int):
         self.jacobians = jacobians
+        self.states = states
         self.model = model
         self.n_texts = n_texts
 
-    def __len__(self) -> int:
-        return self.jacobians.shape[0]
+    def jacobian(self, t: int) -> Tensor:
+        """`A_t`, `[d d]`."""
+        return self.jacobians[t]
 
-    def backwards(self) -> Iterator[tuple[int, Tensor]]:
-        """`(t, A_t)` from the last block to the first."""
-        for t in range(len(self) - 1, -1, -1):
-            yield t, self.jacobians[t]
+    def pull(self, t: int, rows: Tensor) -> Tensor:
+        """`rows @ A_t`"""
+        return rows @ self.jacobians[t].to(rows)
+
+    def push(self, t: int, rows: Tensor) -> Tensor:
+        """`rows @ A_t'`"""
+        return rows @ self.jacobians[t].to(rows).T
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file."""
         from safetensors.torch import save_file
 
         header = json.dumps({"model": self.model, "n_texts": self.n_texts})
-        save_file({"jacobians": self.jacobians.contiguous()}, str(path), metadata={"steerlens.linearization": header})
+        tensors = {"jacobians": self.jacobians.contiguous(), "states": self.states.contiguous()}
+        save_file(tensors, str(path), metadata={"steerlens.linearization": header})
 
     @classmethod
     def load(cls, path: str | Path) -> Linearization:
@@ -59,7 +97,8 @@ class Linearization:
             if text is None:
                 raise ValueError(f"{path} holds no linearization; linearize(model, texts).save(path) writes one")
             header = json.loads(text)
-            return cls(file.get_tensor("jacobians"), header["model"], header["n_texts"])
+            tensors = file.get_tensor("jacobians"), file.get_tensor("states")
+            return cls(*tensors, header["model"], header["n_texts"])
 
     def __repr__(self) -> str:
         layers, d, _ = self.jacobians.shape
@@ -87,26 +126,73 @@ def linearize(
         ValueError: a text of fewer than 2 tokens.
     """
     host = resolve(model)
-    tokens = [tokenize(text, host, prepend_bos)[0] for text in texts]
+    plant = Blocks(host, [tokenize(text, host, prepend_bos)[0] for text in texts])
     jacobians = torch.empty(host.n_layers, host.d_model, host.d_model)
-    for t, A in stream(host, tokens, progress=progress):
-        jacobians[t] = A
-    return Linearization(jacobians, host.fingerprint(), len(tokens))
+    for t in backwards(plant, progress=progress):
+        jacobians[t] = plant.jacobian(t)
+    return Linearization(jacobians, plant.states.float().cpu(), host.fingerprint(), plant.n_texts)
 
 
-def stream(host: Host, tokens: Sequence[Sequence[int]], *, progress: bool) -> Iterator[tuple[int, Tensor]]:
-    """`(t, A_t)` from the last block to the first, one Jacobian in memory at a time, in the model's dtype or float32.
+class Blocks(Plant):
+    """The model's own blocks as a plant: nothing is kept but states and caches, every product runs a block again.
+
+    Args:
+        host: Of the model.
+        tokens: Token ids of the texts to linearise on. The model runs on them when the plant is first used.
 
     Raises:
         ValueError: no text, or one of fewer than 2 tokens.
     """
-    # checked here and not in the generator, so that the caller hears of it before any forward pass
-    if not tokens or min(map(len, tokens)) < 2:
-        raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
-    return _stream(host, tokens, progress)
+
+    def __init__(self, host: Host, tokens: Sequence[Sequence[int]]):
+        # checked here, so that the caller hears of it before any forward pass
+        if not tokens or min(map(len, tokens)) < 2:
+            raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
+        self.n_texts = len(tokens)
+        self._host, self._tokens = host, tokens
+
+    @cached_property
+    def nominals(self) -> list[Nominal]:
+        """One for each text."""
+        return [self._host.nominal(text) for text in self._tokens]
+
+    @cached_property
+    def states(self) -> Tensor:  # type: ignore[override]
+        """Mean path of the last token, `[layer+1 d]`, in float32 or the model's wider dtype."""
+        wide = torch.promote_types(self._host.dtype, torch.float32)
+        return _mean([torch.stack(nominal.states).to(wide) for nominal in self.nominals])
+
+    def __len__(self) -> int:
+        return self._host.n_layers
+
+    def jacobian(self, t: int) -> Tensor:
+        """`A_t`, `[d d]`, in the model's dtype: d gradients through one token and text."""
+        return _mean(nominal.jacobian(t) for nominal in self.nominals)
+
+    def pull(self, t: int, rows: Tensor) -> Tensor:
+        """`rows @ A_t`, by reverse mode."""
+        return _mean(nominal.pull(t, rows).to(rows) for nominal in self.nominals)
+
+    def push(self, t: int, rows: Tensor) -> Tensor:
+        """`rows @ A_t'`, by differentiating reverse mode."""
+        return _mean(nominal.push(t, rows).to(rows) for nominal in self.nominals)
 
 
-def _stream(host: Host, tokens: Sequence[Sequence[int]], progress: bool) -> Iterator[tuple[int, Tensor]]:
-    nominals = [host.nominal(text) for text in tokens]
-    for t in tqdm(range(host.n_layers - 1, -1, -1), desc="linearising blocks", disable=not progress):
-        yield t, sum(nominal.jacobian(t) for nominal in nominals) / len(nominals)  # type: ignore[misc]
+def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
+    """Blocks from the last one to `first`, under a progress bar."""
+    yield from tqdm(range(len(plant) - 1, first - 1, -1), desc="linearising blocks", disable=not progress)
+
+
+def check_plant(host: Host, linearization: Linearization) -> None:
+    """Raises ValueError for a linearization of another model."""
+    differences = host.differences(linearization.model)
+    if differences:
+        raise ValueError(f"the linearization is of another model: {'; '.join(differences)}")
+
+
+def _mean(terms: Iterable[Tensor]) -> Tensor:
+    total, count = None, 0
+    for term in terms:
+        total, count = term if total is None else total.add_(term), count + 1
+    assert total is not None
+    return total.div_(count)

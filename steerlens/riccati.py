@@ -31,6 +31,8 @@ class CostToGo:
     def step(self, A: Tensor, Q: Tensor | float, R: Tensor | float) -> Tensor:
         """Go back one step and return the gain `K_t`, `[d d]`.
 
+        Besides A at most three more matrices of S's dtype exist at once.
+
         Args:
             A: Jacobian of the step, `[d d]`.
             Q, R: Weights of state and control, `[d d]` or a number times the identity.
@@ -39,15 +41,29 @@ class CostToGo:
             ValueError: R is not positive, or the cost is not finite any more.
         """
         A = A.to(self.S)
+        K = self._ratio(R) @ A
+        # M A = R K
+        self._set(A.T @ (R.to(K) @ K) if isinstance(R, Tensor) else (A.T @ K).mul_(R), Q)
+        return K
+
+    def coast(self, A: Tensor, Q: Tensor | float) -> None:
+        """Go back one step at which there is no control: `S_t = Q + A' S_{t+1} A`."""
+        A = A.to(self.S)
+        self._set(A.T @ (self.S @ A), Q)
+
+    def _ratio(self, R: Tensor | float) -> Tensor:
+        """`(S + R)^-1 S`"""
         factor, failed = torch.linalg.cholesky_ex(_plus(self.S, R))
         if failed:
             raise ValueError("S + R is not positive definite; R must be positive and the Jacobians finite")
-        ratio = torch.cholesky_solve(self.S, factor)  # (S + R)^-1 S
-        K = ratio @ A
-        M = R.to(ratio) @ ratio if isinstance(R, Tensor) else R * ratio
-        S = _plus(A.T @ ((M + M.T) / 2) @ A, Q)
-        self.S = (S + S.T) / 2
-        return K
+        return torch.cholesky_solve(self.S, factor)
+
+    def _set(self, carried: Tensor, Q: Tensor | float) -> None:
+        # the old S goes before the new one is symmetrised: at width 8192 a matrix is half a gigabyte
+        self.S = _plus(carried, Q) if isinstance(Q, Tensor) else carried
+        self.S = (self.S + self.S.T).div_(2)
+        if not isinstance(Q, Tensor):
+            self.S.diagonal().add_(Q)
 
 
 def _plus(matrix: Tensor, weight: Tensor | float) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -35,3 +38,142 @@ class Level(Setpoint):
         projection = linear(x, self.basis)
         c = self.level - projection
         return c, {"error": c[..., 0].abs(), "projection": projection[..., 0]}
+
+
+class Joint(Setpoint):
+    """Hold the projections on several directions at their levels, all at once: the nearest point that does.
+
+        c = (V V')^-1 (beta - V x),   e = c @ V
+
+    However the directions overlap, `V (x + e) = beta`. Where they are linearly dependent, least squares.
+
+    Args:
+        directions: V, `[m d]`, rows of unit norm; a row of zeros asks for nothing.
+        levels: beta, `[m]`, in activation units.
+
+    Signals: `error`, `|e|`; `projection_0`, `projection_1`, ..., each row's `<v, x>`; all `[batch pos]`, in activation
+    units.
+    """
+
+    def __init__(self, directions: Tensor, levels: Tensor):
+        self.basis = directions
+        self.levels = levels.to(directions)
+        # directions closer than float32 can tell apart count as one
+        gram = directions.double() @ directions.double().T
+        self.inverse = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True).to(directions)
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`error`, and a projection for each direction."""
+        return ("error", *(f"projection_{index}" for index in range(self.basis.shape[0])))
+
+    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[... d] -> ([... m], signals)`"""
+        projection = linear(x, self.basis)
+        c = linear(self.levels - projection, self.inverse)
+        return c, _signals(c @ self.basis, projection)
+
+
+class Independent(Setpoint):
+    """Pull towards several levels at once, each as if it were alone.
+
+        c = beta - V x,   e = c @ V
+
+    Directions that overlap pull twice: `Joint` reaches the levels, this is the sum of single setpoints.
+
+    Args:
+        directions: V, `[m d]`, rows of unit norm; a row of zeros asks for nothing.
+        levels: beta, `[m]`, in activation units.
+
+    Signals: `error`, `|e|`; `projection_0`, `projection_1`, ..., each row's `<v, x>`; all `[batch pos]`, in activation
+    units.
+
+    Source: the code of A-LQR (arXiv 2604.19018), two concepts at once.
+    """
+
+    def __init__(self, directions: Tensor, levels: Tensor):
+        self.basis = directions
+        self.levels = levels.to(directions)
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`error`, and a projection for each direction."""
+        return ("error", *(f"projection_{index}" for index in range(self.basis.shape[0])))
+
+    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[... d] -> ([... m], signals)`"""
+        projection = linear(x, self.basis)
+        c = self.levels - projection
+        return c, _signals(c @ self.basis, projection)
+
+
+def _signals(e: Tensor, projection: Tensor) -> dict[str, Tensor]:
+    """One number per token each, so that all of them are recorded as scalars."""
+    single = {f"projection_{index}": value for index, value in enumerate(projection.unbind(-1))}
+    return {"error": torch.linalg.vector_norm(e, dim=-1), **single}
+
+
+class Angle(Setpoint):
+    """Turn the state within a plane to an angle, keeping the length of its shadow there: the angular setpoint.
+
+        p = B x,   c = |p| (cos a, sin a) - p,   e = c @ B
+
+    Args:
+        plane: B, orthonormal rows `[2 d]`; the angle is counted from the first to the second. Zeros ask for nothing.
+        angle_rad: a.
+
+    Signals: `error`, `|e|`, and `projection`, the first of p, in activation units; `angle_rad`, the state's angle in
+    the plane, in (-pi, pi]; all `[batch pos]`.
+
+    Source: angular steering (arXiv 2510.26243) as a setpoint, in the history of the code of A-LQR (arXiv 2604.19018).
+    """
+
+    signals = ("error", "projection", "angle_rad")
+
+    def __init__(self, plane: Tensor, angle_rad: float):
+        self.basis = plane
+        self.target = plane.new_tensor([math.cos(angle_rad), math.sin(angle_rad)])
+
+    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[... d] -> ([... 2], signals)`"""
+        p = linear(x, self.basis)
+        c = torch.linalg.vector_norm(p, dim=-1, keepdim=True) * self.target - p
+        signals = {
+            "error": torch.linalg.vector_norm(c, dim=-1),
+            "projection": p[..., 0],
+            "angle_rad": torch.atan2(p[..., 1], p[..., 0]),
+        }
+        return c, signals
+
+
+class Point(Setpoint):
+    """Bring the whole state to a point: one step of a nominal trajectory.
+
+        c = e = r - x
+
+    Args:
+        point: r, `[d]`.
+
+    Signals: `error`, `|e|`, `[batch pos]`, in activation units.
+
+    Source: A-LQR (arXiv 2604.19018), tracking of a nominal trajectory.
+    """
+
+    signals = ("error",)
+
+    def __init__(self, point: Tensor):
+        self.point = point
+
+    @property
+    def basis(self) -> Tensor:  # type: ignore[override]
+        """The identity, `[d d]`, made anew at each call: laws use `measure`, whose coordinates are the error itself."""
+        return torch.eye(self.point.shape[0]).to(self.point)
+
+    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[... d] -> ([... d], signals)`"""
+        e = self.point - x
+        return e, {"error": torch.linalg.vector_norm(e, dim=-1)}
+
+    def error(self, x: Tensor, memory: Memory) -> Tensor:
+        """`r - x`"""
+        return self.point - x

@@ -192,3 +192,80 @@ def test_a_users_own_law_is_loaded_only_when_it_is_named(tmp_path):
 def test_a_callable_where_cannot_be_saved(tmp_path):
     with pytest.raises(TypeError, match="a callable, which a file cannot hold"):
         controller(sl.Site(1), where=lambda position: position > 1).save(tmp_path / "x.safetensors")
+
+
+class TestControl:
+    """What `lqr`, `pid` and `track` refuse."""
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"solver": "fast"}, "solver='fast'; it is one of 'dense', 'output', 'scalar'"),
+            ({"preview": True}, "preview=True needs solver='output', it is 'dense'"),
+            ({"preview": True, "solver": "output", "setpoint": "angular"}, "setpoint='angular' has none"),
+            ({"setpoint": "corner"}, "setpoint='corner'; it is 'level' or 'angular'"),
+            ({"origin": "mean"}, "origin='mean'; it is 'zero' or 'negative' or 'midpoint'"),
+            ({"combine": "sum"}, "combine='sum'"),
+            ({"angle_deg": 10}, "angle_deg=10 belongs to setpoint='angular'"),
+            ({"setpoint": "angular", "strength": 2.0}, "it has no strength and no origin"),
+            ({"setpoint": "angular", "angle_deg": float("nan")}, "angle_deg=nan"),
+            ({"strength": float("nan")}, "strength=nan; it must be finite"),
+            ({"strength": [1.0, 2.0]}, "strength names 2 levels for 1 concepts"),
+            ({"q": [0.1, 0.1]}, "q has 2 weights for 4 layers"),
+            ({"r": [1, 1, 0, 1]}, "r=0; the weights of the regulator must be positive and finite"),
+            ({"q": [1, 1, float("nan"), 1]}, "q=nan"),
+            ({"layers": [9]}, "no layer 9"),
+            ({"layers": []}, "layers is empty"),
+        ],
+    )
+    def test_arguments_of_lqr(self, model, options, words):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 (the words are compared below)
+            sl.lqr(model, PAIRS, progress=False, **options)
+        assert words.replace("r=0;", "r=0.0;") in str(error.value)
+
+    def test_data_that_is_no_contrast(self, model):
+        for method in (sl.lqr, sl.pid):
+            with pytest.raises(TypeError, match=r"data holds a list; give steerlens.Pairs"):
+                method(model, [[1, 2, 3]])
+            with pytest.raises(ValueError, match="data is empty"):
+                method(model, [])
+            with pytest.raises(ValueError, match="takes one concept, data holds 2"):
+                method(model, [PAIRS, PAIRS], setpoint="angular")
+
+    def test_gains_of_pid(self, model):
+        with pytest.raises(ValueError, match="the gains must be finite, and one of them other than 0"):
+            sl.pid(model, PAIRS, kp=0, ki=0, kd=0)
+        with pytest.raises(ValueError, match="kd=nan"):
+            sl.pid(model, PAIRS, kd=float("nan"))
+        with pytest.raises(ValueError, match="reset_every=0; it is a number of layers, or None"):
+            sl.pid(model, PAIRS, reset_every=0)
+
+    def test_a_trajectory_of_another_length(self, model):
+        with pytest.raises(ValueError, match=r"path has shape \[5, 32\]; this model needs \[4, 32\]"):
+            sl.track(model, [1, 2, 3], path=torch.zeros(5, 32))
+        with pytest.raises(ValueError, match="path is not finite"):
+            sl.track(model, [1, 2, 3], path=torch.full((4, 32), torch.nan))
+        with pytest.raises(TypeError, match=r"path is a list; give a tensor \[layer d\]"):
+            sl.track(model, [1, 2, 3], path=[[0.0]])
+        with pytest.raises(ValueError, match="a text to linearise on needs at least 2 tokens"):
+            sl.track(model, [1])
+        with pytest.raises(ValueError, match=r"solver='output' weighs directions; give steerlens.Pairs"):
+            sl.track(model, [1, 2, 3], solver="output")
+
+    def test_a_linearization_of_another_model(self, model, tiny_model, host):
+        other = sl.linearize(tiny_model(host, seed=1), [[1, 2, 3]], progress=False)
+        for fit in (
+            lambda: sl.lqr(model, PAIRS, linearization=other),
+            lambda: sl.track(model, PAIRS, linearization=other),
+        ):
+            with pytest.raises(ValueError, match="the linearization is of another model: the weights differ"):
+                fit()
+
+    def test_a_layer_without_direction_is_told_where_it_was_asked_for(self, host, tiny_model, recwarn):
+        same = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])  # one last token
+        assert sl.lqr(tiny_model(host), same, progress=False).layers == [1, 2, 3]
+        assert not [entry for entry in recwarn if entry.category is UserWarning]
+        with pytest.warns(UserWarning, match=r"no difference at layers \[0\]: they are not controlled"):
+            assert sl.lqr(tiny_model(host), same, layers=[0, 2], progress=False).layers == [2]
+        with pytest.raises(ValueError, match="the texts give no difference at any layer"):
+            sl.lqr(tiny_model(host), same, layers=0, progress=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,18 +31,56 @@ class Nominal:
 
         Exact, by reverse mode through one token: `d` cotangents, `chunk` at a time.
         """
-        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            x = self.states[t].detach().clone()[None].requires_grad_()
-            y = self.blocks[t](x)
+        with _differentiable():
+            x, y = self._replay(t)
             d = x.shape[-1]
             rows = torch.empty(d, d, dtype=x.dtype, device=x.device)
             for start in range(0, d, chunk):
                 size = min(chunk, d - start)
-                cotangents = torch.zeros(size, 1, d, dtype=y.dtype, device=y.device)
-                cotangents[torch.arange(size), 0, torch.arange(start, start + size)] = 1
-                (gradient,) = torch.autograd.grad(y, x, cotangents, retain_graph=True, is_grads_batched=True)
-                rows[start : start + size] = gradient[:, 0]
+                cotangents = torch.zeros(size, d, dtype=y.dtype, device=y.device)
+                cotangents[torch.arange(size), torch.arange(start, start + size)] = 1
+                rows[start : start + size] = _pull(y, x, cotangents)
         return rows
+
+    def pull(self, t: int, rows: Tensor, *, chunk: int = 256) -> Tensor:
+        """Gradients through one block: `rows @ A_t` without A_t, `[k d] -> [k d]`, in the model's dtype.
+
+        Pulled back block by block, a direction v of the state before block s becomes the gradient of its feature with
+        respect to the state before each earlier block t: `d <v, x_s> / d x_t = A_t' ... A_{s-1}' v`.
+        """
+        with _differentiable():
+            x, y = self._replay(t)
+            return torch.cat([_pull(y, x, part.to(y)) for part in rows.split(chunk)])
+
+    def push(self, t: int, rows: Tensor, *, chunk: int = 256) -> Tensor:
+        """Tangents through one block: `rows @ A_t'` without A_t, `[k d] -> [k d]`, in the model's dtype.
+
+        By differentiating the gradient, which is linear in its cotangent, so that a block needs no forward-mode
+        formulas.
+        """
+        with _differentiable():
+            x, y = self._replay(t)
+            cotangent = torch.zeros_like(y, requires_grad=True)
+            (gradient,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
+            return torch.cat([_pull(gradient, cotangent, part.to(y)) for part in rows.split(chunk)])
+
+    def _replay(self, t: int) -> tuple[Tensor, Tensor]:
+        """A block's input and output, `[1 d]` each, with the graph between them."""
+        x = self.states[t].detach().clone()[None].requires_grad_()
+        return x, self.blocks[t](x)
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Gradients on, and attention in plain operations, whose gradient can be batched and differentiated again."""
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _pull(y: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
+    """`[k d] -> [k d]` through a graph from x to y, `[1 d]` each, which stays usable."""
+    (gradient,) = torch.autograd.grad(y, x, cotangents[:, None], retain_graph=True, is_grads_batched=True)
+    return gradient[:, 0].detach()
 
 
 class Capture:

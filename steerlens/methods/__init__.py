@@ -6,5 +6,7 @@ from steerlens.methods.ablation import ablation
 from steerlens.methods.actadd import actadd
 from steerlens.methods.caa import caa
 from steerlens.methods.lqr import lqr
+from steerlens.methods.pid import pid
+from steerlens.methods.track import track
 
-__all__ = ["ablation", "actadd", "caa", "lqr"]
+__all__ = ["ablation", "actadd", "caa", "lqr", "pid", "track"]

@@ -1,0 +1,96 @@
+"""S-PID: proportional, integral and derivative feedback over the layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Loop, Site
+from steerlens.fitting import every_layer, recipe, resolve
+from steerlens.laws import Pid
+from steerlens.targets import Aim
+
+
+def pid(
+    model: Any,
+    data: Pairs | Sequence[Pairs],
+    *,
+    strength: float | Sequence[float] = 1.0,
+    setpoint: str = "level",
+    origin: str = "zero",
+    angle_deg: float | None = None,
+    combine: str = "joint",
+    kp: float = 0.7,
+    ki: float = 0.01,
+    kd: float = 0.1,
+    reset_every: int | None = 10,
+    carry: bool = False,
+    layers: int | Sequence[int] | None = None,
+    where: Any = "last",
+) -> Controller:
+    """Track a semantic setpoint with a PID controller whose time is the layer.
+
+        u_t = kp e_t + ki s_t + kd (e_t - e_{t-1}),   s_t = s_{t-1} + e_t
+        e_t = (beta_t - <v_t, x_t>) v_t,   beta_t = s mu_t (+ origin)
+
+    with mu_t v_t the mean difference of the contrast texts before block t. The error is sensed before each block and
+    the control added after it. Nothing is linearised: fitting costs one forward pass a text. Plain proportional
+    feedback on a setpoint is `pid(model, data, kp=0.5, ki=0, kd=0)`.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts, or a list of them, one for each concept, as for `lqr`.
+        strength, setpoint, origin, angle_deg, combine: What to track, as for `lqr`.
+        kp, ki, kd: Gains, no unit; the defaults are the paper's for Gemma-2-2B, where kp is 0.1 to 0.7 over the models,
+            ki 0.01 to 0.5 and kd 0 to 0.1. A gain may be 0.
+        reset_every: Empty the sum s at the layers that this number divides, the first included, as the paper does
+            every 10 layers; the error of such a layer then enters no sum. None: never.
+        carry: Begin the first layer with the last layer's error of the token generated before, as the authors' code
+            does, so that kd also damps changes between tokens. By default each token begins from zero, and steering
+            without a KV cache equals steering with one. With `carry` it does not: a pass without a cache computes all
+            tokens at once, each of them with the error the pass before it ended on.
+        layers: Where to act; default all. Time counts these layers only.
+        where: Token positions, see `Loop`. The paper steers the last one.
+
+    Returns:
+        One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
+        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts); `angle_rad`
+        with the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
+
+    Raises:
+        TypeError: data that is not `Pairs`.
+        ValueError: a gain that is not finite, all three 0, an unknown word, a layer the model does not have, texts that
+            give no difference at any layer.
+
+    Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.
+    """
+    aim = Aim(data, setpoint=setpoint, strength=strength, origin=origin, angle_deg=angle_deg, combine=combine)
+    if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
+        raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
+    if reset_every is not None and reset_every < 1:
+        raise ValueError(f"reset_every={reset_every}; it is a number of layers, or None")
+    host = resolve(model)
+    asked = every_layer(host, layers)
+    targets = aim.targets(host)
+    first = next((t for t in asked if targets.asks(t)), None)
+    if first is None:
+        raise ValueError("the texts give no difference at any layer; are both sides the same?")
+    loops = []
+    # a carried error acts also at layers that have no direction of their own
+    for t in asked if carry else asked[asked.index(first) :]:
+        reset = reset_every is not None and t % reset_every == 0
+        law = Pid(targets.setpoints[t], float(kp), float(ki), float(kd), reset=reset, carry=carry)
+        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, name="pid"))
+    arguments = {
+        **aim.arguments,
+        "kp": kp,
+        "ki": ki,
+        "kd": kd,
+        "reset_every": reset_every,
+        "carry": carry,
+        "layers": asked,
+        "mu": targets.mu[:-1].squeeze(-1).tolist(),
+    }
+    return Controller(loops, recipe("pid", host, arguments, data=data))

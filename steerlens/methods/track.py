@@ -1,0 +1,145 @@
+"""Trajectory tracking: hold a token on the path that another one took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs, Text, tokenize
+from steerlens.core import Controller, Law, Loop, Site
+from steerlens.fitting import every_layer, recipe, resolve
+from steerlens.hosts import Host
+from steerlens.laws import FactoredFeedback, Feedback
+from steerlens.linearization import Blocks, Linearization, Plant, check_plant
+from steerlens.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
+from steerlens.setpoints import Point
+from steerlens.targets import Aim
+
+
+def track(
+    model: Any,
+    data: Pairs | Text | Sequence[Text],
+    *,
+    path: Tensor | None = None,
+    q: float | Sequence[float] = 0.1,
+    r: float | Sequence[float] = 1.0,
+    qf: float = 0.1,
+    solver: str = "dense",
+    layers: int | Sequence[int] | None = None,
+    where: Any = "last",
+    linearize_on: int = 4,
+    linearization: Linearization | None = None,
+    progress: bool = True,
+) -> Controller:
+    """Hold the residual stream on a nominal trajectory with the gains of a linear quadratic regulator.
+
+        u_t = K_t (r_t - x_t),   r_t = mean_p x_t(last token of p)
+
+    with K_t as in `lqr`, linearised at the same texts p. The whole state is fed back, so the whole gain is kept.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: The text whose last token shows the path, or a list of texts, of which the mean path is taken; of `Pairs`,
+            the positive ones.
+        path: Another path r, `[layer d]`, a row for each block's input; the gains stay those around the texts.
+        q, r, qf: Weights of the cost, as for `lqr`.
+        solver: `"dense"` weighs the whole distance from the path and keeps K_t as a matrix, `[d d]` a layer.
+            `"output"` weighs it along the directions of `Pairs` only, `Q_t = q v_t v_t'`, needs gradients alone, and
+            keeps two factors, `[k d]` each, with k the number of later layers.
+        layers: Where to act; default all.
+        where: Token positions, see `Loop`; the paper steers the last token of a prompt. Every selected token is held on
+            the same path, so a whole generation is told to repeat one token.
+        linearize_on: Take at most this many texts.
+        linearization: From `linearize`, instead of the texts: its states are the path.
+        progress: Show a progress bar over the layers.
+
+    Returns:
+        One loop per layer. Recorded signals: `error` `[batch pos]`, `|r_t - x_t|` in activation units; `u`; `u_norm`.
+
+    Raises:
+        TypeError: a path that is not a tensor.
+        ValueError: weights that are not positive or not one for each layer, a text of one token, a path of another
+            length or width, or not finite, `"output"` without `Pairs` or with texts that give no difference, a
+            linearization of another model.
+
+    Source: arXiv 2604.19018, tracking of a trajectory. Differences from the authors' code: works with a KV cache and on
+    generated tokens, and for a path of several texts.
+    """
+    if solver not in ("dense", "output"):
+        raise ValueError(f"solver={solver!r}; it is 'dense' or 'output'")
+    if solver == "output" and not isinstance(data, Pairs):
+        raise ValueError("solver='output' weighs directions; give steerlens.Pairs, whose differences they are")
+    host = resolve(model)
+    weights = Weights(q, r, qf, host.n_layers)
+    controlled = every_layer(host, layers)
+    _check_path(path, host)
+    texts = _texts(data, linearize_on)
+    plant: Plant
+    if linearization is None:
+        bos = data.prepend_bos if isinstance(data, Pairs) else None
+        plant = Blocks(host, [tokenize(text, host, bos)[0] for text in texts])
+    else:
+        check_plant(host, linearization)
+        plant = linearization
+    features = [torch.zeros(0, host.d_model)] * (host.n_layers + 1)
+    if solver == "output":
+        assert isinstance(data, Pairs)
+        aim = Aim(data, setpoint="level", strength=1.0, origin="zero", angle_deg=None, combine="joint")
+        features = [target.basis for target in aim.targets(host).setpoints]
+        if not any(bool(rows.any()) for rows in features):
+            raise ValueError("the texts give no difference at any layer; are both sides the same?")
+    nominal = (plant.states[:-1] if path is None else path).detach().cpu()
+    nominal = nominal.to(torch.promote_types(nominal.dtype, torch.float32))
+    loops = []
+    for t, gain in solve(solver, plant, weights, controlled, features, device=host.device, progress=progress):
+        law = _law(Point(nominal[t].clone()), gain)
+        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, name="track"))
+        del gain  # before the next one is computed
+    arguments = {
+        "controller": SOLVERS[solver],
+        "solver": solver,
+        "q": q if isinstance(q, (int, float)) else weights.q,
+        "r": r if isinstance(r, (int, float)) else weights.r,
+        "qf": qf,
+        "layers": controlled,
+        "linearized_on": plant.n_texts,
+        "path": "nominal" if path is None else "given",
+    }
+    digest = data if isinstance(data, Pairs) else Pairs(texts, texts)
+    return Controller(sorted(loops, key=lambda loop: loop.act), recipe("track", host, arguments, data=digest))
+
+
+def _law(setpoint: Point, gain: Gain) -> Law:
+    like = setpoint.point
+    if isinstance(gain, FactoredGain):
+        return FactoredFeedback(setpoint, gain.inputs.to(like).cpu(), gain.outputs.to(like).cpu())
+    return Feedback(setpoint, gain.matrix().T.to(like).cpu().contiguous())
+
+
+def _texts(data: Any, count: int) -> list[Text]:
+    if count < 1:
+        raise ValueError(f"linearize_on={count}; at least one text is needed")
+    if isinstance(data, Pairs):
+        return data.positive[:count]
+    single = isinstance(data, (str, tuple, Tensor)) or (data and isinstance(data[0], (int, dict)))
+    texts = [data] if single else list(data)
+    if not texts:
+        raise ValueError("no text to track; give at least one")
+    return texts[:count]
+
+
+def _check_path(path: Any, host: Host) -> None:
+    if path is None:
+        return
+    if not isinstance(path, Tensor):
+        raise TypeError(f"path is a {type(path).__name__}; give a tensor [layer d]")
+    if path.shape != (host.n_layers, host.d_model):
+        raise ValueError(
+            f"path has shape {list(path.shape)}; this model needs [{host.n_layers}, {host.d_model}], "
+            "a row for the input of each block"
+        )
+    if not torch.isfinite(path).all():
+        raise ValueError("path is not finite")

@@ -1,0 +1,157 @@
+"""From contrast texts to a setpoint before every block, for all methods that track one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Setpoint, Site
+from steerlens.fitting import contrast_means
+from steerlens.hosts import Host
+from steerlens.setpoints import Angle, Independent, Joint, Level
+
+SETPOINTS = ("level", "angular")
+ORIGINS = ("zero", "negative", "midpoint")
+COMBINATIONS = ("joint", "independent")
+
+
+class Targets:
+    """A setpoint for the state before each block and after the last.
+
+    Attributes:
+        setpoints: One more than there are blocks.
+        mu: `|mean difference|` of each concept at each, `[layer+1 concept]`, in activation units.
+    """
+
+    def __init__(self, setpoints: list[Setpoint], mu: Tensor):
+        self.setpoints = setpoints
+        self.mu = mu
+
+    def asks(self, t: int) -> bool:
+        """Whether the texts differ before block t: where they do not, there is no direction to steer along."""
+        return bool(self.mu[t].any())
+
+    def levels(self, t: int) -> Tensor:
+        """What `<v, x>` should be before block t, `[m]`, for each row of the setpoint's basis."""
+        setpoint = self.setpoints[t]
+        assert not isinstance(setpoint, Angle)
+        return setpoint.level if isinstance(setpoint, Level) else setpoint.levels  # type: ignore[attr-defined]
+
+
+class Aim:
+    """What the user asked for, checked before any forward pass.
+
+    Args:
+        data: Contrast texts, or several, one for each concept.
+        setpoint: `"level"` or `"angular"`.
+        strength: Level in units of the class separation; one for all concepts or one each.
+        origin: Where levels are counted from: `"zero"`, `"negative"` or `"midpoint"`.
+        angle_deg: Where the angular setpoint points.
+        combine: How several concepts are held: `"joint"` or `"independent"`.
+
+    Raises:
+        TypeError: data is not `Pairs`.
+        ValueError: an unknown word, or arguments that do not go together.
+    """
+
+    def __init__(
+        self,
+        data: Pairs | Sequence[Pairs],
+        *,
+        setpoint: str,
+        strength: float | Sequence[float],
+        origin: str,
+        angle_deg: float | None,
+        combine: str,
+    ):
+        for name, value, known in (
+            ("setpoint", setpoint, SETPOINTS),
+            ("origin", origin, ORIGINS),
+            ("combine", combine, COMBINATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}; it is {' or '.join(map(repr, known))}")
+        self.concepts = [data] if isinstance(data, Pairs) else list(data)
+        for pairs in self.concepts:
+            if not isinstance(pairs, Pairs):
+                raise TypeError(
+                    f"data holds a {type(pairs).__name__}; give steerlens.Pairs(positive=[...], negative=[...]), "
+                    "or a list of them, one for each concept"
+                )
+        if not self.concepts:
+            raise ValueError("data is empty; give at least one steerlens.Pairs")
+        count = len(self.concepts)
+        given = [strength] * count if isinstance(strength, (int, float)) else list(strength)
+        if len(given) != count:
+            raise ValueError(f"strength names {len(given)} levels for {count} concepts")
+        self.strengths = [float(value) for value in given]
+        if not all(math.isfinite(value) for value in self.strengths):
+            raise ValueError(f"strength={strength}; it must be finite")
+        if setpoint == "angular":
+            if count > 1:
+                raise ValueError(f"the angular setpoint takes one concept, data holds {count}")
+            if self.strengths != [1.0] or origin != "zero":
+                raise ValueError("the angular setpoint keeps the state's own length: it has no strength and no origin")
+            angle_deg = 0.0 if angle_deg is None else float(angle_deg)
+            if not math.isfinite(angle_deg):
+                raise ValueError(f"angle_deg={angle_deg}; it must be finite")
+        elif angle_deg is not None:
+            raise ValueError(f"angle_deg={angle_deg} belongs to setpoint='angular', not to {setpoint!r}")
+        self.setpoint, self.origin, self.angle_deg, self.combine = setpoint, origin, angle_deg, combine
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For a controller's recipe."""
+        if self.setpoint == "angular":
+            return {"setpoint": "angular", "angle_deg": self.angle_deg}
+        if len(self.concepts) == 1:
+            return {"setpoint": "level", "strength": self.strengths[0], "origin": self.origin}
+        return {"setpoint": "level", "strength": self.strengths, "origin": self.origin, "combine": self.combine}
+
+    def targets(self, host: Host) -> Targets:
+        """Read the texts and place the setpoints.
+
+        Raises:
+            ValueError: an activation is not finite.
+        """
+        n = host.n_layers
+        sites = [*(Site(t, "resid_pre") for t in range(n)), Site(n - 1, "resid_post")]
+        means = []
+        for pairs in self.concepts:
+            sides = contrast_means(host, pairs, sites)
+            means.append([torch.stack([side[site] for site in sites]) for side in sides])
+        positive, negative = (torch.stack(side, 1) for side in zip(*means, strict=True))  # [layer+1 concept d]
+        difference = positive - negative
+        mu = difference.norm(dim=-1)
+        v = difference / torch.where(mu > 0, mu, 1)[..., None]
+        if self.setpoint == "angular":
+            radians = math.radians(self.angle_deg or 0.0)
+            return Targets([Angle(plane, radians) for plane in _planes(difference[:, 0], v[:, 0])], mu)
+        levels = mu * mu.new_tensor(self.strengths)
+        if self.origin != "zero":
+            start = negative if self.origin == "negative" else (positive + negative) / 2
+            levels = levels + (v * start).sum(-1)
+        if len(self.concepts) == 1:
+            return Targets([Level(v[t, 0], float(levels[t, 0])) for t in range(n + 1)], mu)
+        kind = Joint if self.combine == "joint" else Independent
+        return Targets([kind(v[t], levels[t]) for t in range(n + 1)], mu)
+
+
+def _planes(difference: Tensor, v: Tensor) -> Tensor:
+    """For each layer the direction and, beside it, the first principal component of the layers' differences.
+
+    `[layer+1 d] -> [layer+1 2 d]`; zeros where there is no direction. The component's sign, which the decomposition
+    leaves open, is that of its largest entry.
+    """
+    rows = difference.double()
+    component = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[0]
+    component = component * component[component.abs().argmax()].sign()
+    v = v.double()
+    second = component - (v @ component)[:, None] * v
+    second = second / second.norm(dim=-1, keepdim=True) * v.any(dim=-1, keepdim=True)
+    return torch.stack([v, second], 1).to(difference)
