@@ -32,7 +32,8 @@ class Tracking:
         predicted: The same in closed loop, blocks replaced by their linear models.
         actual: The same in closed loop, blocks as they are.
         recorded: `actual` as a run recorded it; NaN without a record.
-        bound: Upper bound on `|actual - predicted|`; NaN where it was not asked for.
+        bound: Upper bound on `|actual - predicted|`; NaN where it was not asked for, or the
+            loop's law is not `Feedback`.
         state_gap: Distance between the actual and the predicted state before every block and at the end, in the norms
             of `Lyapunov`, `[T+1]`; NaN where no bound was asked for.
         state_bound: Upper bound on it, `[T+1]`.
@@ -133,7 +134,7 @@ def tracking(
     if not layers:
         raise ValueError("no loop of this controller reports an error; tracking needs a setpoint")
     blank = torch.full((len(jacobians) + 1,), torch.nan)
-    gap, limit, feature = blank, blank, dict.fromkeys(layers, torch.tensor(torch.nan))
+    gap, limit, feature = blank, blank, dict[int, Tensor]()
     if bound:
         rollouts = [actual, *(roll(nominal.blocks, start, controller * scale, position) for scale in scales)]
         loop, forcing = close(nominal, jacobians, controller, position, dtype)
@@ -225,7 +226,9 @@ def _check_affine(loop: Sequence[Tensor], forcing: Tensor, d: Tensor) -> None:
 
 
 def _pick(values: dict[int, Tensor], layers: Sequence[int]) -> Tensor:
-    return torch.stack([values[layer].detach().double().cpu() for layer in layers])
+    """By layer, float64 on the CPU; NaN where a layer has no value."""
+    blank = torch.tensor(torch.nan)
+    return torch.stack([values.get(layer, blank).detach().double().cpu() for layer in layers])
 
 
 def _recorded(record: Record | None, layers: Sequence[int], position: int) -> Tensor:
