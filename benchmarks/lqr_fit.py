@@ -20,12 +20,12 @@ from typing import Any
 import common
 import torch
 from fit import TEXT, full_sequence
-from steerlens.fitting import contrast_means
-from steerlens.hosts import host_of
-from steerlens.models import smollm2, tiny
 from torch import Tensor
 
 import steerlens as sl
+from steerlens.fitting import contrast_means
+from steerlens.hosts import host_of
+from steerlens.models import smollm2, tiny
 
 WEIGHTS = {"q": 0.1, "r": 1.0, "qf": 0.1}
 

@@ -130,16 +130,18 @@ def linearity(
     tests = [_Test(nominal, v, sizes, start, exact_dtype(host)) for nominal in nominals]
     similarity = []
     for t in tqdm(range(host.n_layers), desc="testing blocks", disable=not progress):
-        own = [nominal.jacobian(t).to(exact_dtype(host)) for nominal in nominals]
-        similarity.append(_mean_similarity(own))
-        for test, A in zip(tests, own, strict=True):
-            test.step(t, A if linearization is None else linearization.jacobians[t].to(A))
+        plants = [] if linearization is None else [linearization.jacobians[t].to(v.device, exact_dtype(host))]
+        if linearization is None or len(nominals) > 1:
+            own = [nominal.jacobian(t).to(exact_dtype(host)) for nominal in nominals]
+            similarity.append(_mean_similarity(own))
+        for index, test in enumerate(tests):
+            test.step(t, plants[0] if plants else own[index])
     return Linearity(
         sizes=tuple(float(size) for size in sizes),
         block=_median([test.block for test in tests]),
         start=start,
         path=_median([test.path for test in tests]),
-        similarity=torch.tensor(similarity, dtype=torch.float64),
+        similarity=torch.tensor(similarity or [torch.nan] * host.n_layers, dtype=torch.float64),
         baseline=_baseline(host.d_model, generator),
     )
 
