@@ -6,6 +6,7 @@ with steer(model, lqr(model, pairs)) as run:
 
 from __future__ import annotations
 
+from steerlens import diagnose
 from steerlens.contrast import Pairs, shipped
 from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
 from steerlens.hosts import remote
@@ -41,6 +42,7 @@ __all__ = [
     "ablation",
     "actadd",
     "caa",
+    "diagnose",
     "linearize",
     "lqr",
     "pid",

@@ -27,7 +27,7 @@ def plot_record(record: Record, *, row: int = 0, tokens: list[str] | None = None
         ImportError: plotly is not installed.
         ValueError: neither signal was recorded.
     """
-    objects, make_subplots = _plotly()
+    objects, make_subplots = load_plotly()
     held = [panel for panel in _PANELS if any(name.endswith(f"hook_steer_{panel[0]}") for name in record)]
     if not held:
         raise ValueError("nothing to plot: the run recorded neither 'error' nor 'u_norm'; use record='scalars'")
@@ -85,7 +85,12 @@ def _log10(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float64).log10())
 
 
-def _plotly() -> tuple[Any, Any]:
+def load_plotly() -> tuple[Any, Any]:
+    """`plotly.graph_objects` and `make_subplots`, imported when they are needed.
+
+    Raises:
+        ImportError: plotly is not installed.
+    """
     try:
         import plotly.graph_objects as objects
         from plotly.subplots import make_subplots

@@ -1,0 +1,141 @@
+"""Fitting the gains of A-LQR: seconds and peak memory of each solver beside the procedure of the authors.
+
+The baseline, written anew: for every block the vectorised reverse-mode Jacobian over the whole sequence (`fit.py`), all
+of them kept; then the Riccati recursion in float32 with stacks of Q, R and K. The solvers are those of `lqr`, one entry
+each in SOLVERS. Each fits the same gains for one text: SmolLM2, and one Llama block of width 2048 with random weights.
+
+    python benchmarks/lqr_fit.py [--lengths 12 24] [--width 2048] [--solvers dense]
+
+Memory is what torch allocates between entry and return beyond what was there, largest at any time, by its profiler: the
+weights are not in it, whatever is kept to the end is. Unit: d^2 floats of 4 bytes. A solver that works in float64 needs
+two for each of its matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+from fit import TEXT, full_sequence
+from torch import Tensor
+
+import steerlens as sl
+from steerlens.fitting import contrast_means
+from steerlens.hosts import host_of
+from steerlens.models import smollm2, tiny
+
+WEIGHTS = {"q": 0.1, "r": 1.0, "qf": 0.1}
+
+
+class Plant:
+    """A model as Hugging Face made it and as a bridge, and one text."""
+
+    def __init__(self, hf: Any, bridge: Any, ids: list[int]):
+        self.hf, self.bridge, self.host = hf, bridge, host_of(bridge)
+        self.ids = ids
+        # the other side of the contrast only has to differ
+        self.pairs = sl.Pairs([ids], [ids[:-2]])
+        self.layers = range(self.host.n_layers)
+
+
+def authors(plant: Plant) -> dict[int, Tensor]:
+    """`K_t v_t` by full-sequence Jacobians and a dense Riccati recursion over stacks."""
+    A = torch.stack(full_sequence(plant.hf, torch.tensor([plant.ids]), plant.layers))
+    T, d, _ = A.shape
+    eye = torch.eye(d)
+    Q, R = WEIGHTS["q"] * eye.repeat(T, 1, 1), WEIGHTS["r"] * eye.repeat(T, 1, 1)
+    S = torch.empty(T + 1, d, d)
+    S[T] = WEIGHTS["qf"] * eye
+    K = torch.empty(T, d, d)
+    for t in range(T - 1, -1, -1):
+        K[t] = torch.linalg.solve(S[t + 1] + R[t], S[t + 1] @ A[t])
+        S[t] = Q[t] + A[t].T @ S[t + 1] @ A[t] - A[t].T @ S[t + 1] @ K[t]
+    sites = [sl.Site(t, "resid_pre") for t in plant.layers]
+    positive, negative = contrast_means(plant.host, plant.pairs, sites)
+    gains = {}
+    for site in sites:
+        difference = positive[site] - negative[site]
+        gains[site.layer] = K[site.layer] @ difference / difference.norm()
+    return gains
+
+
+def dense(plant: Plant) -> dict[int, Tensor]:
+    """`lqr` as it is by default."""
+    return _gains(sl.lqr(plant.bridge, plant.pairs, linearize_on=[plant.ids], progress=False, **WEIGHTS))
+
+
+def _gains(controller: sl.Controller) -> dict[int, Tensor]:
+    return {loop.act.layer: loop.law.gains[0] for loop in controller.loops}
+
+
+#: Another solver is one more entry.
+SOLVERS: dict[str, Callable[[Plant], dict[int, Tensor]]] = {"dense": dense}
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator held at any time during a call beyond what it held before."""
+    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    with torch.profiler.profile(**options) as profile:
+        kept = call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    del kept
+    return most
+
+
+def largest_difference(a: dict[int, Tensor], b: dict[int, Tensor]) -> float:
+    return max(float((a[t] - b[t]).norm() / b[t].norm()) for t in a)
+
+
+def compare(name: str, plant: Plant, solvers: list[str]) -> None:
+    d = plant.host.d_model
+    calls = {"authors": authors} | {solver: SOLVERS[solver] for solver in solvers}
+    reference: dict[int, Tensor] = {}
+    baseline = (0.0, 0.0)
+    for solver, call in calls.items():
+        kept: list[dict[int, Tensor]] = []
+        took = common.seconds(lambda call=call, kept=kept: kept.append(call(plant)))
+        bytes_ = peak(lambda call=call: call(plant))
+        if solver == "authors":
+            reference, baseline = kept[0], (took, bytes_)
+        print(
+            f"{name:22} {len(plant.ids):6} {solver:8} {took:8.2f} {baseline[0] / took:7.1f} {bytes_ / 1e6:9.0f} "
+            f"{bytes_ / (4 * d * d):8.1f} {baseline[1] / bytes_:7.1f} {largest_difference(kept[0], reference):10.1e}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 24])
+    parser.add_argument("--width", type=int, default=2048, help="of the synthetic block; 0 leaves it out")
+    parser.add_argument("--no-smollm2", action="store_true")
+    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
+    arguments = parser.parse_args()
+    print(f"{torch.get_num_threads()} thread, CPU seconds; peak memory beside the weights; ratios: authors / solver")
+    print(
+        f"{'plant':22} {'tokens':>6} {'solver':8} {'seconds':>8} {'ratio':>7} {'MB':>9} {'d^2':>8} {'ratio':>7} "
+        f"{'difference':>10}"
+    )
+    if not arguments.no_smollm2:
+        hf, tokenizer = smollm2(host="hf")
+        bridge = smollm2()
+        tokens = tokenizer(TEXT)["input_ids"]
+        for length in arguments.lengths:
+            compare("SmolLM2-135M", Plant(hf, bridge, tokens[:length]), arguments.solvers)
+    if arguments.width:
+        size = {"n_layers": 1, "d_model": arguments.width}
+        hf, _ = tiny("llama", host="hf", **size)
+        bridge = tiny("llama", **size)
+        for length in arguments.lengths:
+            compare(f"1 block, d = {arguments.width}", Plant(hf, bridge, list(range(1, length + 1))), arguments.solvers)
+
+
+if __name__ == "__main__":
+    main()
