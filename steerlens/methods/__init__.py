@@ -6,5 +6,6 @@ from steerlens.methods.ablation import ablation
 from steerlens.methods.actadd import actadd
 from steerlens.methods.caa import caa
 from steerlens.methods.lqr import lqr
+from steerlens.methods.sadi import sadi
 
-__all__ = ["ablation", "actadd", "caa", "lqr"]
+__all__ = ["ablation", "actadd", "caa", "lqr", "sadi"]
