@@ -11,7 +11,7 @@ from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
 from steerlens.hosts import remote
 from steerlens.laws import Add, Feedback, Project
 from steerlens.linearization import Linearization, linearize
-from steerlens.methods import ablation, actadd, caa, lqr, sadi
+from steerlens.methods import ablation, actadd, caa, cold_kernel, lqr, sadi
 from steerlens.setpoints import Level
 from steerlens.steering import Run, steer
 from steerlens.version import __version__
@@ -34,6 +34,7 @@ __all__ = [
     "ablation",
     "actadd",
     "caa",
+    "cold_kernel",
     "linearize",
     "lqr",
     "remote",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,12 @@ class Host:
         """Pooled activations of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
         raise NotImplementedError
 
+    def _gradients(
+        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Pooled gradients of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
+        raise NotImplementedError
+
     # -- shared by all hosts ------------------------------------------------------------------------------------
 
     def shape(self, site: Site) -> tuple[int, ...]:
@@ -149,6 +155,35 @@ class Host:
         return {
             site: torch.stack([rows[row][index] for row in range(len(tokens))]) for index, site in enumerate(ordered)
         }
+
+    def gradients(
+        self,
+        tokens: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        sites: Sequence[Site],
+        loss: Callable[[Tensor], Tensor],
+    ) -> dict[Site, Tensor]:
+        """Pooled gradients of a loss with respect to the activations of texts, without steering.
+
+            g_i = sum_t w_it dL / dx_it
+
+        The total derivative: a change at an earlier site acts through the later ones. No parameter gets a gradient.
+
+        Args:
+            tokens: Token ids of each text; all go through the model in one pass, padded on the right.
+            weights: One weight per token; `[0, ..., 0, 1]` takes the gradient at the last.
+            sites: Where the activations are.
+            loss: L, from the logits `[text pos vocab]` to a scalar; it must not look at pads.
+
+        Returns:
+            `{site: [text ...]}` in float32 (float64 for a float64 model), on the CPU.
+        """
+        self.check(sites)
+        ordered = sorted(sites)
+        ids, mask, pooled = _pad(tokens, weights, self.device)
+        with torch.inference_mode(False), torch.enable_grad():
+            found = self._gradients(ids, mask, pooled, ordered, loss)
+        return dict(zip(ordered, (values.cpu() for values in found), strict=True))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether a controller fitted on one model may be attached to another."""

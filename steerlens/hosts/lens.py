@@ -131,7 +131,38 @@ class LensHost(Host):
             _unhook(handles)
         return [found[site] for site in sites]
 
+    def _gradients(
+        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        start = Site(0, "resid_pre")
+        mid = self.writes_mid()
+        # where the Bridge's resid_mid is a branch, the attention output, which is added to it, has the same gradient
+        places = {
+            site: Site(site.layer, "attn_out") if site.point == "resid_mid" and not mid else site for site in sites
+        }
+        states: dict[Site, Tensor] = {}
+
+        def keep(place: Site) -> Callable[..., Tensor]:
+            def hook(x: Tensor, hook: HookPoint) -> Tensor:
+                # a leaf at the first block, so that the graph exists whether or not the weights ask for gradients
+                states[place] = x = x.detach().requires_grad_() if place == start else x
+                return x
+
+            return hook
+
+        handles = []
+        try:
+            handles = [_hook(point, keep(place)) for place, point in self.find({start, *places.values()}).items()]
+            value = loss(self._logits(ids, mask))
+        finally:
+            _unhook(handles)
+        gradients = torch.autograd.grad(value, [states[places[site]] for site in sites])
+        return [pool(gradient, weights) for gradient in gradients]
+
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
+        raise NotImplementedError
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -173,6 +204,9 @@ class BridgeHost(LensHost):
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         self.model(ids, stop_at_layer=stop) if stop is not None else self.model(ids, return_type=None)
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids)
 
 
 class HookedHost(LensHost):
@@ -239,6 +273,9 @@ class HookedHost(LensHost):
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         self.model(ids, attention_mask=mask, return_type=None, stop_at_layer=stop)
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, attention_mask=mask)
 
 
 class FrozenEntry:

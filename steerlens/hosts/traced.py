@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nnsight
@@ -127,6 +127,21 @@ class TracedHost(Host):
             if early:
                 tracer.stop()
         return [value.cpu() for value in found]
+
+    def _gradients(
+        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        self._need_weights("taking gradients")
+        places = []
+        for site in sites:
+            path, side = self.paths[site.point]
+            places.append((self.layers[site.layer]._module.get_submodule(path), side))
+        logits, states = hf.trace(self.model._module, self.layers[0]._module, places, ids, mask)
+        gradients = [pool(gradient, weights) for gradient in torch.autograd.grad(loss(logits), states)]
+        return [
+            gradient.unflatten(-1, (self.n_heads, -1)) if site.point == "z" else gradient
+            for site, gradient in zip(sites, gradients, strict=True)
+        ]
 
     def _need_weights(self, what: str) -> None:
         if self._weight.device.type == "meta":

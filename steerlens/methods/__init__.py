@@ -5,7 +5,8 @@ from __future__ import annotations
 from steerlens.methods.ablation import ablation
 from steerlens.methods.actadd import actadd
 from steerlens.methods.caa import caa
+from steerlens.methods.cold_kernel import cold_kernel
 from steerlens.methods.lqr import lqr
 from steerlens.methods.sadi import sadi
 
-__all__ = ["ablation", "actadd", "caa", "lqr", "sadi"]
+__all__ = ["ablation", "actadd", "caa", "cold_kernel", "lqr", "sadi"]
