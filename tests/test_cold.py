@@ -165,6 +165,25 @@ def test_a_layers_step_does_not_depend_on_the_others_fitted_with_it(case):
         assert relative(loop.strength * loop.law.vector, vector(fit(case, layers=loop.act.layer))) < 1e-5
 
 
+def test_the_step_of_a_distance_is_the_mean_difference(case):
+    """With L = -|x+ - x-|^2 / 2 the unit kernel at x+ is the vector of caa."""
+    caa = sl.caa(case.model, case.data, layers=1).loops[0].law.vector
+    sides = case.data.sides(host_of(case.model))
+    x, other = (host_of(case.model).read(side.tokens, side.weights, [SITE])[SITE] for side in sides)
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(-0.5 * (x - other).square().sum(), x)
+    u, _ = Kernel(torch.ones(3, 1), g, 3).act(torch.ones(1, 1, 1), {})
+    torch.testing.assert_close(u[0, 0], caa, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_is_fitted_in_float32(host, dtype, case, device):
+    half = Case("cold_kernel", host, dtype=dtype, device=device)
+    u = vector(fit(half))
+    assert u.dtype == torch.float32
+    assert relative(u, vector(fit(case))) < 0.1, "eight bits of mantissa"
+
+
 def test_a_callable_loss_equals_the_named_one(case):
     def mine(chosen, rejected):
         return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected))
@@ -232,6 +251,16 @@ def gradients(real, cold_sadi):
         return example_gradients(host_of(real.model), real.data, aim, sites)[1]
 
     return compute
+
+
+@pytest.mark.real_model
+def test_a_token_that_spans_the_seam_is_a_label(real):
+    """The tokenizer merges "sta" and "tion", so that the prompt alone has tokens that the text has not."""
+    host = host_of(real.model)
+    (text,) = labelled(sl.Pairs([("We met at the sta", "tion")], ["-"]), host, "positive")
+    words = [host.tokenizer.decode([token]) for token in text.tokens]
+    assert words[text.start :] == [" station"]
+    assert text.weights() == [0, 0, 0, 1, 0]
 
 
 @pytest.mark.real_model

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
+from steerlens.hosts.graph import Place, differentiate
 from steerlens.hosts.nominal import Nominal
 
 
@@ -93,10 +94,12 @@ class Host:
         """Pooled activations of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
         raise NotImplementedError
 
-    def _gradients(
-        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
-        """Pooled gradients of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
+    def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
+        """The module that the residual stream enters first, and where a change of each site's activation shows."""
+        raise NotImplementedError
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits of one right-padded batch, `[batch pos vocab]`."""
         raise NotImplementedError
 
     # -- shared by all hosts ------------------------------------------------------------------------------------
@@ -181,9 +184,13 @@ class Host:
         self.check(sites)
         ordered = sorted(sites)
         ids, mask, pooled = _pad(tokens, weights, self.device)
+        entry, places = self._places(ordered)
         with torch.inference_mode(False), torch.enable_grad():
-            found = self._gradients(ids, mask, pooled, ordered, loss)
-        return dict(zip(ordered, (values.cpu() for values in found), strict=True))
+            found = differentiate(lambda: self._logits(ids, mask), entry, places, loss)
+        return {
+            site: pool(gradient, pooled).reshape(len(ids), *self.shape(site)).cpu()
+            for site, gradient in zip(ordered, found, strict=True)
+        }
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether a controller fitted on one model may be attached to another."""

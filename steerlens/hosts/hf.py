@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerlens.hosts.nominal import Capture, Nominal, first
+from steerlens.hosts.nominal import Capture, Nominal
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -58,48 +58,6 @@ def nominal(model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int]
         return FrozenCache(*past[layer]) if value is cache else value
 
     return capture.nominal(freeze)
-
-
-def trace(
-    model: nn.Module, entry: nn.Module, places: Sequence[tuple[nn.Module, str]], ids: Tensor, mask: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits of a Hugging Face model and the tensors at some places of the pass, in one autograd graph.
-
-    Args:
-        entry: The first block; its input becomes a leaf, so that there is a graph whether or not weights ask for one.
-        places: Modules, and `"input"` or `"output"`.
-    """
-    states: dict[int, Tensor] = {}
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-
-    def before(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states[index] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    def after(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states[index] = first(output)
-
-        return hook
-
-    handles = [entry.register_forward_pre_hook(enter, with_kwargs=True)]
-    try:
-        for index, (module, side) in enumerate(places):
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(before(index), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(after(index)))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return logits, [states[index] for index in range(len(places))]
 
 
 def require_context(tokens: Sequence[int]) -> None:

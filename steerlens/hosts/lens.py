@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from steerlens.core import POINTS, Pass, Record, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Attachment, Host, pool
+from steerlens.hosts.graph import Place
 from steerlens.hosts.nominal import Capture, Nominal
 
 try:
@@ -131,38 +132,14 @@ class LensHost(Host):
             _unhook(handles)
         return [found[site] for site in sites]
 
-    def _gradients(
-        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
-        start = Site(0, "resid_pre")
-        mid = self.writes_mid()
+    def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
+        start, mid = Site(0, "resid_pre"), self.writes_mid()
         # where the Bridge's resid_mid is a branch, the attention output, which is added to it, has the same gradient
-        places = {
-            site: Site(site.layer, "attn_out") if site.point == "resid_mid" and not mid else site for site in sites
-        }
-        states: dict[Site, Tensor] = {}
-
-        def keep(place: Site) -> Callable[..., Tensor]:
-            def hook(x: Tensor, hook: HookPoint) -> Tensor:
-                # a leaf at the first block, so that the graph exists whether or not the weights ask for gradients
-                states[place] = x = x.detach().requires_grad_() if place == start else x
-                return x
-
-            return hook
-
-        handles = []
-        try:
-            handles = [_hook(point, keep(place)) for place, point in self.find({start, *places.values()}).items()]
-            value = loss(self._logits(ids, mask))
-        finally:
-            _unhook(handles)
-        gradients = torch.autograd.grad(value, [states[places[site]] for site in sites])
-        return [pool(gradient, weights) for gradient in gradients]
+        read = [Site(site.layer, "attn_out") if site.point == "resid_mid" and not mid else site for site in sites]
+        points = self.find({start, *read})
+        return points[start], [(points[site], "output") for site in read]
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
-        raise NotImplementedError
-
-    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         raise NotImplementedError
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import nnsight
 import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlens.core import POINTS, Pass, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Attachment, Host, pool
 from steerlens.hosts.edit import Tap, follow
 from steerlens.hosts.families import family_paths, layers_path
+from steerlens.hosts.graph import Place
 from steerlens.hosts.nominal import Nominal
 from steerlens.hosts.remote import RemoteForms
 
@@ -128,20 +129,14 @@ class TracedHost(Host):
                 tracer.stop()
         return [value.cpu() for value in found]
 
-    def _gradients(
-        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+    def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
         self._need_weights("taking gradients")
-        places = []
-        for site in sites:
-            path, side = self.paths[site.point]
-            places.append((self.layers[site.layer]._module.get_submodule(path), side))
-        logits, states = hf.trace(self.model._module, self.layers[0]._module, places, ids, mask)
-        gradients = [pool(gradient, weights) for gradient in torch.autograd.grad(loss(logits), states)]
-        return [
-            gradient.unflatten(-1, (self.n_heads, -1)) if site.point == "z" else gradient
-            for site, gradient in zip(sites, gradients, strict=True)
-        ]
+        blocks = [layer._module for layer in self.layers]
+        places = [(self.paths[site.point], blocks[site.layer]) for site in sites]
+        return blocks[0], [(block.get_submodule(path), side) for (path, side), block in places]
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model._module(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def _need_weights(self, what: str) -> None:
         if self._weight.device.type == "meta":
