@@ -214,6 +214,14 @@ def test_bad_input_is_told_before_the_model_runs(case):
         fit(case, [a])
 
 
+def test_weights_that_are_elsewhere_are_told(device):
+    pytest.importorskip("nnsight")
+    case = Case("cold_kernel", "nnsight", device=device)
+    case.model._module.to("meta")
+    with pytest.raises(NotImplementedError, match="taking gradients needs the weights here"):
+        fit(case)
+
+
 # -- reference numbers ------------------------------------------------------------------------------------------
 
 

@@ -117,7 +117,7 @@ class TracedHost(Host):
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:
-            self._need_weights("reading activations")
+            self._need_weights("reading activations", ", or read on a server with steerlens.remote(model)")
         taps = [self._tap(site) for site in sites]
         model = self.model
         # stopping before the unembedding would cut off edits of the user's at later layers
@@ -138,12 +138,9 @@ class TracedHost(Host):
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model._module(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
-    def _need_weights(self, what: str) -> None:
+    def _need_weights(self, what: str, instead: str = "") -> None:
         if self._weight.device.type == "meta":
-            raise NotImplementedError(
-                f"{what} needs the weights here: build the model with dispatch=True, or read on a server with "
-                "steerlens.remote(model)"
-            )
+            raise NotImplementedError(f"{what} needs the weights here: build the model with dispatch=True{instead}")
 
 
 class TracedAttachment(Attachment):
