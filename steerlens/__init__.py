@@ -12,7 +12,7 @@ from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
 from steerlens.hosts import remote
 from steerlens.laws import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.linearization import Linearization, linearize
-from steerlens.methods import ablation, actadd, caa, lqr, pid, track
+from steerlens.methods import ablation, actadd, caa, cold_kernel, lqr, pid, sadi, track
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, steer
 from steerlens.version import __version__
@@ -42,11 +42,13 @@ __all__ = [
     "ablation",
     "actadd",
     "caa",
+    "cold_kernel",
     "diagnose",
     "linearize",
     "lqr",
     "pid",
     "remote",
+    "sadi",
     "shipped",
     "steer",
     "track",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steerlens.hosts import Host
 
-Text = Any  # str | (prompt, completion) | [{"role": ..., "content": ...}, ...] | token ids
+Text = Any  # str | (prompt, completion), strings or ids | [{"role": ..., "content": ...}, ...] | token ids
 
 READINGS = ("last", "mean", "completion")
 
@@ -32,7 +32,8 @@ class Pairs:
 
     Args:
         positive: Texts with the behaviour. Each is a string, a `(prompt, completion)` tuple, a list of chat messages
-            (`{"role": ..., "content": ...}`, put through the tokenizer's chat template), or token ids.
+            (`{"role": ..., "content": ...}`, put through the tokenizer's chat template), or token ids. Prompt and
+            completion are two strings or two lists of token ids.
         negative: Texts without it; as many as positives where a method needs pairs.
         read: Which activation of a text to take: `"last"` (its last token), `"mean"` (the mean over its tokens, the
             first excluded, which carries an attention sink), `"completion"` (the mean over the completion's tokens), or
@@ -123,6 +124,8 @@ def tokenize(text: Text, host: Host, prepend_bos: bool | None = None) -> tuple[l
         return ids, len(ids)
     if isinstance(text, tuple):
         prompt, completion = text
+        if isinstance(prompt, list):
+            return prompt + completion, len(prompt)
         head = _encode(prompt, host, prepend_bos)
         whole = _encode(prompt + completion, host, prepend_bos)
         return whole, _common(head, whole)
@@ -169,8 +172,10 @@ def _check_text(text: Text, what: str, where: str | int) -> None:
     if isinstance(text, str):
         empty = not text
     elif isinstance(text, tuple):
-        if len(text) != 2 or not all(isinstance(part, str) for part in text):
-            raise ValueError(f"{what} is {text!r}; a tuple is (prompt, completion), two strings")
+        strings = all(isinstance(part, str) for part in text)
+        ids = all(isinstance(part, list) and all(isinstance(token, int) for token in part) for part in text)
+        if len(text) != 2 or not (strings or ids):
+            raise ValueError(f"{what} is {text!r}; a tuple is (prompt, completion), two strings or two lists of ids")
         empty = not text[0] + text[1]
     elif isinstance(text, Tensor):
         if text.ndim != 1:

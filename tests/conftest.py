@@ -77,3 +77,9 @@ def oracle():
 @pytest.fixture(scope="session")
 def texts():
     return json.loads((DATA / "lqr.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def cold_sadi():
+    """Reference numbers of COLD-Steer and SADI, tensors and texts; see tests/data/README.md."""
+    return load_file(DATA / "cold_sadi.safetensors"), json.loads((DATA / "cold_sadi.json").read_text())

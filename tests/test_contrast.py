@@ -42,6 +42,15 @@ def test_texts_and_token_ids_give_one_controller(host, tiny_model):
     assert torch.equal(words.loops[0].law.vector, ids.loops[0].law.vector)
 
 
+def test_a_tuple_holds_two_strings_or_two_lists_of_ids(adapter):
+    assert tokenize(([1, 2], [3]), adapter, True) == ([1, 2, 3], 2)
+    for wrong in ((1, 2), ("w1", [2]), ([1], ["w2"]), ([1], [2], [3])):
+        with pytest.raises(ValueError, match="two strings or two lists of ids"):
+            sl.Pairs([wrong], [[4]])
+    with pytest.raises(ValueError, match="positive text 0 is empty"):
+        sl.Pairs([([], [])], [[4]])
+
+
 def test_pads_of_a_batch_are_never_read(host, tiny_model):
     model = tiny_model(host)
     together = sl.caa(model, sl.Pairs([[1, 2, 3, 4, 5, 6, 7], [8, 9]], [[4, 5, 6], [10, 11, 12]]))

@@ -38,6 +38,17 @@ def test_names_leave_position_zero_alone():
     assert chosen(begin((1, 1)), "last") == [[0]]
 
 
+def test_last_prompt_is_one_token_of_a_sequence():
+    tracker = begin((1, 4))
+    assert chosen(tracker, "last_prompt") == [[0, 0, 0, 1]]
+    assert chosen(begin((1, 1), past=4, tracker=tracker), "last_prompt") == [[0]]
+    without_cache = begin((1, 6), continues=True, tracker=begin((1, 4)))
+    assert chosen(without_cache, "last_prompt") == [[0, 0, 0, 1, 0, 0]]
+    assert chosen(begin((2, 5), mask=LEFT), "last_prompt") == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]]
+    assert chosen(begin((2, 5), mask=RIGHT), "last_prompt") == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+    assert chosen(begin((1, 1)), "last_prompt") == [[0]]
+
+
 def test_padded_rows_count_from_their_first_real_token():
     left, right = begin((2, 5), mask=LEFT), begin((2, 5), mask=RIGHT)
     assert left.table().tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]

@@ -100,10 +100,10 @@ class Loop:
         act: The control is added here.
         sense: The state is read here, no later than `act` in the forward pass; default: where it acts.
         where: Token positions: `"last"` (the last real token of a prompt and every token generated after it),
-            `"generated"`, `"prompt"`, `"all"`, a slice on absolute positions (negative: from the end of the prompt),
-            a boolean mask `[pos]` or `[batch pos]`, or a callable from positions `[batch pos]` to such a mask. The
-            names leave position 0 alone, where many models keep an activation two orders of magnitude larger than
-            elsewhere; a slice, mask or callable is taken literally.
+            `"last_prompt"` (that token alone), `"generated"`, `"prompt"`, `"all"`, a slice on absolute positions
+            (negative: from the end of the prompt), a boolean mask `[pos]` or `[batch pos]`, or a callable from
+            positions `[batch pos]` to such a mask. The names leave position 0 alone, where many models keep an
+            activation two orders of magnitude larger than elsewhere; a slice, mask or callable is taken literally.
         strength: Factor on the control.
         name: Prefix of the loop's own signals where several loops act at one layer.
         group: Loops with the same group share `memory`.

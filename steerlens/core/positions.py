@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("last", "generated", "prompt", "all")
+NAMES = ("last", "last_prompt", "generated", "prompt", "all")
 _END = 1 << 60
 
 
@@ -114,6 +114,8 @@ def _bounds(where: str | slice, prompt: Any) -> tuple[Any, Any]:
     """Half-open range of absolute positions; entries are numbers or `[batch]` tensors."""
     if where == "last":
         return _at_least_one(prompt - 1), _END
+    if where == "last_prompt":
+        return _at_least_one(prompt - 1), prompt
     if where == "generated":
         return _at_least_one(prompt), _END
     if where == "prompt":

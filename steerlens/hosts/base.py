@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
+from steerlens.hosts.graph import Place, differentiate
 from steerlens.hosts.nominal import Nominal
 
 
@@ -93,6 +94,14 @@ class Host:
         """Pooled activations of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
         raise NotImplementedError
 
+    def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
+        """The module that the residual stream enters first, and where a change of each site's activation shows."""
+        raise NotImplementedError
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits of one right-padded batch, `[batch pos vocab]`."""
+        raise NotImplementedError
+
     # -- shared by all hosts ------------------------------------------------------------------------------------
 
     def shape(self, site: Site) -> tuple[int, ...]:
@@ -148,6 +157,39 @@ class Host:
                 rows[row] = [values[position] for values in read]
         return {
             site: torch.stack([rows[row][index] for row in range(len(tokens))]) for index, site in enumerate(ordered)
+        }
+
+    def gradients(
+        self,
+        tokens: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        sites: Sequence[Site],
+        loss: Callable[[Tensor], Tensor],
+    ) -> dict[Site, Tensor]:
+        """Pooled gradients of a loss with respect to the activations of texts, without steering.
+
+            g_i = sum_t w_it dL / dx_it
+
+        The total derivative: a change at an earlier site acts through the later ones. No parameter gets a gradient.
+
+        Args:
+            tokens: Token ids of each text; all go through the model in one pass, padded on the right.
+            weights: One weight per token; `[0, ..., 0, 1]` takes the gradient at the last.
+            sites: Where the activations are.
+            loss: L, from the logits `[text pos vocab]` to a scalar; it must not look at pads.
+
+        Returns:
+            `{site: [text ...]}` in float32 (float64 for a float64 model), on the CPU.
+        """
+        self.check(sites)
+        ordered = sorted(sites)
+        ids, mask, pooled = _pad(tokens, weights, self.device)
+        entry, places = self._places(ordered)
+        with torch.inference_mode(False), torch.enable_grad():
+            found = differentiate(lambda: self._logits(ids, mask), entry, places, loss)
+        return {
+            site: pool(gradient, pooled).reshape(len(ids), *self.shape(site)).cpu()
+            for site, gradient in zip(ordered, found, strict=True)
         }
 
     def fingerprint(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from steerlens.core import POINTS, Pass, Record, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Attachment, Host, pool
+from steerlens.hosts.graph import Place
 from steerlens.hosts.nominal import Capture, Nominal
 
 try:
@@ -131,6 +132,13 @@ class LensHost(Host):
             _unhook(handles)
         return [found[site] for site in sites]
 
+    def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
+        start, mid = Site(0, "resid_pre"), self.writes_mid()
+        # where the Bridge's resid_mid is a branch, the attention output, which is added to it, has the same gradient
+        read = [Site(site.layer, "attn_out") if site.point == "resid_mid" and not mid else site for site in sites]
+        points = self.find({start, *read})
+        return points[start], [(points[site], "output") for site in read]
+
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         raise NotImplementedError
 
@@ -173,6 +181,9 @@ class BridgeHost(LensHost):
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         self.model(ids, stop_at_layer=stop) if stop is not None else self.model(ids, return_type=None)
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids)
 
 
 class HookedHost(LensHost):
@@ -239,6 +250,9 @@ class HookedHost(LensHost):
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         self.model(ids, attention_mask=mask, return_type=None, stop_at_layer=stop)
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, attention_mask=mask)
 
 
 class FrozenEntry:

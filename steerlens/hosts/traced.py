@@ -9,13 +9,14 @@ import nnsight
 import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlens.core import POINTS, Pass, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Attachment, Host, pool
 from steerlens.hosts.edit import Tap, follow
 from steerlens.hosts.families import family_paths, layers_path
+from steerlens.hosts.graph import Place
 from steerlens.hosts.nominal import Nominal
 from steerlens.hosts.remote import RemoteForms, Request
 
@@ -124,7 +125,7 @@ class TracedHost(Host):
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:
-            self._need_weights("reading activations")
+            self._need_weights("reading activations", ", or read on a server with steerlens.remote(model)")
         taps = [self._tap(site) for site in sites]
         model = self.model
         # stopping before the unembedding would cut off edits of the user's at later layers
@@ -136,12 +137,18 @@ class TracedHost(Host):
                 tracer.stop()
         return [value.cpu() for value in found]
 
-    def _need_weights(self, what: str) -> None:
+    def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
+        self._need_weights("taking gradients")
+        blocks = [layer._module for layer in self.layers]
+        places = [(self.paths[site.point], blocks[site.layer]) for site in sites]
+        return blocks[0], [(block.get_submodule(path), side) for (path, side), block in places]
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model._module(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def _need_weights(self, what: str, instead: str = "") -> None:
         if self.away:
-            raise NotImplementedError(
-                f"{what} needs the weights here: build the model with dispatch=True, or read on a server with "
-                "steerlens.remote(model)"
-            )
+            raise NotImplementedError(f"{what} needs the weights here: build the model with dispatch=True{instead}")
 
 
 class TracedAttachment(Attachment):

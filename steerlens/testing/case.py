@@ -20,9 +20,9 @@ from steerlens.core import Controller
 from steerlens.models import tiny
 from steerlens.steering import Run, steer
 
-#: Token ids below the tiny models' vocabulary; the last tokens differ, so that layer 0 has a direction too.
-POSITIVE = [[5, 9, 12, 31], [5, 14, 7, 22, 33], [8, 9, 41, 35]]
-NEGATIVE = [[5, 9, 13, 40], [5, 15, 7, 23, 44], [8, 10, 41, 46]]
+#: Prompts and completions below the tiny models' vocabulary; last tokens differ, so that layer 0 has a direction too.
+POSITIVE = [([5, 9], [12, 31]), ([5], [14, 7, 22, 33]), ([8], [9, 41, 35])]
+NEGATIVE = [([5, 9], [13, 40]), ([5], [15, 7, 23, 44]), ([8], [10, 41, 46])]
 PROMPT = [3, 17, 25, 29, 41, 22, 9]
 OTHER = [7, 30, 31, 32, 33]
 
@@ -94,7 +94,7 @@ class Case:
 
     @cached_property
     def data(self) -> Pairs:
-        """Contrast texts as token ids, the same on every host."""
+        """Contrast texts as token ids of prompts and completions, the same on every host."""
         return Pairs(POSITIVE, NEGATIVE)
 
     def fit(self, **options: Any) -> Controller:

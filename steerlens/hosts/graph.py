@@ -1,0 +1,59 @@
+"""One forward pass in an autograd graph that begins at the first block, not at the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerlens.hosts.nominal import first
+
+#: A module, and whether the activation is its `"input"` or its `"output"`.
+Place = tuple[nn.Module, str]
+
+
+def differentiate(
+    forward: Callable[[], Tensor], entry: nn.Module, places: Sequence[Place], loss: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Gradients of a loss with respect to the tensors at some places of a forward pass.
+
+    Args:
+        forward: Runs the model; returns its logits.
+        entry: The module whose input becomes a leaf, so that there is a graph whether or not weights ask for one.
+        places: Where the tensors are, no earlier than `entry`.
+        loss: From the logits to a scalar.
+    """
+    states: dict[int, Tensor] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states[index] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states[index] = first(output)
+
+        return hook
+
+    handles = []
+    try:
+        handles.append(entry.register_forward_pre_hook(enter, with_kwargs=True))
+        for index, (module, side) in enumerate(places):
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(before(index), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(after(index)))
+        value = loss(forward())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(torch.autograd.grad(value, [states[index] for index in range(len(places))]))

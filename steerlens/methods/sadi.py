@@ -1,0 +1,147 @@
+"""Semantics-adaptive dynamic intervention: scale the few elements that a contrast singles out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Law, Loop, Memory, Site
+from steerlens.fitting import contrast_means, every_layer, recipe, resolve
+
+#: Component -> points of the block where its elements are; the first is the default.
+POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
+#: Component -> default number of elements, from the middle of the paper's grids.
+COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
+SELECT = ("max", "min", "abs")
+
+
+def sadi(
+    model: Any,
+    data: Pairs,
+    *,
+    component: str = "head",
+    k: int | None = None,
+    strength: float = 4.0,
+    select: str = "max",
+    normalize: str | None = None,
+    layers: int | Sequence[int] | None = None,
+    point: str | None = None,
+    where: Any = "last_prompt",
+) -> Controller:
+    """Scale those heads, neurons or coordinates by which the activations of two sets of texts differ most.
+
+        u = s (m * x),   m = 1 on the k elements (layer, i) of largest D, else 0
+        D = mean_i x(p_i+) - mean_i x(p_i-),   for a head the mean of D over d_head
+
+    The k elements are chosen over all layers jointly, by signed value; equal values go by layer, then by index. What is
+    added depends on the input's own activation: the elements are multiplied by `1 + s`.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts; `Pairs.read` says which token's activation is x (paper: the last of question + answer).
+        component: `"head"`: query heads at `z`, also where keys and values are shared. `"neuron"`: `mlp_post`.
+            `"hidden"`: coordinates of `mlp_out`, as the authors' code has it, or of `resid_post` (see `point`).
+        k: Number of elements; default 4 heads, 50 neurons or 10 coordinates. At most as many as there are.
+        strength: s, no unit; delta in the paper. The authors' code calls `1 + s` the strength: 5 to 80 for heads.
+        select: `"max"` (largest D), `"min"` (most negative D) or `"abs"`.
+        normalize: None, as in the paper, which favours late layers, where activations are large; `"layer_std"` divides
+            D by its standard deviation over the elements of its layer before ranking.
+        layers: Layers to choose from; default all.
+        point: For `"hidden"`: `"mlp_out"` (default) or `"resid_post"`.
+        where: Token positions, see `Loop`; default the last prompt token, as the authors' code has it.
+
+    Returns:
+        One loop per layer that has a chosen element. Recorded signals: `u`, `u_norm`, `share` (norm of `m * x` over
+        norm of `x`, no unit).
+
+    Raises:
+        ValueError: k below 1 or above the number of elements; an unknown component, point, `select` or `normalize`; a
+            layer the model does not have; texts that give no difference anywhere.
+
+    Source: Wang et al. (arXiv 2410.12299). Deviations from the authors' code: their neuron is act(gate) of a gated MLP.
+    Scaling it and scaling `mlp_post`, act(gate) * up, are the same, but D here is that of `mlp_post`, so other neurons
+    are chosen. Their head indices are wrong where a model has more layers than heads. They overwrite every layer's
+    tapped values with those of an unsteered pass, so that one scaled element does not reach another; here it does.
+    """
+    host = resolve(model)
+    chosen_point = _point(component, point)
+    if select not in SELECT:
+        raise ValueError(f"select={select!r}; it is one of {', '.join(SELECT)}")
+    if normalize not in (None, "layer_std"):
+        raise ValueError(f"normalize={normalize!r}; it is None or 'layer_std'")
+    sites = [Site(layer, chosen_point) for layer in every_layer(host, layers)]
+    host.check(sites)
+    count = COUNTS[component] if k is None else k
+    # heads are whole rows of [head d_head]; neurons and coordinates are single numbers
+    total = len(sites) * host.shape(sites[0])[0]
+    if not 1 <= count <= total:
+        raise ValueError(f"k={count}, but there are {total} {component} elements in {len(sites)} layers")
+    positive, negative = contrast_means(host, data, sites)
+    scores = torch.stack([positive[site] - negative[site] for site in sites])
+    scores = scores.mean(-1) if component == "head" else scores
+    if not scores.any():
+        raise ValueError(f"the texts give no difference at any {chosen_point}; do all of them end alike?")
+    mask = top_k(scores, count, select=select, normalize=normalize)
+    loops = [
+        Loop(Scale(row[:, None] if component == "head" else row), site, where=where, strength=strength, name="sadi")
+        for site, row in zip(sites, mask.to(scores.dtype), strict=True)
+        if row.any()
+    ]
+    arguments = {
+        "component": component,
+        "k": count,
+        "strength": strength,
+        "select": select,
+        "normalize": normalize,
+        "layers": [site.layer for site in sites],
+        "point": chosen_point,
+    }
+    return Controller(loops, recipe("sadi", host, arguments, data=data))
+
+
+class Scale(Law):
+    """Scale elements of the state: `u = m * x`.
+
+    Args:
+        mask: m, 1 for the elements to scale, else 0; the state's shape without batch and position, or `[head 1]`.
+
+    Signals: `share` `[batch pos]`, norm of `m * x` over norm of `x`, no unit.
+    """
+
+    signals = ("share",)
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = m * x`"""
+        u = self.mask * x
+        # a zero state has no share; the smallest normal number keeps the quotient finite
+        whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        return u, {"share": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
+
+
+def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None = None) -> Tensor:
+    """True at the k elements that rank first over all layers, `[layer n] -> [layer n]`; ties by layer, then index."""
+    if normalize == "layer_std":
+        spread = scores.std(dim=1, keepdim=True)
+        # a layer whose elements do not differ has no ranking of its own
+        scores = torch.where(spread > 0, scores / spread, 0.0)
+    ranked = {"max": scores, "min": -scores, "abs": scores.abs()}[select]
+    order = ranked.flatten().sort(descending=True, stable=True).indices[:k]
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[order] = True
+    return mask.view_as(scores)
+
+
+def _point(component: str, point: str | None) -> str:
+    if component not in POINTS:
+        raise ValueError(f"component={component!r}; it is one of {', '.join(POINTS)}")
+    points = POINTS[component]
+    if point is not None and point not in points:
+        raise ValueError(f"point={point!r}; for component={component!r} it is one of {', '.join(points)}")
+    return point or points[0]
