@@ -172,12 +172,12 @@ def test_two_equal_concepts_are_one_when_joint_and_twice_when_independent(tiny_m
 # -- against the authors' rules -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def control():
     return load_file(DATA / "control.safetensors")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fitted(smol, texts, control):
     """Fitted once, on the first host: test_lqr_reference proves that fits on all hosts agree."""
     model = smol(discover_hosts()[0])
