@@ -16,10 +16,10 @@ from steerlens.hosts.hf import call_shape
 class Tap:
     """One location that the edit visits.
 
-    On a server no location is a block's own input: in the sandbox a location's whole value goes to another process and
-    back, and a block's arguments hold the KV cache, of which a copy would come back. The input of the block's first
-    norm is the same state. A write to it reaches attention only, so a control at `resid_pre` is added once more to
-    what attention puts out (`ENTER`, then `CARRY`); one at `resid_mid` is added there too (`BEFORE`, then `MID`).
+    No location is a block's own input: in a server's sandbox a location's whole value goes to another process and back,
+    and a block's arguments hold the KV cache, of which a copy would come back. The input of the block's first norm is
+    the same state. A write to it reaches attention only, so a control at `resid_pre` is added once more to what
+    attention puts out (`ENTER`, then `CARRY`); one at `resid_mid` is added there too (`BEFORE`, then `MID`).
 
     Args:
         envoy: The module.
@@ -64,8 +64,14 @@ class Tap:
         else:
             self.envoy.output = value if isinstance(raw, torch.Tensor) else (value, *raw[1:])
 
-    def visit(self, run: Pass, kept: dict[str, Tensor]) -> None:
-        """Sense, act, or keep something for a later tap of the same block."""
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[int, Tensor]) -> None:
+        """Sense, act, or keep something for a later tap of the same block.
+
+        Args:
+            kept: Of this edit, in this pass.
+            carried: By layer, what edits have added to attention's output for a control before the block; shared by all
+                edits of a model, because the norm's input that a later edit reads holds it too.
+        """
         if self.role == Tap.CARRY and "entered" not in kept:
             return
         raw = self.raw()
@@ -74,7 +80,9 @@ class Tap:
         if self.role == Tap.BEFORE:
             kept["before"] = x
         elif self.role == Tap.CARRY:
-            self.write(raw, x + kept.pop("entered"))
+            u = kept.pop("entered")
+            self.write(raw, x + u)
+            carried[self.read.layer] = u + carried[self.read.layer] if self.read.layer in carried else u
         elif self.role == Tap.ENTER:
             zero = torch.zeros_like(x)
             u = run.at(self.steers, x, carrier=zero)  # type: ignore[arg-type]
@@ -82,13 +90,16 @@ class Tap:
                 kept["entered"] = u
                 self.write(raw, x + u)
         else:
-            state = kept.pop("before") + x if self.role == Tap.MID else x
+            state = x
+            if self.role == Tap.MID:
+                twice = carried.get(self.read.layer)
+                state = kept.pop("before") + (x if twice is None else x - twice)
             steered = run.at(self.steers, state, carrier=x)  # type: ignore[arg-type]
             if steered is not x:
                 self.write(raw, steered)
 
 
-def follow(base: Any, first: Any, taps: list[Tap], run: Pass) -> None:
+def follow(base: Any, first: Any, taps: list[Tap], run: Pass, carried: dict[int, Tensor]) -> None:
     """The body of the edit: visit the taps in every forward pass of one trace or generation.
 
     Args:
@@ -115,6 +126,7 @@ def follow(base: Any, first: Any, taps: list[Tap], run: Pass) -> None:
             seen = run.positions.seen
             past = 0 if x.shape[1] == seen + 1 else seen
             run.begin((x.shape[0], x.shape[1]), past=past, continues=True, device=x.device)
+        carried.clear()
         kept: dict[str, Tensor] = {}
         for tap in taps:
-            tap.visit(run, kept)
+            tap.visit(run, kept, carried)

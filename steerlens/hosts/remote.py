@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,27 +11,12 @@ import nnsight
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.tracing.tracer import WithBlockNotFoundError
 
-from steerlens.core import Pass, Site
+from steerlens.core import Pass
 
 # nnsight sends an installed package by reference, and a server does not have this one
 nnsight.register("steerlens")
 
 _RECORD = "steerlens_record_{}"
-
-
-class Request:
-    """What a run asks of a remote request.
-
-    Args:
-        limit: Largest size in bytes.
-        entered: Sites that are steered at a norm's input and carried past attention.
-        local: It writes a block's own input, which only weights here allow.
-    """
-
-    def __init__(self, limit: int, entered: Sequence[Site], local: bool):
-        self.limit = limit
-        self.entered = set(entered)
-        self.local = local
 
 
 class RemoteForms:
@@ -45,26 +30,19 @@ class RemoteForms:
     def __init__(self, model: Any):
         self.model = model
         self.runs: list[Pass] = []
-        self.asked: list[Request] = []
+        self.limits: list[int] = []
         self.payload_bytes: int | None = None
 
     @classmethod
-    def enter(cls, model: Any, run: Pass, asked: Request) -> RemoteForms:
-        """Add a run to the forms of a model, installing them for the first.
-
-        Raises:
-            ValueError: another run steers the same `resid_pre`, which two edits cannot carry past attention.
-        """
+    def enter(cls, model: Any, run: Pass, limit: int) -> RemoteForms:
+        """Add a run to the forms of a model, installing them for the first."""
         generate = model.__dict__.get("generate")
         forms = generate.forms if isinstance(generate, _Generate) else cls(model)
-        shared = sorted(site for site in asked.entered if any(site in other.entered for other in forms.asked))
-        if shared:
-            raise ValueError(f"two nested runs steer {shared[0]} on a server; compose the controllers with + instead")
         if not forms.runs:
             model.__dict__["generate"] = _Generate(forms)
             model.__dict__["_remote_backend"] = _MakeBackend(forms)
         forms.runs.append(run)
-        forms.asked.append(asked)
+        forms.limits.append(limit)
         return forms
 
     def leave(self, run: Pass) -> None:
@@ -72,7 +50,7 @@ class RemoteForms:
         if run not in self.runs:
             return
         index = self.runs.index(run)
-        del self.runs[index], self.asked[index]
+        del self.runs[index], self.limits[index]
         if not self.runs:
             for name in ("generate", "_remote_backend"):
                 self.model.__dict__.pop(name, None)
@@ -122,11 +100,6 @@ class _MakeBackend(_OfClass):
         plain = type(model)._remote_backend(model, remote, blocking, job_id, verbose)
         if not isinstance(plain, RemoteBackend):  # remote="local"
             return plain
-        if any(asked.local for asked in self.forms.asked):
-            raise ValueError(
-                "this model has its weights here and is steered at a block's input, which a server's sandbox does not "
-                "allow; build the model without dispatch=True to run it remotely"
-            )
         if not blocking:
             raise NotImplementedError(
                 "blocking=False leaves before the record is there; steer with blocking=True, or trace without steer()"
@@ -145,7 +118,7 @@ class SteeredBackend(RemoteBackend):
     def _serialize(self, tracer: Any) -> bytes:
         blob = super()._serialize(tracer)
         self.forms.payload_bytes = len(blob)
-        limit = min(asked.limit for asked in self.forms.asked)
+        limit = min(self.forms.limits)
         if len(blob) > limit:
             raise ValueError(
                 f"the request has {len(blob) / 1e6:.1f} MB, the limit is {limit / 1e6:.1f} MB; send gains without full "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import nnsight
 import torch
@@ -18,7 +19,10 @@ from steerlens.hosts.edit import Tap, follow
 from steerlens.hosts.families import family_paths, layers_path
 from steerlens.hosts.graph import Place
 from steerlens.hosts.nominal import Nominal
-from steerlens.hosts.remote import RemoteForms, Request
+from steerlens.hosts.remote import RemoteForms
+
+#: One dict for all edits of a model, see `Tap.visit`.
+_CARRIED: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 def claim(model: Any) -> Host | None:
@@ -108,10 +112,8 @@ class TracedHost(Host):
             pre, branch = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
             if site.point == "resid_mid" and site in run.names:
                 taps += [self._tap(pre, Tap.BEFORE), self._tap(branch, Tap.MID, site)]
-            elif site.point == "resid_pre" and site in run.names and self.away:
-                taps += [self._tap(pre, Tap.ENTER, site), self._tap(branch, Tap.CARRY)]
             elif site.point == "resid_pre" and site in run.names:
-                taps.append(Tap(self.layers[site.layer], "input", site, Tap.PLAIN, site))
+                taps += [self._tap(pre, Tap.ENTER, site), self._tap(branch, Tap.CARRY)]
             else:
                 taps.append(self._tap(site, Tap.PLAIN, site))
         return sorted(taps, key=lambda tap: tap.order)
@@ -157,13 +159,10 @@ class TracedAttachment(Attachment):
     def __init__(self, model: Any, base: Any, first: Any, taps: list[Tap], run: Pass, payload_limit: int):
         self._model = model
         self._run = run
-        self._forms = None
-        if isinstance(model, Remotable):
-            entered = [tap.read for tap in taps if tap.role == Tap.ENTER]
-            whole = any(tap.side == "input" and tap.envoy.path.endswith(f".{tap.read.layer}") for tap in taps)
-            self._forms = RemoteForms.enter(model, run, Request(payload_limit, entered, whole))
+        self._forms = RemoteForms.enter(model, run, payload_limit) if isinstance(model, Remotable) else None
+        carried = _CARRIED.setdefault(model, {})
         with model.edit(inplace=True):
-            follow(base, first, taps, run)
+            follow(base, first, taps, run, carried)
         self._edit = model._edits[-1]
 
     def detach(self) -> None:

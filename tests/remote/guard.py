@@ -44,7 +44,12 @@ def members(leaders: set[int]) -> list[int]:
     """By session and not by process group: Ray gives each worker a group of its own."""
     listed = subprocess.run(["ps", "-axo", "pid=,stat="], capture_output=True, text=True, check=True).stdout
     processes = (line.split() for line in listed.splitlines())
-    return [int(pid) for pid, state in processes if not state.startswith("Z") and session(int(pid)) in leaders]
+    return [int(pid) for pid, state in processes if not ended(state) and session(int(pid)) in leaders]
+
+
+def ended(state: str) -> bool:
+    """Whether a process only waits for its parent; one with an `l` still has threads, and with them its sockets."""
+    return state.startswith("Z") and "l" not in state
 
 
 def session(pid: int) -> int | None:

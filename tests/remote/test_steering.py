@@ -173,10 +173,13 @@ def test_a_model_that_the_server_cannot_load(client, local, monkeypatch):
     assert clean(client)
 
 
-def test_nested_runs_that_cannot_be_carried_are_refused(client, local):
-    controller = local("ablation").controller
-    with sl.steer(client, controller), pytest.raises(ValueError, match="compose the controllers with"):
-        sl.steer(client, controller)
+def test_nested_runs(client, local):
+    case = local("ablation")
+    with sl.steer(case.model, case.controller), sl.steer(case.model, case.controller * 0.5) as run:
+        tokens, expected = case.generate(IDS, 4), run.record.copy()
+    with sl.steer(client, case.controller), sl.steer(client, case.controller * 0.5) as run:
+        assert torch.equal(Case("ablation", "nnsight", model=client, remote=True).generate(IDS, 4), tokens)
+        assert same(run.record, expected)
     assert clean(client)
 
 
