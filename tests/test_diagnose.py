@@ -67,7 +67,7 @@ def jacobians():
 
 @pytest.fixture(scope="module")
 def plant(A):
-    return sl.Linearization(A, LinearHost(A).fingerprint(), 1)
+    return sl.Linearization(A, torch.zeros(T + 1, D), LinearHost(A).fingerprint(), 1)
 
 
 def regulator(A, *, q=0.3, r=1.2, qf=0.7, model=None, where="last"):
