@@ -62,9 +62,14 @@ def authors(plant: Plant) -> dict[int, Tensor]:
     return gains
 
 
-def dense(plant: Plant) -> dict[int, Tensor]:
-    """`lqr` as it is by default."""
-    return _gains(sl.lqr(plant.bridge, plant.pairs, linearize_on=[plant.ids], progress=False, **WEIGHTS))
+def solver(name: str) -> Callable[[Plant], dict[int, Tensor]]:
+    """`lqr` with one of its solvers; only the dense one computes the authors' gains."""
+
+    def fit(plant: Plant) -> dict[int, Tensor]:
+        options = WEIGHTS | {"solver": name, "linearize_on": [plant.ids], "progress": False}
+        return _gains(sl.lqr(plant.bridge, plant.pairs, **options))
+
+    return fit
 
 
 def _gains(controller: sl.Controller) -> dict[int, Tensor]:
@@ -72,7 +77,9 @@ def _gains(controller: sl.Controller) -> dict[int, Tensor]:
 
 
 #: Another solver is one more entry.
-SOLVERS: dict[str, Callable[[Plant], dict[int, Tensor]]] = {"dense": dense}
+SOLVERS: dict[str, Callable[[Plant], dict[int, Tensor]]] = {
+    name: solver(name) for name in ("dense", "output", "scalar")
+}
 
 
 def peak(call: Callable[[], object]) -> int:
