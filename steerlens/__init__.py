@@ -9,10 +9,22 @@ from __future__ import annotations
 from steerlens import diagnose
 from steerlens.contrast import Pairs, shipped
 from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
+from steerlens.fields import Field
+from steerlens.flows import Flow
 from steerlens.hosts import remote
 from steerlens.laws import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.linearization import Linearization, linearize
-from steerlens.methods import ablation, actadd, caa, cold_kernel, lqr, pid, sadi, track
+from steerlens.methods import (
+    ablation,
+    actadd,
+    caa,
+    cold_kernel,
+    lqr,
+    odesteer,
+    pid,
+    sadi,
+    track,
+)
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, steer
 from steerlens.version import __version__
@@ -23,6 +35,8 @@ __all__ = [
     "Controller",
     "FactoredFeedback",
     "Feedback",
+    "Field",
+    "Flow",
     "Independent",
     "Joint",
     "Law",
@@ -46,6 +60,7 @@ __all__ = [
     "diagnose",
     "linearize",
     "lqr",
+    "odesteer",
     "pid",
     "remote",
     "sadi",
