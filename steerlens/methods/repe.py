@@ -70,7 +70,7 @@ def repe(
 
 
 def principal_difference(positive: Tensor, negative: Tensor) -> tuple[Tensor, float, float]:
-    """First component of the differences of two `[n d]`, oriented; its share of variance; its cosine with their mean."""
+    """First component of the differences of two `[n d]`, oriented; its share of variance; its cosine with the mean."""
     difference = positive.double() - negative.double()
     mean = difference.mean(0)
     if len(difference) < 3:
