@@ -122,7 +122,9 @@ def test_great_circles_keep_the_norm(solver, sides, x):
     torch.testing.assert_close(end.norm(dim=-1), x.norm(dim=-1), **EXACT)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("geodesic", 1), ("midpoint", 2), ("rk4", 4), ("rk4_38", 4)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("geodesic", 1), ("midpoint", 2), ("rk4", 4), ("rk4_38", 4)]
+)
 def test_order_of_convergence(solver, order, x):
     field = diagonal(torch.diag(normal(D)), normal(D, seed=5), torch.zeros((), dtype=torch.float64))
     best = move(field, x, 0.4, steps=400)[0]
