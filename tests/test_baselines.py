@@ -90,6 +90,7 @@ def test_mimic_with_fewer_texts_than_dimensions_is_exact_on_their_span(dtype, re
 
 def test_iti_is_the_closed_form(reference):
     z, tuning, v = (reference[f"micro/iti/{name}"] for name in ("z", "tuning", "directions"))
+    v = v / v.norm(dim=1, keepdim=True)
     sigma = reference["micro/iti/sigma_unbiased"]
     shift = torch.zeros_like(v)
     for head in (1, 3):
@@ -133,7 +134,10 @@ def test_iti_acts_on_as_many_heads_as_asked_and_no_others():
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_angular_is_the_closed_form(degrees, adaptive, reference):
     h = reference["micro/angular/h"]
-    axes = torch.stack([reference["micro/angular/first"], reference["micro/angular/second"]])
+    first, second = (reference[f"micro/angular/{name}"] for name in ("first", "second"))
+    # Q of QR up to signs: the second made orthogonal to the first
+    axes = torch.linalg.qr(torch.stack([first, second]).T)[0].T
+    axes = axes * torch.sign((axes * torch.stack([first, second])).sum(1, keepdim=True))
     u, signals = Turn(axes, math.radians(degrees), adaptive=adaptive).act(h, {})
     torch.testing.assert_close(h + u, reference[f"micro/angular/out/{degrees}/{int(adaptive)}"], rtol=0, atol=1e-12)
     if not adaptive:

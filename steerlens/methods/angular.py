@@ -128,9 +128,9 @@ def most_alike(directions: Tensor) -> int:
 def plane(directions: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """An orthonormal pair: the given row, and the first principal component of all rows made orthogonal to it."""
     first = directions[index]
-    component = torch.linalg.svd(directions - directions.mean(0), full_matrices=False)[2][0]
-    second = component - (component @ first) * first
-    if second.norm() < 1e-6:
+    _, values, components = torch.linalg.svd(directions - directions.mean(0), full_matrices=False)
+    second = components[0] - (components[0] @ first) * first
+    if min(values[0], second.norm()) < 1e-6:
         raise ValueError("the layers' directions span no plane; they are all the same")
     # a principal component has no sign, but angles between 0 and 180 degrees need one: its largest entry is positive
     return first, second / second.norm() * torch.sign(second[second.abs().argmax()])
