@@ -9,10 +9,28 @@ from __future__ import annotations
 from steerlens import diagnose
 from steerlens.contrast import Pairs, shipped
 from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
+from steerlens.fields import Field
+from steerlens.flows import Flow
 from steerlens.hosts import remote
 from steerlens.laws import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.linearization import Linearization, linearize
-from steerlens.methods import ablation, actadd, caa, cold_kernel, lqr, pid, sadi, track
+from steerlens.methods import (
+    ablation,
+    actadd,
+    angular,
+    caa,
+    cold_kernel,
+    iti,
+    linear_act,
+    lqr,
+    mean_act,
+    mimic,
+    odesteer,
+    pid,
+    repe,
+    sadi,
+    track,
+)
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, steer
 from steerlens.version import __version__
@@ -23,6 +41,8 @@ __all__ = [
     "Controller",
     "FactoredFeedback",
     "Feedback",
+    "Field",
+    "Flow",
     "Independent",
     "Joint",
     "Law",
@@ -41,13 +61,20 @@ __all__ = [
     "__version__",
     "ablation",
     "actadd",
+    "angular",
     "caa",
     "cold_kernel",
     "diagnose",
+    "iti",
+    "linear_act",
     "linearize",
     "lqr",
+    "mean_act",
+    "mimic",
+    "odesteer",
     "pid",
     "remote",
+    "repe",
     "sadi",
     "shipped",
     "steer",

@@ -48,8 +48,8 @@ def pick_layers(host: Host, layers: int | Sequence[int] | None, point: str, *, d
     return sites
 
 
-def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-    """Mean activation of the positive and of the negative texts at each site, float32, on the CPU.
+def contrast_states(host: Host, data: Pairs, sites: Sequence[Site]) -> dict[Site, tuple[Tensor, Tensor]]:
+    """Activations of the positive and of the negative texts at each site, `[text ...]`, float32, on the CPU.
 
     Raises:
         TypeError: `data` is not `Pairs`.
@@ -57,16 +57,32 @@ def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict
     """
     if not isinstance(data, Pairs):
         raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
-    means = []
+    read = []
     for side in data.sides(host):
-        read = host.read(side.tokens, side.weights, sites)
-        for site, values in read.items():
+        read.append(host.read(side.tokens, side.weights, sites))
+        for site, values in read[-1].items():
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?"
                 )
-        means.append({site: values.double().mean(0).to(values.dtype) for site, values in read.items()})
+    return {site: (read[0][site], read[1][site]) for site in read[0]}
+
+
+def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """Mean activation of the positive and of the negative texts at each site; raises as `contrast_states`."""
+    states = contrast_states(host, data, sites)
+    means = [
+        {site: pair[side].double().mean(0).to(pair[side].dtype) for site, pair in states.items()} for side in (0, 1)
+    ]
     return means[0], means[1]
+
+
+def check_paired(method: str, data: Pairs) -> None:
+    """Raises ValueError unless every positive text has its negative one."""
+    if isinstance(data, Pairs) and len(data.positive) != len(data.negative):
+        raise ValueError(
+            f"{method} needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts"
+        )
 
 
 def unit(vector: Tensor, site: Site) -> Tensor:

@@ -119,7 +119,8 @@ class Controller:
             text = (file.metadata() or {}).get("steerlens")
             if text is None:
                 raise ValueError(f"{path} is a safetensors file without a steerlens header; it holds no controller")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # cloned: a file's tensors begin at any byte, and a BLAS rounds unaligned ones differently
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         header = json.loads(text)
         if header["format"] > FORMAT:
             raise ValueError(f"{path} has format {header['format']}, this version of steerlens reads up to {FORMAT}")

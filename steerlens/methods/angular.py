@@ -1,0 +1,136 @@
+"""Angular steering: set the state's angle in a plane."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Law, Loop, Memory, Site
+from steerlens.fitting import contrast_means, every_layer, recipe, resolve
+
+
+def angular(
+    model: Any,
+    data: Pairs,
+    *,
+    angle_deg: float = 0.0,
+    layer: int | None = None,
+    layers: int | Sequence[int] | None = None,
+    adaptive: bool = False,
+    strength: float = 1.0,
+    where: Any = "all",
+) -> Controller:
+    """Turn the part of the state in a plane to a given angle from the feature's direction; norms are kept.
+
+        u = |P x| (cos(theta) b1 + sin(theta) b2) - P x,   P = b1 b1' + b2 b2'
+
+    b1 is the mean difference of one layer, b2 the first principal component of the mean differences of all layers,
+    made orthogonal to b1. The angle is set, not added to: 0 degrees points along the feature, 180 against it, and at 90
+    it is absent.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts; `Pairs.read` says which token's activation is used.
+        angle_deg: theta, in degrees; the paper's grid is 0, 10, ... 350.
+        layer: After which block b1 is read; default the one whose direction is most like those of the others.
+        layers: Where to act: before the attention and before the MLP of each; default all.
+        adaptive: Turn only states that have the feature, `<b1, x> > 0`.
+        strength: s, the fraction of u that is added; only 1 keeps the norm.
+        where: Token positions, see `Loop`.
+
+    Returns:
+        Up to two loops per layer, on one plane. Recorded signals: `angle_rad` `[batch pos]`, the angle in the plane
+        before, in radians from b1 towards b2, between -pi and pi; `u`; `u_norm`; with `adaptive`, `gate` `[batch pos]`,
+        1 where it acts.
+
+    Raises:
+        ValueError: a layer the model does not have; texts that give a difference at fewer than two layers, or the same
+            direction at all of them.
+
+    Source: Vu and Nguyen (arXiv 2510.26243). The authors act on the outputs of the normalisation modules; here, as in
+    IBM's port, on their inputs: the residual stream before attention and before the MLP.
+    """
+    host = resolve(model)
+    source = [Site(number, "resid_post") for number in range(host.n_layers)]
+    before = [point for point in ("resid_pre", "resid_mid") if point in host.points()]
+    acted = every_layer(host, layers)
+    sites = [Site(number, point) for number in acted for point in before]
+    host.check(sites)
+    asked = None if layer is None else every_layer(host, layer)[0]
+    positive, negative = contrast_means(host, data, source)
+    difference = {site.layer: positive[site].double() - negative[site].double() for site in source}
+    known = [number for number, value in difference.items() if value.norm() > 0]
+    if len(known) < 2 or (asked is not None and asked not in known):
+        raise ValueError(f"the texts give a difference at layers {known} only; angular needs two, and layer={layer}")
+    directions = torch.stack([difference[number] / difference[number].norm() for number in known])
+    index = most_alike(directions) if asked is None else known.index(asked)
+    first, second = plane(directions, index)
+    dtype = positive[source[0]].dtype
+    law = Turn(torch.stack([first, second]).to(dtype), math.radians(angle_deg), adaptive=adaptive)
+    loops = [Loop(law, site, where=where, strength=strength, name="angular") for site in sites]
+    arguments = {
+        "angle_deg": angle_deg,
+        "layer": known[index],
+        "layers": acted,
+        "adaptive": adaptive,
+        "strength": strength,
+    }
+    return Controller(loops, recipe("angular", host, arguments, data=data))
+
+
+class Turn(Law):
+    """Set the angle of the state's projection on a plane.
+
+        u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x),   g = 1 or [<b1, x> > 0]
+
+    Args:
+        plane: b1 and b2, orthonormal, `[2 d]`.
+        angle_rad: theta, in radians.
+        adaptive: Gate by the sign of `<b1, x>`.
+
+    Signals: `angle_rad` `[batch pos]`, the angle before, in radians; `gate` `[batch pos]`, g, where adaptive.
+    """
+
+    def __init__(self, plane: Tensor, angle_rad: float, *, adaptive: bool = False):
+        self.plane = plane
+        self.angle_rad = float(angle_rad)
+        self.adaptive = bool(adaptive)
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`angle_rad`, and `gate` where adaptive."""
+        return ("angle_rad", "gate") if self.adaptive else ("angle_rad",)
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x)`"""
+        c = x @ self.plane.T
+        # a state outside the plane has no angle in it; the floor, far below rounding, keeps its gradient finite
+        radius = (c.square().sum(-1, keepdim=True) + 1e-30).sqrt()
+        wanted = torch.cat([radius * math.cos(self.angle_rad), radius * math.sin(self.angle_rad)], dim=-1)
+        u = (wanted - c) @ self.plane
+        signals = {"angle_rad": torch.atan2(c[..., 1], c[..., 0])}
+        if not self.adaptive:
+            return u, signals
+        gate = (c[..., 0] > 0).to(x.dtype)
+        return gate[..., None] * u, signals | {"gate": gate}
+
+
+def most_alike(directions: Tensor) -> int:
+    """Which of the unit rows has the largest mean cosine with the others."""
+    return int((directions @ directions.T).mean(1).argmax())
+
+
+def plane(directions: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """An orthonormal pair: the given row, and the first principal component of all rows made orthogonal to it."""
+    first = directions[index]
+    _, values, components = torch.linalg.svd(directions - directions.mean(0), full_matrices=False)
+    second = components[0] - (components[0] @ first) * first
+    if min(values[0], second.norm()) < 1e-6:
+        raise ValueError("the layers' directions span no plane; they are all the same")
+    # a principal component has no sign, but angles between 0 and 180 degrees need one: its largest entry is positive
+    return first, second / second.norm() * torch.sign(second[second.abs().argmax()])

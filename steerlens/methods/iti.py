@@ -1,0 +1,132 @@
+"""Inference-time intervention: shift the attention heads that tell the two sides apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Loop, Site
+from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
+from steerlens.laws import Add
+from steerlens.logistic import linear_probe
+
+
+def iti(
+    model: Any,
+    data: Pairs,
+    *,
+    layers: int | Sequence[int] | None = None,
+    heads: int | None = None,
+    strength: float = 15.0,
+    direction: str = "mean",
+    held_out: float = 0.2,
+    seed: int = 0,
+    where: Any = "last",
+) -> Controller:
+    """Add to the best attention heads a direction that a linear probe finds there.
+
+        u_h = alpha sigma_h v_h   for the K heads of highest probe accuracy, 0 for the others
+
+    v_h is the unit difference of the means of a head's output before the output projection, sigma_h the standard
+    deviation of `<v_h, z_h>` over all texts.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts; `Pairs.read` says which token's activation is z.
+        layers: Where heads may be chosen; default all.
+        heads: K, over all layers; default a twentieth of the heads, as the paper's 48 of 1024.
+        strength: alpha, in standard deviations; 15 in the paper.
+        direction: v: `"mean"` (difference of means) or `"probe"` (weights of a logistic regression on all texts).
+        held_out: Share of each side's texts on which the probes are compared, one text at least.
+        seed: Of the choice of these texts.
+        where: Token positions, see `Loop`.
+
+    Returns:
+        One loop per layer with a chosen head, at `z` `[batch pos head d_head]` (query heads). The recipe holds the
+        heads as `[layer, head]` with their accuracies, the best first; equal ones in the order of the forward pass.
+        Recorded signals: `u`, `u_norm`.
+
+    Raises:
+        ValueError: a layer the model does not have; more heads than there are; fewer than two texts on a side; heads
+            that do not differ between the sides; a model whose heads cannot be reached.
+
+    Source: Li et al. (arXiv 2306.03341). The authors take sigma over texts of its own and act on the first row of a
+    batch only; with `direction="probe"` their code fails.
+    """
+    if direction not in ("mean", "probe"):
+        raise ValueError(f"direction={direction!r}; it is 'mean' or 'probe'")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out={held_out}; it is a share between 0 and 1")
+    host = resolve(model)
+    sites = pick_layers(host, layers, "z", default="all")
+    total = len(sites) * host.n_heads
+    count = max(1, round(total / 20)) if heads is None else heads
+    if not 0 < count <= total:
+        raise ValueError(f"heads={count}, but there are {total} heads in layers {[site.layer for site in sites]}")
+    states = contrast_states(host, data, sites)
+    accuracy = torch.stack([head_accuracy(*states[site], held_out=held_out, seed=seed) for site in sites])
+    best = accuracy.flatten().argsort(descending=True, stable=True)[:count].tolist()
+    chosen = [divmod(index, host.n_heads) for index in best]
+    loops = []
+    for row in sorted({row for row, _ in chosen}):
+        site = sites[row]
+        picked = sorted(head for layer, head in chosen if layer == row)
+        vector = head_shift(*states[site], picked, direction=direction, site=site)
+        loops.append(Loop(Add(vector), site, where=where, strength=strength, name="iti"))
+    arguments = {
+        "layers": [site.layer for site in sites],
+        "heads": [[sites[row].layer, head] for row, head in chosen],
+        "accuracy": accuracy.flatten()[best].tolist(),
+        "strength": strength,
+        "direction": direction,
+        "held_out": held_out,
+        "seed": seed,
+    }
+    return Controller(loops, recipe("iti", host, arguments, data=data))
+
+
+def head_accuracy(positive: Tensor, negative: Tensor, *, held_out: float, seed: int) -> Tensor:
+    """Accuracy `[head]` on held-out texts of a logistic regression per head; sides `[n head d_head]`."""
+    generator = torch.Generator().manual_seed(seed)
+    train, test = [], []
+    for side in (positive, negative):
+        if len(side) < 2:
+            raise ValueError(f"iti needs two texts on each side; there are {len(positive)} and {len(negative)}")
+        order = torch.randperm(len(side), generator=generator)
+        size = min(max(1, round(held_out * len(side))), len(side) - 1)
+        test.append(side[order[:size]])
+        train.append(side[order[size:]])
+    labels, truth = (torch.cat([torch.ones(len(a)), torch.zeros(len(b))]) for a, b in (train, test))
+    seen, unseen = torch.cat(train).double(), torch.cat(test).double()
+    scores = []
+    for head in range(seen.shape[1]):
+        weights, intercept = linear_probe(seen[:, head], labels)
+        scores.append(((unseen[:, head] @ weights + intercept > 0) == (truth > 0)).double().mean())
+    return torch.stack(scores)
+
+
+def head_shift(
+    positive: Tensor, negative: Tensor, heads: Sequence[int], *, direction: str = "mean", site: Site | None = None
+) -> Tensor:
+    """`sigma_h v_h` of the given heads, 0 elsewhere, `[head d_head]`; sides `[n head d_head]`."""
+    everything = torch.cat([positive, negative]).double()
+    vector = torch.zeros_like(everything[0])
+    labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])
+    for head in heads:
+        if direction == "mean":
+            v = positive[:, head].double().mean(0) - negative[:, head].double().mean(0)
+        else:
+            v = linear_probe(everything[:, head], labels)[0]
+        if v.norm() == 0:
+            raise ValueError(f"the texts give no difference in head {head} at {site}; ask for fewer heads")
+        vector[head] = scaled(v / v.norm(), everything[:, head])
+    return vector.to(positive.dtype)
+
+
+def scaled(v: Tensor, states: Tensor) -> Tensor:
+    """A unit direction times the standard deviation of the states `[n d]` along it."""
+    return v * (states @ v).std()

@@ -1,0 +1,91 @@
+"""Linear activation transport, coordinate by coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Law, Loop, Memory
+from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
+
+#: Keeps a coordinate that never varies in the negative texts at slope 0, as in the authors' code.
+RIDGE = 1e-10
+
+
+def linear_act(
+    model: Any,
+    data: Pairs,
+    *,
+    layers: int | Sequence[int] | None = None,
+    point: str = "resid_post",
+    strength: float = 1.0,
+    where: Any = "all",
+) -> Controller:
+    """Move each coordinate's distribution over the negative texts onto that over the positive ones.
+
+        u = s (w * x + b - x)
+        w = sum_i x+_(i) x-_(i) / sum_i x-_(i)^2,   b = m+ - w m-
+
+    with x_(i) the i-th smallest value of a coordinate over a side's texts, less the side's mean m: the linear map that
+    fits the optimal transport of one dimension, which joins equal ranks.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts, the negative ones the source and the positive ones the target; of the longer side the
+            last ones are left out. `Pairs.read` says which activation is used, in the paper the mean over tokens
+            (`read="mean"`).
+        layers: Where to act; default the middle layer.
+        point: Point of the block, see `Site`.
+        strength: s, the fraction of the way; no unit. 1 is the transport.
+        where: Token positions, see `Loop`. Position 0, whose activation no text resembles, is left alone.
+
+    Returns:
+        One loop per layer. Recorded signals: `u`, `u_norm`.
+
+    Raises:
+        ValueError: a layer or point the model does not have; fewer than two texts on a side, as one has no spread.
+
+    Source: Linear-AcT of Rodriguez et al. (arXiv 2410.23054), each layer fitted on unsteered activations. ODESteer's
+    code for it ignores the strength.
+    """
+    host = resolve(model)
+    sites = pick_layers(host, layers, point, default="middle")
+    loops = []
+    for site, (positive, negative) in contrast_states(host, data, sites).items():
+        slope, shift = rank_regression(positive, negative)
+        law = Stretch(slope.to(positive.dtype), shift.to(positive.dtype))
+        loops.append(Loop(law, site, where=where, strength=strength, name="linear_act"))
+    arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength}
+    return Controller(loops, recipe("linear_act", host, arguments, data=data))
+
+
+class Stretch(Law):
+    """An affine map of each coordinate: `u = w * x + b - x`.
+
+    Args:
+        slope: w, of the state's shape; no unit.
+        shift: b, of the state's shape, in activation units.
+    """
+
+    def __init__(self, slope: Tensor, shift: Tensor):
+        self.slope = slope
+        self.shift = shift
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = (w - 1) * x + b`"""
+        return (self.slope - 1) * x + self.shift, {}
+
+
+def rank_regression(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and shift of the linear map between the sorted values of each coordinate; sides `[n ...]`, float64."""
+    n = min(len(positive), len(negative))
+    if n < 2:
+        raise ValueError(f"linear_act needs two texts on each side; there are {len(positive)} and {len(negative)}")
+    target, source = positive[:n].double(), negative[:n].double()
+    to, start = target.mean(0), source.mean(0)
+    ranked, given = (target - to).sort(0).values, (source - start).sort(0).values
+    slope = (ranked * given).sum(0) / (given.square().sum(0) + RIDGE)
+    return slope, to - slope * start

@@ -1,0 +1,56 @@
+"""Mean activation transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Loop
+from steerlens.fitting import contrast_means, pick_layers, recipe, resolve, unit
+from steerlens.laws import Add
+
+
+def mean_act(
+    model: Any,
+    data: Pairs,
+    *,
+    layers: int | Sequence[int] | None = None,
+    point: str = "resid_post",
+    strength: float = 1.0,
+    where: Any = "all",
+) -> Controller:
+    """Move the negative texts' mean activation onto the positive texts'.
+
+        u = s (m+ - m-),   m = mean activation of a side
+
+    the optimal transport between two distributions that differ by a shift. The vector is that of `caa`; the method
+    differs in where it acts: at every token of the chosen layers.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts, the negative ones the source and the positive ones the target; `Pairs.read` says which
+            activation is used, in the paper the mean over tokens (`read="mean"`).
+        layers: Where to act; default the middle layer.
+        point: Point of the block, see `Site`.
+        strength: s, the fraction of the way; no unit. 1 is the transport.
+        where: Token positions, see `Loop`.
+
+    Returns:
+        One loop per layer. Recorded signals: `u`, `u_norm`.
+
+    Raises:
+        ValueError: a layer or point the model does not have; texts that give no difference at a layer.
+
+    Source: Mean-AcT of Rodriguez et al. (arXiv 2410.23054), each layer fitted on unsteered activations.
+    """
+    host = resolve(model)
+    sites = pick_layers(host, layers, point, default="middle")
+    positive, negative = contrast_means(host, data, sites)
+    loops = []
+    for site in sites:
+        shift = positive[site] - negative[site]
+        unit(shift, site)
+        loops.append(Loop(Add(shift), site, where=where, strength=strength, name="mean_act"))
+    arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength}
+    return Controller(loops, recipe("mean_act", host, arguments, data=data))

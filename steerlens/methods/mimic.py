@@ -1,0 +1,143 @@
+"""MiMiC: matching mean and covariance by affine optimal transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Law, Loop, Memory
+from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
+from steerlens.logistic import linear_probe
+
+
+def mimic(
+    model: Any,
+    data: Pairs,
+    *,
+    layers: int | Sequence[int] | None = None,
+    point: str = "resid_post",
+    strength: float = 1.0,
+    ridge: float = 1e-2,
+    gate: bool = False,
+    where: Any = "last",
+) -> Controller:
+    """Give the state the mean and the covariance that the positive texts have.
+
+        u = s (A (x - m-) + m+ - x),   A = S-^-1/2 (S-^1/2 S+ S-^1/2)^1/2 S-^-1/2,   S = cov + ridge I
+
+    the optimal transport between two Gaussians. Outside the span of the centred activations both covariances are
+    `ridge I` and A the identity, so that A - I is kept, exactly, on that span: `[r d]` and `[r r]` instead of `[d d]`.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast texts, the negative ones the source and the positive ones the target; `Pairs.read` says which
+            token's activation is x.
+        layers: Where to act; default the middle layer.
+        point: Point of the block, see `Site`.
+        strength: s, the fraction of the way; no unit. 1 is the transport.
+        ridge: Added to the covariances' diagonal, in squared activation units. With fewer texts than dimensions it
+            decides how far a state outside the sample is stretched.
+        gate: Move only states that a logistic regression takes for negative, as ODESteer's comparison does.
+        where: Token positions, see `Loop`.
+
+    Returns:
+        One loop per layer. Recorded signals: `u`, `u_norm`; with `gate`, `gate` `[batch pos]`, 1 where it acts.
+
+    Raises:
+        ValueError: a layer or point the model does not have; a ridge that is not positive; a point whose state is not
+            one vector; fewer than two texts on a side.
+
+    Source: Singh et al. (arXiv 2402.09631). In float64, where the matrix roots of float32 fail for fewer texts than
+    dimensions; ODESteer's code for it ignores the strength.
+    """
+    if not 0 < ridge < float("inf"):
+        raise ValueError(f"ridge={ridge}; it must be positive and finite, or the covariances have no inverse")
+    host = resolve(model)
+    sites = pick_layers(host, layers, point, default="middle")
+    if len(host.shape(sites[0])) != 1:
+        raise ValueError(f"mimic maps the state as one vector, which it is not at point={point!r}")
+    loops = []
+    for site, (positive, negative) in contrast_states(host, data, sites).items():
+        law = transport(positive, negative, ridge, gate=gate)
+        loops.append(Loop(law, site, where=where, strength=strength, name="mimic"))
+    arguments = {
+        "layers": [site.layer for site in sites],
+        "point": point,
+        "strength": strength,
+        "ridge": ridge,
+        "gate": gate,
+    }
+    return Controller(loops, recipe("mimic", host, arguments, data=data))
+
+
+class Transport(Law):
+    """An affine map that is the identity outside a subspace, plus a shift.
+
+        u = g (U'(A - I) U (x - m) + t),   g = 1 or [<w, x> + k <= 0]
+
+    Args:
+        basis: U, orthonormal rows `[r d]`.
+        stretch: A - I on the subspace, symmetric `[r r]`.
+        source: m, `[d]`, in activation units.
+        shift: t, `[d]`, in activation units.
+        probe: w and k in one vector `[d+1]`, or None for no gate.
+
+    Signals: `gate` `[batch pos]`, g, where there is a probe.
+    """
+
+    def __init__(self, basis: Tensor, stretch: Tensor, source: Tensor, shift: Tensor, probe: Tensor | None = None):
+        self.basis = basis
+        self.stretch = stretch
+        self.source = source
+        self.shift = shift
+        self.probe = probe
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`gate` where there is a probe."""
+        return () if self.probe is None else ("gate",)
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = g (U'(A - I) U (x - m) + t)`"""
+        u = ((x - self.source) @ self.basis.T) @ self.stretch @ self.basis + self.shift
+        if self.probe is None:
+            return u, {}
+        gate = (x @ self.probe[:-1] + self.probe[-1] <= 0).to(x.dtype)
+        return gate[..., None] * u, {"gate": gate}
+
+
+def transport(positive: Tensor, negative: Tensor, ridge: float, *, gate: bool = False) -> Transport:
+    """The optimal map from the Gaussian of `negative [n d]` to that of `positive [n d]`, in their dtype."""
+    if min(len(positive), len(negative)) < 2:
+        raise ValueError(f"mimic needs two texts on each side; there are {len(positive)} and {len(negative)}")
+    target, source = positive.double(), negative.double()
+    to, start = target.mean(0), source.mean(0)
+    spread = torch.cat([target - to, source - start])
+    basis = torch.linalg.qr(spread.T)[0].T if len(spread) < spread.shape[1] else torch.eye(len(to), dtype=to.dtype)
+    wanted, given = (_covariance((side - mean) @ basis.T, ridge) for side, mean in ((target, to), (source, start)))
+    root, inverse = _power(given, 0.5), _power(given, -0.5)
+    stretch = inverse @ _power(root @ wanted @ root, 0.5) @ inverse - torch.eye(len(given), dtype=given.dtype)
+    probe = None
+    if gate:
+        labels = torch.cat([torch.ones(len(target)), torch.zeros(len(source))])
+        weights, intercept = linear_probe(torch.cat([target, source]), labels)
+        probe = torch.cat([weights, intercept[None]]).to(positive.dtype)
+    U, M, m, t = (
+        part.to(positive.dtype).contiguous() for part in (basis, (stretch + stretch.T) / 2, start, to - start)
+    )
+    return Transport(U, M, m, t, probe)
+
+
+def _covariance(centred: Tensor, ridge: float) -> Tensor:
+    return centred.T @ centred / len(centred) + ridge * torch.eye(centred.shape[1], dtype=centred.dtype)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    # rounding may put the smallest eigenvalue of a product below zero, not below this
+    floor = torch.finfo(values.dtype).eps * values[-1]
+    return (vectors * values.clamp(min=float(floor)) ** exponent) @ vectors.T

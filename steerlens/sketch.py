@@ -1,0 +1,78 @@
+"""The tensor sketch of a polynomial kernel, and the quadratic form that hides in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TensorSketch:
+    """Random features whose inner product is a polynomial kernel on average.
+
+        <phi(u), phi(u')> ~ (gamma <u, u'> + coef0)^D
+        phi(u) = irfft(prod_k rfft(S_k z)),   z = [sqrt(gamma) u, sqrt(coef0)]
+        (S_k z)_i = sum_{j: h_k(j) = i} s_k(j) z_j
+
+    The field of a classifier on the features has about `cos^2 = 1 / (1 + 1.2 d / n)` with that of the kernel itself: at
+    d = 4096 and the paper's n = 8000 more than a third of its squared length is noise.
+
+    Args:
+        buckets: h, `[D d']`, integers below `components`; `d' = d + 1`, or d where `coef0` is 0.
+        signs: s, `[D d']`, 1 or -1.
+        components: n.
+        gamma, coef0: Of the kernel.
+
+    Source: Pham and Pagh 2013, as used by ODESteer (arXiv 2602.17560).
+    """
+
+    def __init__(self, buckets: Tensor, signs: Tensor, components: int, *, gamma: float, coef0: float):
+        self.buckets = buckets.long()
+        self.signs = signs.double()
+        self.components = components
+        self.gamma = gamma
+        self.coef0 = coef0
+
+    @classmethod
+    def draw(
+        cls, d: int, *, components: int = 8000, degree: int = 2, gamma: float = 0.1, coef0: float = 1.0, seed: int = 0
+    ) -> TensorSketch:
+        """A random sketch of vectors of length d; a seed gives the hashes that the authors' code draws after it."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (degree, d + (coef0 != 0))
+        buckets = torch.randint(0, components, shape, generator=generator)
+        bits = torch.randint(0, 2, shape, dtype=torch.int8, generator=generator)
+        return cls(buckets, 2 * bits.double() - 1, components, gamma=gamma, coef0=coef0)
+
+    def features(self, u: Tensor) -> Tensor:
+        """phi, `[n d] -> [n components]`."""
+        z = self.gamma**0.5 * u
+        if self.coef0:
+            z = torch.cat([z, z.new_full((len(z), 1), self.coef0**0.5)], dim=1)
+        product = None
+        for bucket, sign in zip(self.buckets, self.signs.to(z.dtype), strict=True):
+            counts = z.new_zeros(len(z), self.components).index_add_(1, bucket, z * sign)
+            spectrum = torch.fft.rfft(counts)
+            product = spectrum if product is None else product * spectrum
+        assert product is not None
+        return torch.fft.irfft(product, self.components)
+
+    def form(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The polynomial `<weights, phi(u)> = u'A u + <b, u> + k` of a sketch of degree 1 or 2: A, b, k.
+
+        For degree 2 it is `z'M z` with `M_ij = s_1(i) s_2(j) w[(h_1(i) + h_2(j)) mod n]`, exactly.
+
+        Raises:
+            ValueError: a higher degree, which has no quadratic form.
+        """
+        degree, width = self.buckets.shape
+        if degree > 2:
+            raise ValueError(f"a sketch of degree {degree} is not a quadratic form; use degree 1 or 2")
+        d, signs = width - (self.coef0 != 0), self.signs.to(weights.dtype)
+        scale = torch.cat([weights.new_full((d,), self.gamma**0.5), weights.new_full((width - d,), self.coef0**0.5)])
+        if degree == 1:
+            row = scale * signs[0] * weights[self.buckets[0]]
+            return weights.new_zeros(d, d), row[:d], row[d:].sum()
+        M = weights[(self.buckets[0][:, None] + self.buckets[1][None, :]) % self.components]
+        M = M * (scale * signs[0])[:, None] * (scale * signs[1])
+        M = (M + M.T) / 2
+        return M[:d, :d], 2 * M[:d, d:].sum(1), M[d:, d:].sum()
