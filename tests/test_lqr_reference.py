@@ -28,7 +28,7 @@ def relative(a, b):
 
 def test_jacobians(case, oracle):
     for t in (1, 15):
-        assert relative(case.plant.jacobians[t][:64], oracle[f"A_single/{t}/rows"]) < 1e-5
+        assert relative(case.plant.jacobians[t][:16], oracle[f"A_single/{t}/rows"]) < 1e-5
 
 
 def test_directions_and_gains(case, oracle):
@@ -47,7 +47,8 @@ def test_directions_and_gains(case, oracle):
 def test_steered_logits(case, oracle, where, key):
     with case.steer(where=where, record="all") as run, torch.no_grad():
         logits = case.logits(oracle["prompt_ids"])
-    difference = (logits[0, -1].float().cpu() - oracle[f"steered/linear/{key}/lam1/logits"]).abs().max()
+    expected = oracle[f"steered/linear/{key}/lam1/logits"]
+    difference = (logits[0, -1, : len(expected)].float().cpu() - expected).abs().max()
     assert difference < 1e-3, "the nearest wrong rule is 0.23 away"
     if key == "last":
         for t, u in run.record.layers("u").items():

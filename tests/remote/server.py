@@ -119,7 +119,8 @@ def _settings(folder: Path, ports: dict[str, int]) -> dict[str, str]:
         "PATH": f"{environment() / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(shim),
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
+        # as here: with another number of threads sums are split elsewhere, and differ in the last bits
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
         "TOKENIZERS_PARALLELISM": "false",
