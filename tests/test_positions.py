@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steerlens.core import Positions, check_where
+from steerlens.core import Positions, Record, check_where
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -94,3 +94,16 @@ def test_nonsense_is_refused(where):
         check_where(where)
     with pytest.raises(TypeError, match="where"):
         check_where(3)
+
+
+def test_a_record_joins_passes_that_selected_nothing():
+    """A signal with a shape of its own, of which the first pass knows batch and position only."""
+    record = Record()
+    record.begin(fresh=True, column=0)
+    record.put("blocks.0.hook_steer_weights", torch.full((1, 3), torch.nan))
+    record.begin(fresh=False, column=3)
+    record.put("blocks.0.hook_steer_weights", torch.ones(1, 1, 4))
+    joined = record["blocks.0.hook_steer_weights"]
+    assert joined.shape == (1, 4, 4)
+    assert joined[0, :3].isnan().all()
+    assert joined[0, 3].tolist() == [1.0] * 4

@@ -32,7 +32,17 @@ class Record(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         pieces = self.pieces[name]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        if len(pieces) == 1:
+            return pieces[0]
+        # a pass in which no token was selected does not know a signal's shape beyond batch and position
+        trailing = max(pieces, key=lambda piece: piece.ndim).shape[2:]
+        whole = [
+            piece
+            if piece.ndim == 2 + len(trailing)
+            else piece.view(*piece.shape, *[1] * len(trailing)).expand(-1, -1, *trailing)
+            for piece in pieces
+        ]
+        return torch.cat(whole, dim=1)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.pieces)
