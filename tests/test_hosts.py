@@ -261,3 +261,15 @@ def test_an_attached_sae_is_told_from_a_hook_point(tiny_model):
     model.add_sae(sae)
     with pytest.raises(ValueError, match="is an SAE attached there"):
         sl.steer(model, push(model, sl.Site(2)))
+
+
+@pytest.mark.parametrize("host", [name for name in discover_hosts() if name != "nnsight"])
+def test_linearising_a_steered_model_is_refused(host, tiny_model):
+    """Replayed blocks would be steered as if they were the pass before."""
+    case = case_of(tiny_model, host)
+    with (
+        sl.steer(case.model, case.controller),
+        pytest.raises(RuntimeError, match=r"linearise .*before"),
+    ):
+        sl.linearize(case.model, case.data.positive[:1], progress=False)
+    sl.linearize(case.model, case.data.positive[:1], progress=False)

@@ -38,7 +38,7 @@ class Pass:
         self.positions = Positions()
         self.log = Record()
         self.tap: Tap | None = None
-        self.active = False
+        self._reached: tuple[int, int] = (-1, -1)
         self._acting = {
             site: [index for index, loop in enumerate(self.loops) if loop.act == site] for site in self.names
         }
@@ -75,7 +75,7 @@ class Pass:
         self._memory = {group: {"sequence": kept} for group, kept in self._sequence.items()}
         self._selection = [self.positions.select(where) for where in self._where]
         self._states = {}
-        self.active = True
+        self._reached = (-1, -1)
 
     def at(self, site: Site, x: Tensor, carrier: Tensor | None = None) -> Tensor:
         """Sense and act at a site.
@@ -86,7 +86,16 @@ class Pass:
 
         Returns:
             `carrier + u`, in its dtype; the same object where nothing acts.
+
+        Raises:
+            RuntimeError: a site comes twice in one pass. What is known of its tokens would be wrong.
         """
+        if site.order <= self._reached:
+            raise RuntimeError(
+                f"{site} was run outside a forward pass of the model while it is steered; linearise or call single "
+                "blocks before steering"
+            )
+        self._reached = site.order
         carrier = x if carrier is None else carrier
         if site in self._sensed_later:
             self._states[site] = x

@@ -208,8 +208,10 @@ class HookedHost(LensHost):
         def entering(layer: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 nonlocal seen
+                entry = kwargs.get("past_kv_cache_entry")
+                if isinstance(entry, FrozenEntry):
+                    raise RuntimeError("a block is replayed while the model is steered; linearise before steering")
                 if layer <= seen or seen < 0:
-                    entry = kwargs.get("past_kv_cache_entry")
                     past = entry.past_keys.shape[1] if entry is not None else 0
                     x = args[0]
                     begin(shape=x.shape[:2], past=past, mask=kwargs.get("attention_mask"), device=x.device)
