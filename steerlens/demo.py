@@ -38,7 +38,9 @@ def run_demo(
     pairs = shipped(concept)
     console.print(f"Fitting A-LQR on {len(pairs)} contrast pairs about {concept!r}.")
     plant = linearize(model, pairs.positive[:4])
-    controllers = {strength: lqr(model, pairs, strength=strength, linearization=plant) for strength in STRENGTHS}
+    controllers = {
+        strength: lqr(model, pairs, strength=strength, linearization=plant, progress=False) for strength in STRENGTHS
+    }
     texts = Table("strength", *PROMPTS, title="Greedy continuations, unsteered and steered", show_lines=True)
     texts.add_row("-", *(_continue(model, prompt, tokens)[0] for prompt in PROMPTS))
     for strength, controller in controllers.items():
