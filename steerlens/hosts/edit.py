@@ -50,11 +50,14 @@ class Tap:
         """What the location holds."""
         return self.envoy.input if self.side == "input" else self.envoy.output
 
-    def value(self) -> Tensor:
-        """The state there, heads split."""
-        raw = self.raw()
+    def state(self, raw: Any) -> Tensor:
+        """The state in what the location holds, heads split."""
         x = raw if isinstance(raw, torch.Tensor) else raw[0]
         return x.unflatten(-1, (self.heads, -1)) if self.heads else x
+
+    def value(self) -> Tensor:
+        """The state there."""
+        return self.state(self.raw())
 
     def write(self, raw: Any, value: Tensor) -> None:
         """Replace the state there."""
@@ -75,8 +78,7 @@ class Tap:
         if self.role == Tap.CARRY and "entered" not in kept:
             return
         raw = self.raw()
-        x = raw if isinstance(raw, torch.Tensor) else raw[0]
-        x = x.unflatten(-1, (self.heads, -1)) if self.heads else x
+        x = self.state(raw)
         if self.role == Tap.BEFORE:
             kept["before"] = x
         elif self.role == Tap.CARRY:
@@ -109,24 +111,21 @@ def follow(base: Any, first: Any, taps: list[Tap], run: Pass, carried: dict[int,
     """
     for step in Iterations()[:]:
         try:
-            if step == 0 or first is None:
-                args, kwargs = base.inputs
-            else:
-                x = first.input
+            call = call_shape(*base.inputs) if step == 0 or first is None else later_shape(first.input, run)
         except OutOfOrderError:
             if step == 0:
                 raise
             return  # the generation is over: the loop asked for a pass that never came
-        if step == 0 or first is None:
-            call = call_shape(args, kwargs)
-            shape, mask, device = call["shape"], call["mask"], call["device"]
-            run.begin(shape, past=call["past"], mask=mask, device=device, continues=step > 0)
-        else:
-            # without a KV cache each pass repeats the sequence and adds a token
-            seen = run.positions.seen
-            past = 0 if x.shape[1] == seen + 1 else seen
-            run.begin((x.shape[0], x.shape[1]), past=past, continues=True, device=x.device)
+        run.begin(**call, continues=step > 0)
         carried.clear()
         kept: dict[str, Tensor] = {}
         for tap in taps:
             tap.visit(run, kept, carried)
+
+
+def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:
+    """The arguments of `Pass.begin`, told from the state of a pass that is not the first of its generation."""
+    seen = run.positions.seen
+    # without a KV cache each pass repeats the sequence and adds a token
+    past = 0 if x.shape[1] == seen + 1 else seen
+    return {"shape": (x.shape[0], x.shape[1]), "past": past, "mask": None, "device": x.device}

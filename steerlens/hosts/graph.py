@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerlens.hosts.nominal import first
+from steerlens.hosts.nominal import first, state_of
 
 #: A module, and whether the activation is its `"input"` or its `"output"`.
 Place = tuple[nn.Module, str]
@@ -34,7 +34,7 @@ def differentiate(
 
     def before(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states[index] = args[0] if args else kwargs["hidden_states"]
+            states[index] = state_of(args, kwargs)
 
         return hook
 

@@ -329,8 +329,7 @@ class LensAttachment(Attachment):
         continues = generation is not None and generation is self._generation
         # kept only where it can matter: the frame holds the locals of generate(), a KV cache among them
         self._generation = generation if call["past"] == 0 else None
-        shape = call.pop("shape")
-        self._run.begin(shape, continues=continues, **call)
+        self._run.begin(continues=continues, **call)
 
     def _register(self, host: LensHost) -> None:
         self._registry = host.registry()

@@ -118,7 +118,7 @@ class Capture:
         """
         if len(self.calls) != len(self.modules):
             raise RuntimeError(f"the model ran {len(self.calls)} of its {len(self.modules)} blocks in one pass")
-        states = [_state(args, kwargs).detach()[0, -1] for args, kwargs in self.calls]
+        states = [state_of(args, kwargs).detach()[0, -1] for args, kwargs in self.calls]
         blocks = [self._block(layer, freeze) for layer in range(len(self.modules))]
         return Nominal(blocks, [*states, self.final.detach()[0, -1]])
 
@@ -142,5 +142,6 @@ def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def state_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The state among a module's arguments: by name in some families, else the first."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from steerlens.contrast import Pairs, tokenize
 from steerlens.core import Controller, Loop
-from steerlens.fitting import pick_layers, recipe, resolve
+from steerlens.fitting import check_paired, pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.laws import Add
 
@@ -44,10 +44,7 @@ def actadd(
     Source: Turner et al. (arXiv 2308.10248).
     """
     host = resolve(model)
-    if len(data.positive) != len(data.negative):
-        raise ValueError(
-            f"actadd needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts"
-        )
+    check_paired("actadd", data)
     sites = pick_layers(host, layers, point, default="fifth")
     space = _space(host)
     texts = [tokenize(text, host, data.prepend_bos)[0] for side in (data.positive, data.negative) for text in side]
