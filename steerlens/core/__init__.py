@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from steerlens.core.aside import Companion
+from steerlens.core.conditions import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.controller import Controller
 from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors, tensors_of
 from steerlens.core.passing import Pass
@@ -12,7 +14,11 @@ from steerlens.core.sites import POINTS, Site
 
 __all__ = [
     "POINTS",
+    "Companion",
+    "Condition",
     "Controller",
+    "Direction",
+    "Gate",
     "Law",
     "Loop",
     "Memory",
@@ -20,8 +26,10 @@ __all__ = [
     "Pass",
     "Positions",
     "Record",
+    "Schedule",
     "Setpoint",
     "Site",
+    "Summary",
     "check_where",
     "map_tensors",
     "name_signals",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Loop, Part, map_tensors, tensors_of
+from steerlens.core.law import Loop, Part, tensors_of
 from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
 
@@ -34,6 +34,8 @@ class Controller:
         self.recipe = dict(recipe or {})
         for loop in self.loops:
             check_where(loop.where)
+            for summary in loop.summaries:
+                check_where(summary.where)
 
     def __add__(self, other: Controller) -> Controller:
         if not isinstance(other, Controller):
@@ -65,10 +67,14 @@ class Controller:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Controller:
         """The same loops with their tensors on another device or, for floating ones, in another dtype."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        moved: dict[int, Tensor] = {}  # loops share a direction of the size of the model
 
-        return self._each(lambda loop: loop.replace(law=map_tensors(loop.law, move)))
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            return moved[id(tensor)]
+
+        return self._each(lambda loop: loop.change(move))
 
     @property
     def sites(self) -> list[Site]:
@@ -83,7 +89,8 @@ class Controller:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of([loop.law for loop in self.loops]))
+        tensors = {id(tensor): tensor for tensor in tensors_of([loop.parts for loop in self.loops])}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def __repr__(self) -> str:
         method = self.recipe.get("method", "?")
@@ -98,10 +105,10 @@ class Controller:
         """
         from safetensors.torch import save_file
 
-        tensors: dict[str, Tensor] = {}
+        tensors = _Tensors()
         loops = [_pack_loop(loop, f"loops.{index}", tensors) for index, loop in enumerate(self.loops)]
         header = {"format": FORMAT, "recipe": self.recipe, "loops": loops}
-        save_file(tensors, str(path), metadata={"steerlens": json.dumps(header)})
+        save_file(tensors.found, str(path), metadata={"steerlens": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path, *, laws: Iterable[type[Part]] = ()) -> Controller:
@@ -137,53 +144,71 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
 
 
-def _pack_loop(loop: Loop, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    where = loop.where
-    if isinstance(where, slice):
-        packed: Any = {"slice": [where.start, where.stop]}
-    elif isinstance(where, str):
-        packed = where
-    elif isinstance(where, Tensor):
-        packed = _pack(where, f"{key}.where", tensors)
-    else:
-        raise TypeError(f"where={where!r} is a callable, which a file cannot hold; use .at() with a slice or a mask")
-    return {
+class _Tensors:
+    """The tensors of a file by key; one that several loops share is written once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+        self._keys: dict[int, str] = {}
+        self._held: list[Tensor] = []  # an id is free again once its tensor is gone
+
+    def key(self, tensor: Tensor, wish: str) -> str:
+        """The key of a tensor: the one it has already, or `wish`."""
+        key = self._keys.setdefault(id(tensor), wish)
+        if key == wish:
+            self._held.append(tensor)
+            self.found[key] = tensor.detach().contiguous().clone()
+        return key
+
+
+def _pack_loop(loop: Loop, key: str, tensors: _Tensors) -> dict[str, Any]:
+    packed = {
         "law": _pack(loop.law, f"{key}.law", tensors),
         "act": str(loop.act),
         "sense": str(loop.sense),
-        "where": packed,
+        "where": _pack(loop.where, f"{key}.where", tensors),
         "strength": loop.strength,
         "name": loop.name,
         "group": loop.group,
     }
+    for name in _OPTIONAL:
+        value = getattr(loop, name)
+        if value:
+            packed[name] = _pack(value, f"{key}.{name}", tensors)
+    return packed
+
+
+#: Fields of a loop that most loops do without.
+_OPTIONAL = ("gates", "schedules", "summary", "tangent")
 
 
 def _unpack_loop(entry: dict[str, Any], tensors: dict[str, Tensor], known: dict[str, type[Part]]) -> Loop:
-    where = entry["where"]
-    if isinstance(where, dict):
-        where = slice(*where["slice"]) if "slice" in where else _unpack(where, tensors, known)
     return Loop(
         _unpack(entry["law"], tensors, known),
         Site.parse(entry["act"]),
         Site.parse(entry["sense"]),
-        where=where,
+        where=_unpack(entry["where"], tensors, known),
         strength=entry["strength"],
         name=entry["name"],
         group=entry["group"],
+        **{name: _unpack(entry[name], tensors, known) for name in _OPTIONAL if name in entry},
     )
 
 
-def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, key: str, tensors: _Tensors) -> Any:
     if isinstance(value, Tensor):
-        tensors[key] = value.detach().contiguous().clone()
-        return {"tensor": key}
+        return {"tensor": tensors.key(value, key)}
     if isinstance(value, Part):
         state = {name: _pack(entry, f"{key}.{name}", tensors) for name, entry in vars(value).items()}
         return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "state": state}
     if isinstance(value, (list, tuple)):
         return {"list": [_pack(entry, f"{key}.{index}", tensors) for index, entry in enumerate(value)]}
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
+    if callable(value):
+        raise TypeError(f"{key} is a callable, which a file cannot hold; use a slice or a mask")
     raise TypeError(f"{key} is a {type(value).__name__}; a law holds tensors, numbers, strings, lists and parts only")
 
 
@@ -192,6 +217,8 @@ def _unpack(entry: dict[str, Any], tensors: dict[str, Tensor], known: dict[str, 
         return tensors[entry["tensor"]]
     if "list" in entry:
         return [_unpack(item, tensors, known) for item in entry["list"]]
+    if "slice" in entry:
+        return slice(*entry["slice"])
     if "value" in entry:
         return entry["value"]
     kind = known.get(entry["class"]) or _own_class(entry["class"])

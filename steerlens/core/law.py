@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from steerlens.core.sites import Site
+
+if TYPE_CHECKING:
+    from steerlens.core.conditions import Direction, Gate, Schedule, Summary
 
 Memory = dict[str, Any]
 
@@ -107,9 +111,26 @@ class Loop:
         strength: Factor on the control.
         name: Prefix of the loop's own signals where several loops act at one layer.
         group: Loops with the same group share `memory`.
+        gates: Decisions made once for each row of a prompt, which multiply the control; see `when`.
+        schedules: Factors on the control over a generation; see `schedule`.
+        summary: What the law finds as `memory["summary"]`: the prompt's pooled state, `[batch ...]`.
+        tangent: A direction in the space of the parameters. The law finds as `memory["tangent"]` how the unsteered
+            state at the acting site changes along it, in the state's shape; see `cold_fd`.
     """
 
-    __slots__ = ("act", "group", "law", "name", "sense", "strength", "where")
+    __slots__ = (
+        "act",
+        "gates",
+        "group",
+        "law",
+        "name",
+        "schedules",
+        "sense",
+        "strength",
+        "summary",
+        "tangent",
+        "where",
+    )
 
     def __init__(
         self,
@@ -121,6 +142,10 @@ class Loop:
         strength: float = 1.0,
         name: str = "loop",
         group: int = 0,
+        gates: Sequence[Gate] = (),
+        schedules: Sequence[Schedule] = (),
+        summary: Summary | None = None,
+        tangent: Direction | None = None,
     ):
         if sense is not None and act < sense:
             raise ValueError(f"a loop cannot sense {sense}, which comes after {act}, where it acts")
@@ -131,6 +156,34 @@ class Loop:
         self.strength = float(strength)
         self.name = name
         self.group = group
+        self.gates = tuple(gates)
+        self.schedules = tuple(schedules)
+        self.summary = summary
+        self.tangent = tangent
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of what it reports besides the control: the law's signals, then those of its gates."""
+        if not self.gates:
+            return self.law.signals
+        own = [name for gate in self.gates for name in gate.condition.signals]
+        return tuple(dict.fromkeys([*self.law.signals, "gate", *own]))
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """What it needs to know of the prompt."""
+        found = [summary for gate in self.gates for summary in gate.summaries]
+        return found if self.summary is None else [*found, self.summary]
+
+    @property
+    def parts(self) -> list[Part]:
+        """Everything in it that holds tensors."""
+        return [part for part in (self.law, *self.gates, *self.schedules, self.summary, self.tangent) if part]
+
+    def change(self, tensors: Any) -> Loop:
+        """A copy with a function applied to every tensor."""
+        names = ("law", "gates", "schedules", "summary", "tangent")
+        return self.replace(**{name: map_tensors(getattr(self, name), tensors) for name in names})
 
     def replace(self, **changes: Any) -> Loop:
         """A copy with some fields changed."""

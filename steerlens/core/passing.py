@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Law, Loop, Memory, map_tensors
+from steerlens.core.aside import Aside
+from steerlens.core.conditions import Gate
+from steerlens.core.law import Loop, Memory, Part, map_tensors
 from steerlens.core.positions import Positions
 from steerlens.core.record import Record
 from steerlens.core.signals import SiteSignals, name_signals
@@ -50,12 +52,13 @@ class Pass:
         self._states: dict[Site, Tensor] = {}
         self._memory: dict[int, Memory] = {}
         self._sequence: dict[int, Memory] = {}
-        self._cast: dict[tuple[int, Any, bool], Law] = {}
+        self._cast: dict[tuple[Any, Any, bool], Any] = {}
+        self.aside = Aside(self.loops)
 
     @property
     def sites(self) -> list[Site]:
         """Where the host must call `at`, in the order of the forward pass."""
-        return sorted({*self._acting, *self._sensed_later})
+        return sorted({*self._acting, *self._sensed_later, *self.aside.watched})
 
     def begin(
         self,
@@ -65,8 +68,13 @@ class Pass:
         mask: Tensor | None = None,
         continues: bool = False,
         device: Any = None,
+        companion: Any = None,
     ) -> None:
-        """Enter a forward pass; arguments as in `Positions.begin`."""
+        """Enter a forward pass; arguments as in `Positions.begin`.
+
+        Args:
+            companion: Runs the model beside this pass, unsteered, see `Companion`; None where the host cannot.
+        """
         fresh = self.positions.begin(shape, past, mask, continues=continues, device=device)
         if fresh:
             self._sequence = {loop.group: {} for loop in self.loops}
@@ -76,6 +84,7 @@ class Pass:
         self._selection = [self.positions.select(where) for where in self._where]
         self._states = {}
         self._reached = (-1, -1)
+        self.aside.begin(self.positions, fresh, companion)
 
     def at(self, site: Site, x: Tensor, carrier: Tensor | None = None) -> Tensor:
         """Sense and act at a site.
@@ -99,6 +108,8 @@ class Pass:
         carrier = x if carrier is None else carrier
         if site in self._sensed_later:
             self._states[site] = x
+        if site in self.aside.watched:
+            self.aside.see(site, x, self.positions)
         acting = self._acting.get(site)
         if not acting:
             return carrier
@@ -129,32 +140,56 @@ class Pass:
         loop, shape = self.loops[index], state.shape[:2]
         if selection is None:
             blank = torch.full(shape, torch.nan, device=state.device)
-            return torch.zeros_like(carrier), dict.fromkeys(loop.law.signals, blank)
+            return torch.zeros_like(carrier), dict.fromkeys(loop.signals, blank)
         whole = not isinstance(selection, slice) or selection.stop - selection.start == shape[1]
         seen = state if whole else state[:, selection]
-        law = self._law(index, seen)
         dtype = torch.float64 if seen.dtype == torch.float64 else torch.float32
-        u, signals = law.act(seen.to(dtype), self._memory[loop.group])
+        memory = self._memory[loop.group]
+        if loop.summary is not None:
+            memory["summary"] = self.aside.summary(loop.summary).to(seen.device, dtype)
+        if loop.tangent is not None:
+            tangent = self.aside.tangent(index, loop.act)
+            memory["tangent"] = (tangent if whole else tangent[:, selection]).to(dtype)
+        u, signals = self._part(index, loop.law, seen).act(seen.to(dtype), memory)
         if loop.strength != 1:
             u = u * loop.strength if loop.strength else torch.zeros_like(u)
+        for number, schedule in enumerate(loop.schedules):
+            factors = self._part((index, "schedule", number), schedule, seen).at(self.positions.steps())
+            u = u * _over(factors if whole else factors[:, selection], u)
+        for number, gate in enumerate(loop.gates):
+            decided, said = self._decision((index, "gate", number), gate, seen)
+            u = u * _over(decided[:, None], u)
+            signals = {
+                **signals,
+                **said,
+                "gate": decided[:, None] * signals.get("gate", torch.ones_like(u.flatten(2)[..., 0])),
+            }
         return _spread(u, selection, shape, 0.0), {
             name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()
         }
 
-    def _law(self, index: int, x: Tensor) -> Law:
-        """A loop's law on the state's device, in the dtype laws compute in."""
-        key = (index, x.device, x.dtype == torch.float64)
-        law = self._cast.get(key)
-        if law is None:
+    def _decision(self, key: Any, gate: Gate, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A gate's decision, `[batch]`, and its signals, `[batch pos]`; made once for a prompt."""
+        held = self.aside.decisions.get(key)
+        if held is None:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            pooled = [self.aside.summary(summary).to(x.device, dtype) for summary in gate.summaries]
+            held = self.aside.decisions[key] = self._part(key, gate.condition, x).decide(pooled)
+        decided, said = held
+        return decided.to(x.device), {name: value[:, None].expand(-1, x.shape[1]) for name, value in said.items()}
+
+    def _part(self, key: Any, part: Part, x: Tensor) -> Any:
+        """A part of a loop on the state's device, in the dtype laws compute in."""
+        whole = (key, x.device, x.dtype == torch.float64)
+        cast = self._cast.get(whole)
+        if cast is None:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
             # later forward pass with gradients could not use
             with torch.inference_mode(False):
-                law = map_tensors(
-                    self.loops[index].law, lambda t: t.to(x.device, dtype if t.is_floating_point() else t.dtype)
-                )
-            self._cast[key] = law
-        return law
+                cast = map_tensors(part, lambda t: t.to(x.device, dtype if t.is_floating_point() else t.dtype))
+            self._cast[whole] = cast
+        return cast
 
     def _publish(self, names: dict[str, str], u: Tensor, signals: dict[str, Tensor]) -> Tensor:
         """Show the signals to the host's hook points, which may change `u`, and log them."""
@@ -198,6 +233,11 @@ def _spread(value: Tensor, selection: Any, shape: Any, blank: float) -> Tensor:
         full[:, selection] = value
         return full
     return torch.where(selection.view(*shape, *[1] * (value.ndim - 2)), value, blank)
+
+
+def _over(factors: Tensor, u: Tensor) -> Tensor:
+    """`[batch pos]` in a shape that multiplies `[batch pos ...]`."""
+    return factors.view(*factors.shape, *[1] * (u.ndim - 2))
 
 
 def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:

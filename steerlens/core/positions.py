@@ -94,6 +94,11 @@ class Positions:
         row = torch.arange(self.past, self.past + self.length, device=self.device)
         return row.expand(self.batch, self.length)
 
+    def steps(self) -> Tensor:
+        """How many tokens each is after the last one of the prompt, `[batch length]`; negative before it."""
+        last = self.prompt - 1
+        return self.table() - (last[:, None] if isinstance(last, Tensor) else last)
+
     def select(self, where: Any) -> slice | Tensor | None:
         """The columns to touch: None (nothing), a slice of this pass's tokens, or a bool mask `[batch length]`."""
         if isinstance(where, (str, slice)):

@@ -31,7 +31,7 @@ class SiteSignals:
         self.total: dict[str, str] = {}
         taken: dict[str, int] = {}
         for loop in loops:
-            names = [*COMMON, *loop.law.signals]
+            names = [*COMMON, *loop.signals]
             if len(loops) == 1:
                 self.own.append({name: stem + name for name in names})
                 continue

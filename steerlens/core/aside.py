@@ -1,0 +1,117 @@
+"""What a pass knows beyond its own tokens: summaries of the prompt, decisions about it, tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from steerlens.core.conditions import Direction, Summary
+from steerlens.core.law import Loop
+from steerlens.core.positions import Positions
+from steerlens.core.sites import Site
+
+#: Positions that no pass after the first can have.
+_PROMPT_ONLY = ("prompt", "last_prompt")
+
+
+class Companion:
+    """Abstract: runs the model beside a steered forward pass, on the same tokens and unsteered. A host makes it."""
+
+    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The unsteered states of the pass that begins, `[batch pos ...]` each."""
+        raise NotImplementedError
+
+    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
+        """How these states change along a direction of the parameters, `[batch pos ...]` each.
+
+        Args:
+            goes_on: Later passes of the sequence will be asked for, too: keep what they need.
+        """
+        raise NotImplementedError
+
+
+class Aside:
+    """Summaries, decisions and tangents of one sequence, asked of a companion where the pass itself cannot tell.
+
+    Args:
+        loops: Of the pass.
+    """
+
+    def __init__(self, loops: Sequence[Loop]):
+        self._asked = [summary for loop in loops for summary in loop.summaries]
+        first = min((loop.act for loop in loops), default=None)
+        # what is before the first control is unsteered by itself
+        self._clean = [summary for summary in self._asked if first is not None and first < summary.site]
+        self._own = [summary for summary in self._asked if summary not in self._clean]
+        #: Sites that the pass must show to `see`.
+        self.watched = {summary.site for summary in self._own}
+        self._directions: list[Direction] = []
+        self._bent: list[list[Loop]] = []  # by direction
+        self._along: list[int | None] = []  # by loop
+        for loop in loops:
+            self._along.append(None if loop.tangent is None else self._index(loop.tangent))
+            if loop.tangent is not None:
+                self._bent[self._index(loop.tangent)].append(loop)
+        self._fresh = False
+        self._pooled: dict[int, Tensor] = {}
+        self._tangents: dict[tuple[int | None, Site], Tensor] = {}
+        #: By gate; forgotten when a sequence begins.
+        self.decisions: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
+
+    @property
+    def needs_companion(self) -> bool:
+        """Whether the pass itself cannot tell all that its loops ask for."""
+        return bool(self._clean or self._directions)
+
+    def begin(self, positions: Positions, fresh: bool, companion: Companion | None) -> None:
+        """Enter a forward pass."""
+        self._fresh = fresh
+        self._tangents = {}
+        if fresh:
+            self.decisions.clear()
+            self._pooled = {}
+        if fresh and self._clean:
+            states = _required(companion).states(sorted({summary.site for summary in self._clean}))
+            for summary in self._clean:
+                self._pooled[id(summary)] = summary.of(states[summary.site], positions.select(summary.where))
+        for index, (direction, loops) in enumerate(zip(self._directions, self._bent, strict=True)):
+            goes_on = any(not (isinstance(loop.where, str) and loop.where in _PROMPT_ONLY) for loop in loops)
+            if goes_on or any(positions.select(loop.where) is not None for loop in loops):
+                sites = sorted({loop.act for loop in loops})
+                found = _required(companion).tangents(sites, direction, goes_on=goes_on)
+                self._tangents.update({(index, site): value for site, value in found.items()})
+
+    def _index(self, direction: Direction) -> int:
+        """Number of a direction; loops of a loaded controller share its tensors, not the object."""
+        for index, known in enumerate(self._directions):
+            if known.values[0] is direction.values[0]:
+                return index
+        self._directions.append(direction)
+        self._bent.append([])
+        return len(self._directions) - 1
+
+    def see(self, site: Site, x: Tensor, positions: Positions) -> None:
+        """Take a state of the pass itself, before any control has reached it."""
+        if self._fresh:
+            for summary in self._own:
+                if summary.site == site:
+                    self._pooled[id(summary)] = summary.of(x, positions.select(summary.where))
+
+    def summary(self, summary: Summary) -> Tensor:
+        """A summary of the prompt of this sequence, `[batch ...]`."""
+        return self._pooled[id(summary)]
+
+    def tangent(self, loop: int, site: Site) -> Tensor:
+        """The tangent of this pass's states at a site, along the direction of the loop of this number."""
+        return self._tangents[self._along[loop], site]
+
+
+def _required(companion: Companion | None) -> Companion:
+    if companion is None:
+        raise RuntimeError(
+            "a loop needs the unsteered state of the prompt, for which a second forward pass is run beside the first, "
+            "and this host cannot do that"
+        )
+    return companion

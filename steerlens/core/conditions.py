@@ -1,0 +1,117 @@
+"""What a loop may know of the prompt, and what may weigh its control: summaries, gates, schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.core.law import Part
+from steerlens.core.sites import Site
+
+POOLS = ("mean", "norm")
+
+
+class Summary(Part):
+    """The unsteered state of a prompt at one site, pooled over its tokens and kept for the whole sequence.
+
+        mean: (1/n) sum_t x_t        norm: sqrt(sum_t x_t^2), element by element
+
+    Unsteered: where a loop of the same run acts before the site, the state comes from a pass of its own over the
+    prompt. A prompt that has none of the tokens asked for counts as zero.
+
+    Args:
+        site: Where the state is.
+        pool: `"mean"` or `"norm"`.
+        where: Tokens of the prompt, see `Loop`; with `"last_prompt"` the mean is the state of its last token.
+    """
+
+    def __init__(self, site: Site | str, pool: str = "mean", where: Any = "prompt"):
+        if pool not in POOLS:
+            raise ValueError(f"pool={pool!r}; it is one of {', '.join(POOLS)}")
+        # a part holds plain values only
+        self.place = str(site)
+        self.pool = pool
+        self.where = where
+
+    @property
+    def site(self) -> Site:
+        """Where the state is."""
+        return Site.parse(self.place)
+
+    def of(self, x: Tensor, selection: slice | Tensor | None) -> Tensor:
+        """The pooled state, `[batch pos ...] -> [batch ...]`, in float32 at least."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if selection is None:
+            return torch.zeros_like(x[:, 0])
+        if isinstance(selection, slice):
+            x = x[:, selection]
+            count: Any = x.shape[1]
+        else:
+            # a pad may hold anything, also NaN
+            x = torch.where(selection.view(*x.shape[:2], *[1] * (x.ndim - 2)), x, 0.0)
+            count = selection.sum(1).clamp(min=1).view(-1, *[1] * (x.ndim - 2))
+        return x.sum(1) / count if self.pool == "mean" else x.square().sum(1).sqrt()
+
+
+class Condition(Part):
+    """Abstract: decides from a summary of the prompt, row by row, whether to steer.
+
+    A subclass is final, holds tensors and numbers only, and defines `decide`.
+
+    Attributes:
+        signals: Names that `decide` returns besides the gate.
+    """
+
+    signals: tuple[str, ...] = ()
+
+    def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gate, 0 to 1, and signals: one `[batch ...]` per summary `-> [batch], {name: [batch]}`."""
+        raise NotImplementedError
+
+
+class Gate(Part):
+    """A condition and the summaries it reads. Its decision multiplies the controls of a loop for the whole sequence.
+
+    Args:
+        condition: Decides.
+        summaries: What it reads, in its order.
+    """
+
+    def __init__(self, condition: Condition, summaries: Sequence[Summary]):
+        self.condition = condition
+        self.summaries = tuple(summaries)
+
+
+class Schedule(Part):
+    """Factors on a control over the tokens of a generation.
+
+    Args:
+        factors: `[step]`; the i-th is used in the pass that produces generated token i, at the last token of the prompt
+            for i = 0. The last one holds from then on.
+        prompt: Factor at the tokens of the prompt before its last.
+    """
+
+    def __init__(self, factors: Tensor, prompt: float = 1.0):
+        self.factors = factors
+        self.prompt = prompt
+
+    def at(self, steps: Tensor) -> Tensor:
+        """Factors of tokens that are `steps` after the last prompt token, `[batch pos] -> [batch pos]`."""
+        later = self.factors[steps.clamp(0, self.factors.shape[0] - 1)]
+        return torch.where(steps < 0, torch.full_like(later, self.prompt), later)
+
+
+class Direction(Part):
+    """A direction in the space of a model's parameters.
+
+    Args:
+        names: Of the parameters, as the Hugging Face base model names them.
+        values: One tensor per name, of the parameter's shape.
+    """
+
+    def __init__(self, names: Sequence[str], values: Sequence[Tensor]):
+        self.names = list(names)
+        self.values = list(values)
