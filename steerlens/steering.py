@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from steerlens.core import Controller, Memory, Pass, Record, check_where, map_tensors, name_signals, tensors_of
+from steerlens.core import Controller, Gate, Memory, Pass, Record, check_where, map_tensors, name_signals, tensors_of
 from steerlens.hosts import Host, host_of
 
 RECORDS = (None, "scalars", "all")
@@ -127,7 +127,10 @@ def _check_record(record: Any) -> None:
 
 
 def _check_fit(host: Host, controller: Controller, trust: bool) -> None:
-    host.check({site for loop in controller.loops for site in (loop.act, loop.sense)})
+    sites = {site for loop in controller.loops for site in (loop.act, loop.sense)}
+    host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
+    if any(loop.tangent is not None for loop in controller.loops):
+        host.learner()  # raises where the parameters are out of reach
     fitted = controller.recipe.get("model")
     differences = host.differences(fitted) if fitted and not trust else []
     if differences:
@@ -142,6 +145,10 @@ def _check_shapes(host: Host, controller: Controller) -> None:
         law = map_tensors(loop.law, lambda tensor: tensor.detach().cpu())
         sensed, acted = host.shape(loop.sense), host.shape(loop.act)
         dtype = next((tensor.dtype for tensor in tensors_of(law) if tensor.is_floating_point()), torch.float32)
+        if loop.summary is not None:
+            memory[loop.group]["summary"] = torch.zeros(1, *host.shape(loop.summary.site), dtype=dtype)
+        if loop.tangent is not None:
+            memory[loop.group]["tangent"] = torch.zeros(1, 1, *acted, dtype=dtype)
         try:
             u, _ = law.act(torch.zeros(1, 1, *sensed, dtype=dtype), memory[loop.group])
         except (RuntimeError, IndexError) as error:
@@ -153,6 +160,22 @@ def _check_shapes(host: Host, controller: Controller) -> None:
             raise ValueError(
                 f"the {type(law).__name__} at {loop.act} gives a control of shape {got}, not {list(acted)}"
             )
+        for gate in loop.gates:
+            _check_gate(host, gate)
+
+
+def _check_gate(host: Host, gate: Gate) -> None:
+    """Decides once about a zero state."""
+    condition = map_tensors(gate.condition, lambda tensor: tensor.detach().cpu().float())
+    kind, shapes = type(condition).__name__, [host.shape(summary.site) for summary in gate.summaries]
+    try:
+        decided, _ = condition.decide([torch.zeros(1, *shape) for shape in shapes])
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"the {kind} does not fit states of shape {[list(shape) for shape in shapes]}: {error}"
+        ) from error
+    if decided.shape != (1,):
+        raise ValueError(f"the {kind} gives {list(decided.shape)} numbers for one row, not one")
 
 
 def _free_name(host: Host, controller: Controller) -> str:

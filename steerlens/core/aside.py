@@ -61,9 +61,15 @@ class Aside:
         self.decisions: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
 
     @property
-    def needs_companion(self) -> bool:
-        """Whether the pass itself cannot tell all that its loops ask for."""
-        return bool(self._clean or self._directions)
+    def apart(self) -> list[Site]:
+        """Sites whose unsteered states or tangents are asked of a companion; where there are none, none is needed."""
+        bent = {loop.act for loops in self._bent for loop in loops}
+        return sorted({*bent, *(summary.site for summary in self._clean)})
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether any loop asks for a tangent."""
+        return bool(self._directions)
 
     def begin(self, positions: Positions, fresh: bool, companion: Companion | None) -> None:
         """Enter a forward pass."""

@@ -110,8 +110,10 @@ class Direction(Part):
     Args:
         names: Of the parameters, as the Hugging Face base model names them.
         values: One tensor per name, of the parameter's shape.
+        step: Of a central difference, in multiples of the direction; 0: forward-mode differentiation.
     """
 
-    def __init__(self, names: Sequence[str], values: Sequence[Tensor]):
+    def __init__(self, names: Sequence[str], values: Sequence[Tensor], step: float = 0.0):
         self.names = list(names)
         self.values = list(values)
+        self.step = step

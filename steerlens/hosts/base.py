@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from steerlens.core import Pass, Site
 from steerlens.hosts.graph import Place, differentiate
 from steerlens.hosts.nominal import Nominal
+
+if TYPE_CHECKING:
+    from steerlens.hosts.learning import Learner
 
 
 class Attachment:
@@ -75,6 +78,14 @@ class Host:
 
         Args:
             payload_limit: Largest request in bytes, on hosts that send them.
+        """
+        raise NotImplementedError
+
+    def learner(self) -> Learner:
+        """The model with its parameters as variables.
+
+        Raises:
+            NotImplementedError: they are not here, or not those of the model that was published.
         """
         raise NotImplementedError
 
@@ -151,7 +162,7 @@ class Host:
         rows: dict[int, list[Tensor]] = {}
         for start in range(0, len(tokens), batch):
             chosen = longest_first[start : start + batch]
-            ids, mask, pooled = _pad([tokens[row] for row in chosen], [weights[row] for row in chosen], self.device)
+            ids, mask, pooled = pad([tokens[row] for row in chosen], [weights[row] for row in chosen], self.device)
             read = self._read(ids, mask, pooled, ordered)
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
@@ -183,7 +194,7 @@ class Host:
         """
         self.check(sites)
         ordered = sorted(sites)
-        ids, mask, pooled = _pad(tokens, weights, self.device)
+        ids, mask, pooled = pad(tokens, weights, self.device)
         entry, places = self._places(ordered)
         with torch.inference_mode(False), torch.enable_grad():
             found = differentiate(lambda: self._logits(ids, mask), entry, places, loss)
@@ -218,7 +229,8 @@ class Host:
         return found
 
 
-def _pad(tokens: Any, weights: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+def pad(tokens: Any, weights: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and pooling weights of some texts, `[text pos]` each, padded on the right."""
     longest = max(len(row) for row in tokens)
     ids = torch.zeros(len(tokens), longest, dtype=torch.long)
     mask = torch.zeros(len(tokens), longest, dtype=torch.long)

@@ -10,6 +10,7 @@ from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
 from steerlens.core import Pass, Site
+from steerlens.hosts.companion import BaseCompanion
 from steerlens.hosts.hf import call_shape
 
 
@@ -101,22 +102,50 @@ class Tap:
                 self.write(raw, steered)
 
 
-def follow(base: Any, first: Any, taps: list[Tap], run: Pass, carried: dict[int, Tensor]) -> None:
+class StoodDown:
+    """A context in which nnsight does not see what a module does, as in an ad-hoc call of its envoy."""
+
+    def __init__(self, envoy: Any):
+        self.interleaver = envoy.interleaver
+
+    def __enter__(self) -> None:
+        self._before = self.interleaver.interleaving
+        self.interleaver.interleaving = False
+
+    def __exit__(self, *_: Any) -> None:
+        self.interleaver.interleaving = self._before
+
+
+def spots_of(taps: list[Tap]) -> dict[Site, Any]:
+    """Where the states of taps are among the modules."""
+    return {tap.read: (tap.envoy._module, tap.side, tap.heads) for tap in taps}
+
+
+def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[int, Tensor]) -> None:
     """The body of the edit: visit the taps in every forward pass of one trace or generation.
 
     Args:
         base: The Hugging Face base model, whose arguments tell mask and cache of the first pass.
         first: None where the weights are here. On a server, where reading `base`'s arguments would send the KV cache to
             the sandbox and back at every token, the first norm of the first block: its input tells the shape.
+        apart: Where the states are that a companion is asked for.
     """
+    kept_apart: dict[int, Any] = {}
     for step in Iterations()[:]:
         try:
-            call = call_shape(*base.inputs) if step == 0 or first is None else later_shape(first.input, run)
+            inputs = base.inputs if step == 0 or first is None else None
+            call = later_shape(first.input, run) if inputs is None else call_shape(*inputs)
         except OutOfOrderError:
             if step == 0:
                 raise
             return  # the generation is over: the loop asked for a pass that never came
-        run.begin(**call, continues=step > 0)
+        companion = None
+        if apart and inputs is not None:
+            args, kwargs = inputs
+            companion = BaseCompanion(
+                base._module, lambda: StoodDown(base), lambda _: spots_of(apart), args, kwargs, call["past"], kept_apart
+            )
+        run.begin(**call, continues=step > 0, companion=companion)
         carried.clear()
         kept: dict[str, Tensor] = {}
         for tap in taps:

@@ -82,7 +82,7 @@ class LensHost(Host):
         return [self.registry()]
 
     def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
-        """Call `begin(**arguments of Pass.begin)` as each forward pass enters; returns the handles."""
+        """Call `begin(**arguments of Pass.begin)`, a companion among them, as each pass enters; returns the handles."""
         raise NotImplementedError
 
     def writes_mid(self) -> bool:
@@ -121,6 +121,29 @@ class LensHost(Host):
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         raise NotImplementedError
+
+
+class Bare:
+    """A context in which a module and all in it have no hooks."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self._held = []
+        for part in self.module.modules():
+            hooks = {name: vars(part)[name] for name in _HOOKS if vars(part).get(name)}
+            if hooks:
+                self._held.append((part, hooks))
+                # a handle removes itself from the very dict that it was put into: put others in their place
+                vars(part).update({name: type(held)() for name, held in hooks.items()})
+
+    def __exit__(self, *_: Any) -> None:
+        for part, hooks in self._held:
+            vars(part).update(hooks)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 class LensAttachment(Attachment):

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from steerlens.core import Record
+from steerlens.core import Companion, Direction, Record, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Host
-from steerlens.hosts.hookpoints import LensHost
+from steerlens.hosts.companion import BaseCompanion, Spot, gather, require_whole
+from steerlens.hosts.hookpoints import Bare, LensHost
+from steerlens.hosts.learning import Learner
 from steerlens.hosts.nominal import Capture, Nominal
 
 try:
@@ -57,10 +59,24 @@ class BridgeHost(LensHost):
     def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
         """Through a pre-hook on the Hugging Face base model, which sees mask and cache however it was called."""
 
-        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            begin(**hf.call_shape(args, kwargs))
+        base = self.model.original_model.base_model
+        kept: dict[int, Any] = {}
 
-        return [self.model.original_model.base_model.register_forward_pre_hook(entering, with_kwargs=True)]
+        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = hf.call_shape(args, kwargs)
+            begin(**call, companion=BaseCompanion(base, self._aside, self._spots, args, kwargs, call["past"], kept))
+
+        return [base.register_forward_pre_hook(entering, with_kwargs=True)]
+
+    def learner(self) -> Learner:
+        """The Hugging Face model inside."""
+        return Learner(self.model.original_model, self._aside, self._spots)
+
+    def _aside(self) -> Bare:
+        return Bare(self.model.original_model)
+
+    def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
+        return {site: (point, "output", 0) for site, point in self.find(sites).items()}
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -113,7 +129,8 @@ class HookedHost(LensHost):
                 if layer <= seen or seen < 0:
                     past = entry.past_keys.shape[1] if entry is not None else 0
                     x = args[0]
-                    begin(shape=x.shape[:2], past=past, mask=kwargs.get("attention_mask"), device=x.device)
+                    call = {"shape": x.shape[:2], "past": past, "mask": kwargs.get("attention_mask")}
+                    begin(**call, device=x.device, companion=BlocksCompanion(self, layer, args, kwargs, past))
                 seen = layer
 
             return hook
@@ -144,6 +161,10 @@ class HookedHost(LensHost):
 
         return capture.nominal(freeze)
 
+    def learner(self) -> Learner:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(_OTHER_PARAMETERS)
+
     def probe(self) -> list[float] | None:
         """First weights of the last MLP's output matrix."""
         weight = getattr(getattr(self.model.blocks[-1], "mlp", None), "W_out", None)
@@ -154,6 +175,47 @@ class HookedHost(LensHost):
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model(ids, attention_mask=mask)
+
+
+#: A gradient step depends on how a function is parametrised.
+_OTHER_PARAMETERS = (
+    "a HookedTransformer's parameters are not the model's: biases added, embeddings untied, norms perhaps folded, so a "
+    "gradient step on them is another one; use TransformerBridge or nnsight"
+)
+
+
+class BlocksCompanion(Companion):
+    """Runs the blocks of a HookedTransformer again, from the one whose call is given.
+
+    Args:
+        host: Of the model.
+        layer, args, kwargs: The block that is being called, and with what.
+        past: Number of tokens in the KV cache.
+    """
+
+    def __init__(self, host: HookedHost, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], past: int):
+        self.host = host
+        self.layer = layer
+        self.args = args
+        self.kwargs = kwargs | {"past_kv_cache_entry": None}
+        self.past = past
+
+    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The unsteered states of a prompt."""
+        require_whole(self.past)
+        model = self.host.model
+
+        def run() -> None:
+            state = self.args[0]
+            for block in model.blocks[self.layer :]:
+                state = block(state, *self.args[1:], **self.kwargs)
+
+        with Bare(model), torch.no_grad():
+            return gather({site: (point, "output", 0) for site, point in self.host.find(sites).items()}, run)
+
+    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(_OTHER_PARAMETERS)
 
 
 class FrozenEntry:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from steerlens.core import POINTS, Pass, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Attachment, Host, pool
-from steerlens.hosts.edit import Tap, follow
+from steerlens.hosts.companion import Spot
+from steerlens.hosts.edit import StoodDown, Tap, follow, spots_of
 from steerlens.hosts.families import family_paths, layers_path
 from steerlens.hosts.graph import Place
+from steerlens.hosts.learning import Learner
 from steerlens.hosts.nominal import Nominal
 from steerlens.hosts.remote import RemoteForms
 
@@ -86,7 +88,8 @@ class TracedHost(Host):
     def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
         """An edit on the model's root: it also steers `generate`, sessions and remote runs."""
         first = self._tap(Site(0, "resid_pre")).envoy if self.away else None
-        return TracedAttachment(self.model, self.base, first, self.taps(run), run, payload_limit)
+        apart = [self._tap(site) for site in run.aside.apart]
+        return TracedAttachment(self.model, self.base, first, self.taps(run), apart, run, payload_limit)
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -99,6 +102,14 @@ class TracedHost(Host):
         path = self.paths["mlp_post"][0]
         weight = getattr(self.layers[self.n_layers - 1]._module.get_submodule(path), "weight", None)
         return None if weight is None else hf.probe(weight, self.d_model)
+
+    def learner(self) -> Learner:
+        """The Hugging Face model inside."""
+        self._need_weights("differentiating the parameters")
+        return Learner(self.model._module, lambda: StoodDown(self.base), self._spots)
+
+    def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
+        return spots_of([self._tap(site) for site in sites])
 
     @property
     def away(self) -> bool:
@@ -156,13 +167,15 @@ class TracedHost(Host):
 class TracedAttachment(Attachment):
     """One edit on a model's root envoy."""
 
-    def __init__(self, model: Any, base: Any, first: Any, taps: list[Tap], run: Pass, payload_limit: int):
+    def __init__(
+        self, model: Any, base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, payload_limit: int
+    ):
         self._model = model
         self._run = run
         self._forms = RemoteForms.enter(model, run, payload_limit) if isinstance(model, Remotable) else None
         carried = _CARRIED.setdefault(model, {})
         with model.edit(inplace=True):
-            follow(base, first, taps, run, carried)
+            follow(base, first, taps, apart, run, carried)
         self._edit = model._edits[-1]
 
     def detach(self) -> None:

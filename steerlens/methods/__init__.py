@@ -6,6 +6,7 @@ from steerlens.methods.ablation import ablation
 from steerlens.methods.actadd import actadd
 from steerlens.methods.angular import angular
 from steerlens.methods.caa import caa
+from steerlens.methods.cold_fd import cold_fd
 from steerlens.methods.cold_kernel import cold_kernel
 from steerlens.methods.iti import iti
 from steerlens.methods.linear_act import linear_act
@@ -23,6 +24,7 @@ __all__ = [
     "actadd",
     "angular",
     "caa",
+    "cold_fd",
     "cold_kernel",
     "iti",
     "linear_act",

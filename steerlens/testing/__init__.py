@@ -3,8 +3,9 @@
     for check in checks():
         check(Case("caa", "bridge"))
 
-A method declares in its file what it cannot promise, and why: `EXCEPTIONS = {"check_name": "words of the error"}`. The
-suite asserts that the check then really fails, with these words.
+A method declares in its file what it cannot promise, and why: `EXCEPTIONS = {"check_name": "words of the error"}`, or
+`{"hooked": "words"}` where it cannot be fitted on a host at all. The suite asserts that the check, or the fit, then
+really fails, with these words.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
 
 
 def exceptions(method: str) -> dict[str, str]:
-    """What a method declares that it cannot promise: check name to words of the error."""
+    """What a method declares that it cannot promise: name of a check or host to words of the error."""
     return getattr(importlib.import_module(f"steerlens.methods.{method}"), "EXCEPTIONS", {})
 
 
@@ -42,14 +43,19 @@ def checks() -> list[Callable[[Case], None]]:
 
 def run_check(check: Callable[[Case], None], case: Case) -> None:
     """Run a check, or assert that a declared exception really fails with its message."""
-    declared = exceptions(case.method).get(check.__name__)
-    if declared is None:
-        return check(case)
+    declared = exceptions(case.method)
+    if case.host in declared:
+        return _must_fail(case.fit, "the fit", declared[case.host], case)
+    if check.__name__ in declared:
+        return _must_fail(lambda: check(case), check.__name__, declared[check.__name__], case)
+    return check(case)
+
+
+def _must_fail(call: Callable[[], object], what: str, words: str, case: Case) -> None:
     said = None
     try:
-        check(case)
+        call()
     except Exception as error:
         said = str(error)
-    assert said is not None, f"{case!r} declares that {check.__name__} fails ({declared!r}), but it passes"
-    assert declared in said, f"{case!r} declares {declared!r} for {check.__name__}, it failed with {said!r}"
-    return None
+    assert said is not None, f"{case!r} declares that {what} fails ({words!r}), but it passes"
+    assert words in said, f"{case!r} declares {words!r} for {what}, it failed with {said!r}"

@@ -1,0 +1,220 @@
+"""A Hugging Face model beside a steered pass: its unsteered states, and how they change with its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from steerlens.core import Companion, Direction, Site
+from steerlens.hosts.nominal import first, state_of
+
+#: A module, whether the state is its `"input"` or its `"output"`, and into how many heads it is to be split (0: none).
+Spot = tuple[nn.Module, str, int]
+
+
+class BaseCompanion(Companion):
+    """Runs a Hugging Face base model again, with the arguments of the call that is being steered.
+
+    Args:
+        base: The base model.
+        aside: Makes a context in which a call of `base` is plain: neither steered nor seen by hooks.
+        spots: Where each site's state is; it may tell of more sites than it is asked for.
+        args, kwargs: Of the call; a KV cache among them is neither read nor written.
+        past: Number of tokens that it holds.
+        kept: What earlier calls of the same attachment left: by direction the KV caches of its own.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        aside: Callable[[], Any],
+        spots: Callable[[Sequence[Site]], dict[Site, Spot]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        past: int,
+        kept: dict[int, Any],
+    ):
+        self.base = base
+        self.aside = aside
+        self.spots = spots
+        self.args = args
+        self.kwargs = {
+            name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache", "return_dict")
+        }
+        self.past = past
+        self.kept = kept
+
+    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The unsteered states of a prompt."""
+        require_whole(self.past)
+        with self.aside(), torch.no_grad():
+            return gather(self._spots(sites), lambda: self.base(*self.args, **self.kwargs, use_cache=False))
+
+    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
+        """Forward-mode derivatives, or central differences where the direction carries a step.
+
+        For a central difference the states on both sides of the step come from two passes with KV caches of their own.
+        """
+        key = id(direction.values[0])
+        if self.past == 0:
+            self.kept[key] = [_Kept(), _Kept()]
+        elif self.kept.get(key) is None or self.kept[key][0].length != self.past:
+            raise RuntimeError(
+                f"the tangents of {self.past} earlier tokens are not known: they went through the model before it was "
+                "steered, or at positions that `where` leaves out; begin with an empty KV cache"
+            )
+        tracks = self.kept[key]
+        with self.aside(), torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            parameters = named_parameters(self.base)
+            missing = [name for name in direction.names if name not in parameters]
+            if missing:
+                raise ValueError(
+                    f"the model has no parameter {missing[0]!r}, of which the controller holds a gradient; fit it on "
+                    "this model"
+                )
+            here = {
+                name: value.to(parameters[name][1])
+                for name, value in zip(direction.names, direction.values, strict=True)
+            }
+            if not direction.step:
+                with forward_ad.dual_level():
+                    changed = {
+                        parameters[name][0]: forward_ad.make_dual(parameters[name][1].detach(), value)
+                        for name, value in here.items()
+                    }
+                    found = self._run(sites, changed, tracks[0] if goes_on else None)
+                    return {site: _tangent(value) for site, value in found.items()}
+            sides = []
+            for sign, track in zip((1, -1), tracks, strict=True):
+                changed = {
+                    parameters[name][0]: parameters[name][1].detach() + sign * direction.step * value
+                    for name, value in here.items()
+                }
+                sides.append(self._run(sites, changed, track if goes_on else None))
+            return {site: (sides[0][site] - sides[1][site]) / (2 * direction.step) for site in sites}
+
+    def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
+        return {site: spot for site, spot in self.spots(sites).items() if site in sites}
+
+    def _run(self, sites: Sequence[Site], changed: dict[str, Tensor], track: _Kept | None) -> dict[Site, Tensor]:
+        """States with other parameters."""
+        args, kwargs = _fresh(self.args), {name: _fresh(value) for name, value in self.kwargs.items()}
+        kwargs["use_cache"] = track is not None
+        if track is not None:
+            kwargs["past_key_values"] = track.cache(self.base)
+        found = gather(self._spots(sites), lambda: functional_call(self.base, changed, args, kwargs))
+        if track is not None:
+            track.keep()
+        return found
+
+
+class _Kept:
+    """A KV cache of one sequence with other parameters, and its tangents, which do not outlive a dual level."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._cache: Any = None
+        self._tangents: list[list[Tensor | None]] = []
+
+    def cache(self, base: nn.Module) -> Any:
+        """The cache, with its tangents if a dual level is entered."""
+        if self._cache is None:
+            from transformers import DynamicCache
+
+            self._cache = DynamicCache(config=base.config)
+        # none before the first pass, however many layers the cache has by then
+        for layer, tangents in zip(self._cache.layers, self._tangents, strict=False):
+            for name, tangent in zip(_SIDES, tangents, strict=True):
+                if tangent is not None:
+                    setattr(layer, name, forward_ad.make_dual(getattr(layer, name), tangent))
+        return self._cache
+
+    def keep(self) -> None:
+        """Take the tangents out of the cache after a pass."""
+        self.length = int(self._cache.get_seq_length())
+        self._tangents = []
+        for layer in self._cache.layers:
+            self._tangents.append([])
+            for name in _SIDES:
+                side = getattr(layer, name, None)
+                # layers beyond the last steered one hold nothing
+                primal, tangent = (None, None) if side is None else forward_ad.unpack_dual(side)
+                self._tangents[-1].append(tangent)
+                if tangent is not None:
+                    setattr(layer, name, primal)
+
+
+_SIDES = ("keys", "values")
+
+
+def require_whole(past: int) -> None:
+    """Raises RuntimeError where a prompt does not begin in this pass."""
+    if past:
+        raise RuntimeError(
+            f"a loop needs the unsteered state of the whole prompt, but {past} of its tokens went through the model "
+            "before; begin with an empty KV cache"
+        )
+
+
+class _EnoughError(Exception):
+    """Every state is there."""
+
+
+def gather(spots: dict[Site, Spot], forward: Callable[[], Any]) -> dict[Site, Tensor]:
+    """States at some spots of a forward pass, which ends at the last of them."""
+    found: dict[Site, Tensor] = {}
+
+    def note(site: Site, value: Tensor, heads: int) -> None:
+        found[site] = value.unflatten(-1, (heads, -1)) if heads else value
+        if len(found) == len(spots):
+            raise _EnoughError
+
+    def before(site: Site, heads: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(site, state_of(args, kwargs), heads)
+
+        return hook
+
+    def after(site: Site, heads: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            note(site, first(output), heads)
+
+        return hook
+
+    handles = []
+    try:
+        for site, (module, side, heads) in spots.items():
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(before(site, heads), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(after(site, heads)))
+        forward()
+    except _EnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def named_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Parameters by the name that Hugging Face gives them, each with the name that it has here."""
+    return {name.replace("_original_component.", ""): (name, value) for name, value in module.named_parameters()}
+
+
+def _fresh(value: Any) -> Any:
+    """A copy of a tensor made in inference mode that may be used outside it."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return tuple(_fresh(entry) for entry in value) if isinstance(value, tuple) else value
+
+
+def _tangent(value: Tensor) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(value)
+    return torch.zeros_like(primal) if tangent is None else tangent

@@ -1,0 +1,182 @@
+"""COLD-Steer with the learning dynamics themselves: what one gradient step would change in each activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Direction, Law, Loop, Memory
+from steerlens.fitting import pick_layers, recipe, resolve
+from steerlens.hosts import Host
+from steerlens.hosts.base import pad
+from steerlens.objectives import Labelled, Objective, labelled, objective
+
+EXCEPTIONS = {
+    # a parameter gradient is as large as the model: it stays where the model is
+    "check_runs_on_a_server": "differentiating the parameters needs the weights here",
+    # a gradient step depends on how a function is parametrised
+    "hooked": "a HookedTransformer's parameters are not the model's",
+}
+ESTIMATORS = ("auto", "jvp", "fd")
+EMBEDDINGS = ("tied", "untied", None)
+SCALES = ("relative", "absolute")
+#: Step of a central difference as a fraction of the parameters' norm: truncation and float32 rounding are both near
+#: 1e-3 of the tangent there.
+RELATIVE_STEP = 1e-6
+
+
+def cold_fd(
+    model: Any,
+    data: Pairs,
+    *,
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
+    beta: float = 0.1,
+    reference: str | None = None,
+    estimator: str = "auto",
+    embedding: str | None = "tied",
+    eta: float = 0.1,
+    scale: str = "relative",
+    layers: int | Sequence[int] | None = None,
+    point: str = "resid_post",
+    where: Any = "prompt",
+    batch: int = 4,
+) -> Controller:
+    """Move each activation as one step of gradient descent on a few examples would move it, to first order.
+
+        u_t = -eta J_t g,   J_t = dx_t / dtheta,   g = (1/N) sum_i dL_i / dtheta
+
+    The derivative of the unsteered activation of the very text that is being steered, at each of its tokens, along the
+    parameters' gradient on the examples. Nothing is differentiated backwards while steering: every forward pass that is
+    steered has a second one beside it, up to the last steered layer, that carries the tangent (with a KV cache of its
+    own while decoding). All layers take their control from that one unsteered pass. The losses are those of
+    `cold_kernel`.
+
+    Args:
+        model: TransformerBridge or nnsight model with its weights here.
+        data: `(prompt, completion)` tuples or chats that end with the assistant, as for `cold_kernel`.
+        loss, beta, reference: As for `cold_kernel`.
+        estimator: `"jvp"`: forward-mode differentiation, exact. `"fd"`: central differences of two passes with the
+            parameters moved by 1e-6 of their norm to either side (the authors: a one-sided difference of absolute step
+            1e-6, which float32 cannot resolve). `"auto"`: jvp, and fd where an operation of the model has no
+            forward-mode derivative.
+        embedding: `"tied"`: where the output embedding shares the input embedding's matrix, g has the gradient of both
+            uses, as in the authors' code. `"untied"`: of its use at the input only. None: the embedding stays fixed.
+        eta: With `scale="relative"`: mean norm of u over mean norm of x, both before the examples' first labels, no
+            unit. With `"absolute"`: the learning rate, as in the paper.
+        scale: See `eta`. In both cases the loop's strength is the learning rate.
+        layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
+        point: Point of the block, see `Site`.
+        where: Token positions, see `Loop`. The paper changes the prompt and no generated token; its own code includes
+            position 0, whose change is far larger than the others'. Positions beyond the prompt cost a second pass for
+            each generated token.
+        batch: Pairs in one forward and backward pass of the fit.
+
+    Returns:
+        One loop per layer; all share g, which has the size of the blocks up to the last of them and of the embedding.
+        Recorded signals: `u`, `u_norm`, `relative` (norm of u over norm of x for strength 1, no unit: the expansion
+        holds while it is small).
+
+    Raises:
+        ValueError: a text without a prompt or without label tokens; a dpo pair with two prompts; an unknown option; a
+            layer or point the model does not have; a gradient that is zero or not finite.
+        NotImplementedError: the weights are not here, or the model is a HookedTransformer: a gradient step depends on
+            how a function is parametrised, and its parameters are not the model's.
+
+    Source: COLD-Steer (arXiv 2603.06495). The authors take the difference at a second steered layer against a state
+    that the first has already moved, and at decoding steps against a pass without context; here both are unsteered
+    passes of the same tokens.
+    """
+    host = resolve(model)
+    for name, value, known in (
+        ("estimator", estimator, ESTIMATORS),
+        ("embedding", embedding, EMBEDDINGS),
+        ("scale", scale, SCALES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}; it is one of {', '.join(map(str, known))}")
+    learner = host.learner()
+    aim = objective(loss, beta=beta, reference=reference)
+    sites = pick_layers(host, layers, point, default="middle")
+    texts = labelled(data, host, aim.sides)
+    direction, norm = learner.gradient(_losses(host, aim, texts, batch), max(site.layer for site in sites), embedding)
+    step = RELATIVE_STEP * learner.norm(direction.names)
+    if estimator == "fd":
+        direction = Direction(direction.names, direction.values, step)
+    tokens, weights = [text.tokens for text in texts], [text.weights() for text in texts]
+    try:
+        moved = learner.tangents(tokens, weights, sites, direction)
+    except NotImplementedError:
+        if estimator != "auto":
+            raise
+        direction = Direction(direction.names, direction.values, step)
+        moved = learner.tangents(tokens, weights, sites, direction)
+    states = host.read(tokens, weights, sites) if scale == "relative" else {}
+    loops = []
+    for site in sites:
+        rate = eta if scale == "absolute" else eta * _norm(states[site]) / (norm * _norm(moved[site]))
+        law = Drift(torch.tensor(norm))
+        loops.append(Loop(law, site, where=where, strength=rate, name="cold_fd", tangent=direction))
+    arguments = {
+        "loss": aim.name,
+        "beta": beta,
+        "reference": reference,
+        "estimator": "fd" if direction.step else "jvp",
+        "embedding": embedding,
+        "eta": eta,
+        "scale": scale,
+        "layers": [site.layer for site in sites],
+        "point": point,
+    }
+    return Controller(loops, recipe("cold_fd", host, arguments, data=data))
+
+
+class Drift(Law):
+    """Follow the tangent of the state along a direction of the parameters, backwards.
+
+        u_t = -n dx_t
+
+    Args:
+        norm: n, `[]`: the direction has unit norm, the gradient this one.
+
+    Signals: `relative` `[batch pos]`, norm of u over norm of x, no unit.
+    """
+
+    signals = ("relative",)
+
+    def __init__(self, norm: Tensor):
+        self.norm = norm
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = -n dx`"""
+        u = -self.norm * memory["tangent"]
+        whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        return u, {"relative": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
+
+
+def _losses(
+    host: Host, aim: Objective, texts: list[Labelled], batch: int
+) -> Iterator[Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor]]:
+    """The mean loss over the examples, in parts."""
+    per = 2 if aim.sides == "both" else 1
+    count = len(texts) // per
+    for start in range(0, len(texts), batch * per):
+        chosen = texts[start : start + batch * per]
+        ids, mask, _ = pad([text.tokens for text in chosen], [text.weights() for text in chosen], host.device)
+
+        def loss(
+            logits: Callable[[Tensor, Tensor], Tensor],
+            ids: Tensor = ids,
+            mask: Tensor = mask,
+            chosen: list[Labelled] = chosen,
+        ) -> Tensor:
+            return aim(logits(ids, mask), chosen).sum() / count
+
+        yield loss
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.flatten(1), dim=-1).mean())
