@@ -16,6 +16,8 @@ from steerlens.hosts.companion import BaseCompanion, Spot, named_parameters
 
 EMBEDDINGS = ("tied", "untied", None)
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
+#: Llama's and Gemma's token embedding, GPT-2's of tokens and of positions.
+_EMBEDDING = re.compile(r"embed_tokens|wte|wpe")
 
 #: From token ids and mask `[text pos]` to logits.
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +70,8 @@ class Learner:
 
         def logits(ids: Tensor, mask: Tensor) -> Tensor:
             call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            return functional_call(self.model, changed, (), call, tie_weights=False).logits
+            # a copy: what a module puts in place of a parameter while it runs is written back into the dict
+            return functional_call(self.model, dict(changed), (), call, tie_weights=False).logits
 
         total: dict[str, Tensor] = {}
         with self.aside(), torch.inference_mode(False), torch.enable_grad():
@@ -116,7 +119,7 @@ class Learner:
 
     def _chosen(self, name: str, layer: int, embedding: str | None) -> bool:
         block = _BLOCK.match(name)
-        return int(block[1]) <= layer if block else embedding is not None
+        return int(block[1]) <= layer if block else embedding is not None and bool(_EMBEDDING.match(name))
 
     def _everywhere(self, leaves: dict[str, Tensor], scope: nn.Module) -> dict[str, Tensor]:
         """The leaves under every name that `scope` has for their parameters."""

@@ -332,6 +332,6 @@ def _assert_raises(call: Callable[[], Any], words: str) -> None:
 def _assert_same(a: Controller, b: Controller, what: str) -> None:
     assert [repr(loop) for loop in a.loops] == [repr(loop) for loop in b.loops], f"{what} has other loops"
     assert a.recipe == b.recipe, f"{what} has another recipe"
-    for x, y in zip(*(tensors_of([loop.law for loop in side.loops]) for side in (a, b)), strict=True):
+    for x, y in zip(*(tensors_of([loop.parts for loop in side.loops]) for side in (a, b)), strict=True):
         assert x.dtype == y.dtype, f"{what} has other dtypes"
         assert torch.equal(x, y), f"{what} has other tensors"
