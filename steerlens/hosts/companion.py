@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,33 +71,31 @@ class BaseCompanion(Companion):
             )
         tracks = self.kept[key]
         with self.aside(), torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            parameters = named_parameters(self.base)
-            missing = [name for name in direction.names if name not in parameters]
-            if missing:
-                raise ValueError(
-                    f"the model has no parameter {missing[0]!r}, of which the controller holds a gradient; fit it on "
-                    "this model"
-                )
-            here = {
-                name: value.to(parameters[name][1])
-                for name, value in zip(direction.names, direction.values, strict=True)
-            }
+            along = self._along(direction)
             if not direction.step:
                 with forward_ad.dual_level():
-                    changed = {
-                        parameters[name][0]: forward_ad.make_dual(parameters[name][1].detach(), value)
-                        for name, value in here.items()
-                    }
+                    changed = _at_places((names, forward_ad.make_dual(at, value)) for names, at, value in along)
                     found = self._run(sites, changed, tracks[0] if goes_on else None)
                     return {site: _tangent(value) for site, value in found.items()}
             sides = []
             for sign, track in zip((1, -1), tracks, strict=True):
-                changed = {
-                    parameters[name][0]: parameters[name][1].detach() + sign * direction.step * value
-                    for name, value in here.items()
-                }
+                changed = _at_places((names, at + sign * direction.step * value) for names, at, value in along)
                 sides.append(self._run(sites, changed, track if goes_on else None))
             return {site: (sides[0][site] - sides[1][site]) / (2 * direction.step) for site in sites}
+
+    def _along(self, direction: Direction) -> list[tuple[list[str], Tensor, Tensor]]:
+        """Places, value and change of every parameter that a direction has."""
+        parameters, places = named_parameters(self.base), everywhere(self.base)
+        for name, value in zip(direction.names, direction.values, strict=True):
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise ValueError(
+                    f"the model has no parameter {name!r} of shape {list(value.shape)}, of which the controller holds "
+                    "a gradient; fit it on this model"
+                )
+        return [
+            (places[id(parameters[name])], parameters[name].detach(), value.to(parameters[name]))
+            for name, value in zip(direction.names, direction.values, strict=True)
+        ]
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         return {site: spot for site, spot in self.spots(sites).items() if site in sites}
@@ -108,7 +106,7 @@ class BaseCompanion(Companion):
         kwargs["use_cache"] = track is not None
         if track is not None:
             kwargs["past_key_values"] = track.cache(self.base)
-        found = gather(self._spots(sites), lambda: functional_call(self.base, changed, args, kwargs))
+        found = gather(self._spots(sites), lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False))
         if track is not None:
             track.keep()
         return found
@@ -203,9 +201,27 @@ def gather(spots: dict[Site, Spot], forward: Callable[[], Any]) -> dict[Site, Te
     return found
 
 
-def named_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Parameters by the name that Hugging Face gives them, each with the name that it has here."""
-    return {name.replace("_original_component.", ""): (name, value) for name, value in module.named_parameters()}
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the name that Hugging Face gives them, where TransformerBridge has put modules between."""
+    return {name.replace("_original_component.", ""): value for name, value in module.named_parameters()}
+
+
+def everywhere(module: nn.Module, prefix: str = "") -> dict[int, list[str]]:
+    """By the id of each parameter, its names for `functional_call(..., tie_weights=False)`: one per module that has it.
+
+    TransformerBridge's modules are reached by several paths. A parameter that `functional_call` swaps twice in one
+    module is not swapped back, and the model would be left changed.
+    """
+    found: dict[int, list[str]] = {}
+    for path, part in module.named_modules(prefix=prefix):
+        for name, value in part._parameters.items():
+            if value is not None:
+                found.setdefault(id(value), []).append(f"{path}.{name}" if path else name)
+    return found
+
+
+def _at_places(values: Iterable[tuple[list[str], Tensor]]) -> dict[str, Tensor]:
+    return {name: value for names, value in values for name in names}
 
 
 def _fresh(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from steerlens.core import Direction, Site
 from steerlens.hosts.base import pad, pool
-from steerlens.hosts.companion import BaseCompanion, Spot, named_parameters
+from steerlens.hosts.companion import BaseCompanion, Spot, everywhere, named_parameters
 
 EMBEDDINGS = ("tied", "untied", None)
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
@@ -63,15 +63,14 @@ class Learner:
         """
         leaves = {
             name: value.detach().requires_grad_()
-            for name, (_, value) in named_parameters(self.base).items()
+            for name, value in named_parameters(self.base).items()
             if self._chosen(name, layer, embedding)
         }
         changed = self._everywhere(leaves, self.base if embedding == "untied" else self.model)
 
         def logits(ids: Tensor, mask: Tensor) -> Tensor:
             call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            # a copy: what a module puts in place of a parameter while it runs is written back into the dict
-            return functional_call(self.model, dict(changed), (), call, tie_weights=False).logits
+            return functional_call(self.model, changed, (), call, tie_weights=False).logits
 
         total: dict[str, Tensor] = {}
         with self.aside(), torch.inference_mode(False), torch.enable_grad():
@@ -91,7 +90,7 @@ class Learner:
     def norm(self, names: Sequence[str]) -> float:
         """Euclidean norm of some of the parameters together."""
         parameters = named_parameters(self.base)
-        return sum(float(parameters[name][1].detach().double().square().sum()) for name in names) ** 0.5
+        return sum(float(parameters[name].detach().double().square().sum()) for name in names) ** 0.5
 
     def tangents(
         self,
@@ -123,7 +122,6 @@ class Learner:
 
     def _everywhere(self, leaves: dict[str, Tensor], scope: nn.Module) -> dict[str, Tensor]:
         """The leaves under every name that `scope` has for their parameters."""
-        shared = {id(value): leaves[name] for name, (_, value) in named_parameters(self.base).items() if name in leaves}
         prefix = next(name for name, module in self.model.named_modules() if module is scope)
-        named = scope.named_parameters(prefix, remove_duplicate=False)
-        return {name: shared[id(value)] for name, value in named if id(value) in shared}
+        places, parameters = everywhere(scope, prefix), named_parameters(self.base)
+        return {place: leaf for name, leaf in leaves.items() for place in places[id(parameters[name])]}

@@ -156,7 +156,12 @@ def snapshot(model: Any) -> dict[str, Any]:
     table = getattr(model, "_hook_registry", None)
     points = table if table is not None else getattr(model, "hook_dict", {})
     return {
-        "weights": {name: (value.data_ptr(), value._version) for name, value in module.state_dict().items()},
+        "weights": {
+            f"{path}.{name}": (id(value), value.data_ptr(), value._version)
+            for path, part in module.named_modules()
+            for name, value in [*part._parameters.items(), *part._buffers.items()]
+            if value is not None
+        },
         "torch hooks": {
             name: (len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks))
             for name, part in module.named_modules()
