@@ -75,7 +75,7 @@ def test_control_is_the_first_order_change_of_a_real_step(device):
 def test_finite_differences_agree_with_the_derivative(case):
     ids = torch.tensor([PROMPT])
     exact = controls(case, fit(case), ids)[1]
-    assert relative(controls(case, fit(case, estimator="fd"), ids)[1], exact) < 1e-2
+    assert relative(controls(case, fit(case, estimator="fd"), ids)[1], exact) < 2e-2
 
 
 @pytest.mark.parametrize("host", HOSTS)

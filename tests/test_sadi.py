@@ -150,6 +150,48 @@ def test_left_padded_rows_equal_single_ones(case):
     case.close(batch, torch.stack(singles), "left-padded logits", factor=3)
 
 
+@pytest.mark.parametrize("component", ["head", "neuron", "hidden"])
+def test_frozen_states_are_those_of_an_unsteered_pass(case, component):
+    """The state of every layer at the last prompt token is the unsteered one, scaled; alone, batched, generating."""
+    controller = case.fit(mode="frozen", component=component, k=3, strength=4.0)
+    ids = torch.tensor([[3, 17, 25, 29, 41], [7, 30, 31, 32, 33]])
+    sites = [loop.act for loop in controller.loops]
+    assert [site.layer for site in sites] == list(range(host_of(case.model).n_layers))
+    weights = [[0.0] * 4 + [1.0]] * 2
+    clean = host_of(case.model).read(ids.tolist(), weights, sites)
+    pad = case.model.tokenizer.pad_token_id
+    padded, mask = torch.tensor([[pad, *row] for row in ids.tolist()]), torch.ones(2, 6, dtype=torch.long)
+    padded[1] = torch.tensor([9, 7, 30, 31, 32, 33])
+    mask[0, 0] = 0
+    with torch.no_grad(), case.steer(controller=controller, record="all") as run:
+        case.logits(ids)
+        for loop in controller.loops:
+            x = clean[loop.act]
+            u = run.record.layers("u")[loop.act.layer][:, -1].cpu()
+            expected = (loop.law.factors - 1) * x
+            if loop.act == sites[0]:  # before it nothing is steered
+                case.close(u, expected, "u at the first layer", factor=3)
+        alone = {name: value[:1].clone() for name, value in run.record.items()}
+        with padding(case.model, "left"):
+            case.logits(padded, mask)
+        for name, value in alone.items():
+            case.close(run.record[name][:1, 1:].nan_to_num(), value.nan_to_num(), f"padded {name}", factor=10)
+        on, record = case.generate(ids), run.record.copy()
+        off = case.generate(ids, cache=False)
+        assert torch.equal(on, off)
+        for name, value in record.items():
+            case.close(run.record[name].nan_to_num(), value.nan_to_num(), f"generated {name}", factor=10)
+
+
+def test_frozen_states_survive_saving(case, tmp_path):
+    controller = case.fit(mode="frozen")
+    controller.save(tmp_path / "c.safetensors")
+    with case.steer(controller=sl.Controller.load(tmp_path / "c.safetensors")):
+        loaded = case.logits(IDS)
+    with case.steer(controller=controller):
+        assert torch.equal(case.logits(IDS), loaded)
+
+
 def test_bad_arguments_are_told_before_the_model_runs(case):
     host = host_of(case.model)
     count = host.n_layers * host.n_heads
@@ -161,6 +203,8 @@ def test_bad_arguments_are_told_before_the_model_runs(case):
         ({"component": "head", "point": "resid_post"}, "for component='head' it is one of z"),
         ({"select": "top"}, "select='top'"),
         ({"normalize": "std"}, "normalize='std'"),
+        ({"mode": "clean"}, "mode='clean'; it is one of live, frozen"),
+        ({"mode": "frozen", "where": "all"}, "where='last_prompt'"),
         ({"layers": 99}, "no layer 99"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -205,13 +249,21 @@ def test_reference_masks(real, cold_sadi):
 @pytest.mark.real_model
 @pytest.mark.parametrize(
     ("name", "k", "strength", "kind"),
-    [("head", 4, 4, "live"), ("head", 4, 4, "live_all"), ("head", 8, 9, "live"), ("post", 50, 9, "live")],
+    [
+        ("head", 4, 4, "live"),
+        ("head", 4, 4, "live_all"),
+        ("head", 8, 9, "live"),
+        ("post", 50, 9, "live"),
+        ("head", 4, 4, "reference"),
+        ("post", 50, 9, "reference"),
+    ],
 )
 def test_reference_logits(real, cold_sadi, name, k, strength, kind):
     values, texts = cold_sadi
-    where = "last_prompt" if kind == "live" else slice(0, None)
+    where = slice(0, None) if kind == "live_all" else "last_prompt"
     component = {"head": "head", "post": "neuron"}[name]
-    controller = real.fit(component=component, k=k, strength=strength, where=where)
+    mode = "frozen" if kind == "reference" else "live"
+    controller = real.fit(component=component, k=k, strength=strength, where=where, mode=mode)
     assert_logits(
         real, controller, values, texts["sadi/test_prompt_ids"], f"sadi/logits/{name}/K{k}/d{strength}/{kind}"
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from steerlens.core.aside import Companion
-from steerlens.core.conditions import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.controller import Controller
 from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors, tensors_of
 from steerlens.core.passing import Pass
 from steerlens.core.positions import Positions, check_where
+from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.record import Record
 from steerlens.core.signals import name_signals
 from steerlens.core.sites import POINTS, Site

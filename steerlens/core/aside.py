@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core.conditions import Direction, Summary
 from steerlens.core.law import Loop
 from steerlens.core.positions import Positions
+from steerlens.core.prompt import Direction, Summary
 from steerlens.core.sites import Site
 
 #: Positions that no pass after the first can have.

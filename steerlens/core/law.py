@@ -10,7 +10,7 @@ from torch import Tensor
 from steerlens.core.sites import Site
 
 if TYPE_CHECKING:
-    from steerlens.core.conditions import Direction, Gate, Schedule, Summary
+    from steerlens.core.prompt import Direction, Gate, Schedule, Summary
 
 Memory = dict[str, Any]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from steerlens.core.aside import Aside
-from steerlens.core.conditions import Gate
 from steerlens.core.law import Loop, Memory, Part, map_tensors
 from steerlens.core.positions import Positions
+from steerlens.core.prompt import Gate
 from steerlens.core.record import Record
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import Site

@@ -169,7 +169,8 @@ def gather(spots: dict[Site, Spot], forward: Callable[[], Any]) -> dict[Site, Te
     found: dict[Site, Tensor] = {}
 
     def note(site: Site, value: Tensor, heads: int) -> None:
-        found[site] = value.unflatten(-1, (heads, -1)) if heads else value
+        # TransformerBridge shows heads split in some families and in one piece in others
+        found[site] = value.unflatten(-1, (heads, -1)) if heads and value.ndim == 3 else value
         if len(found) == len(spots):
             raise _EnoughError
 

@@ -76,7 +76,8 @@ class BridgeHost(LensHost):
         return Bare(self.model.original_model)
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
-        return {site: (point, "output", 0) for site, point in self.find(sites).items()}
+        heads = self.n_heads
+        return {site: (point, "output", heads if site.point == "z" else 0) for site, point in self.find(sites).items()}
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""

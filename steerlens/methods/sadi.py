@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Loop, Memory, Site
+from steerlens.core import Controller, Law, Loop, Memory, Site, Summary
 from steerlens.fitting import contrast_means, every_layer, recipe, resolve
 
 #: Component -> points of the block where its elements are; the first is the default.
@@ -17,6 +17,7 @@ POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_
 #: Component -> default number of elements, from the middle of the paper's grids.
 COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
 SELECT = ("max", "min", "abs")
+MODES = ("live", "frozen")
 
 
 def sadi(
@@ -28,17 +29,21 @@ def sadi(
     strength: float = 4.0,
     select: str = "max",
     normalize: str | None = None,
+    mode: str = "live",
     layers: int | Sequence[int] | None = None,
     point: str | None = None,
     where: Any = "last_prompt",
 ) -> Controller:
     """Scale those heads, neurons or coordinates by which the activations of two sets of texts differ most.
 
-        u = s (m * x),   m = 1 on the k elements (layer, i) of largest D, else 0
+        u = s (m * x),   m = 1 on the k elements (layer, i) of largest D, else 0        mode="live"
+        u = (1 + s m) * x0 - x,   x0 the unsteered state of the last prompt token       mode="frozen"
         D = mean_i x(p_i+) - mean_i x(p_i-),   for a head the mean of D over d_head
 
     The k elements are chosen over all layers jointly, by signed value; equal values go by layer, then by index. What is
-    added depends on the input's own activation: the elements are multiplied by `1 + s`.
+    added depends on the input's own activation: the elements are multiplied by `1 + s`. Frozen, the state of every
+    layer, whether or not it has a chosen element, is set to its unsteered value with the elements multiplied, so that
+    one scaled element does not reach another through the layers between.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -50,22 +55,25 @@ def sadi(
         select: `"max"` (largest D), `"min"` (most negative D) or `"abs"`.
         normalize: None, as in the paper, which favours late layers, where activations are large; `"layer_std"` divides
             D by its standard deviation over the elements of its layer before ranking.
+        mode: `"live"`, or `"frozen"` as in the authors' code, which costs a second pass over each prompt.
         layers: Layers to choose from; default all.
         point: For `"hidden"`: `"mlp_out"` (default) or `"resid_post"`.
-        where: Token positions, see `Loop`; default the last prompt token, as the authors' code has it.
+        where: Token positions, see `Loop`; default the last prompt token, as the authors' code has it, and the only one
+            for `mode="frozen"`.
 
     Returns:
-        One loop per layer that has a chosen element. Recorded signals: `u`, `u_norm`, `share` (norm of `m * x` over
-        norm of `x`, no unit).
+        One loop per layer that has a chosen element, and where frozen for every layer. Recorded signals: `u`, `u_norm`,
+        `share` (norm of `m * x` over norm of `x`, no unit; not where frozen).
 
     Raises:
-        ValueError: k below 1 or above the number of elements; an unknown component, point, `select` or `normalize`; a
-            layer the model does not have; texts that give no difference anywhere.
+        ValueError: k below 1 or above the number of elements; an unknown component, point, `select`, `normalize` or
+            `mode`; other tokens than the last prompt token where frozen; a layer the model does not have; texts that
+            give no difference anywhere.
 
     Source: Wang et al. (arXiv 2410.12299). Deviations from the authors' code: their neuron is act(gate) of a gated MLP.
     Scaling it and scaling `mlp_post`, act(gate) * up, are the same, but D here is that of `mlp_post`, so other neurons
-    are chosen. Their head indices are wrong where a model has more layers than heads. They overwrite every layer's
-    tapped values with those of an unsteered pass, so that one scaled element does not reach another; here it does.
+    are chosen. Their head indices are wrong where a model has more layers than heads. Theirs is `mode="frozen"`; the
+    paper's equation is `"live"`.
     """
     host = resolve(model)
     chosen_point = _point(component, point)
@@ -73,6 +81,10 @@ def sadi(
         raise ValueError(f"select={select!r}; it is one of {', '.join(SELECT)}")
     if normalize not in (None, "layer_std"):
         raise ValueError(f"normalize={normalize!r}; it is None or 'layer_std'")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}; it is one of {', '.join(MODES)}")
+    if mode == "frozen" and where != "last_prompt":
+        raise ValueError(f"where={where!r}; frozen states are those of the last prompt token, where='last_prompt'")
     sites = [Site(layer, chosen_point) for layer in every_layer(host, layers)]
     host.check(sites)
     count = COUNTS[component] if k is None else k
@@ -86,17 +98,22 @@ def sadi(
     if not scores.any():
         raise ValueError(f"the texts give no difference at any {chosen_point}; do all of them end alike?")
     mask = top_k(scores, count, select=select, normalize=normalize)
-    loops = [
-        Loop(Scale(row[:, None] if component == "head" else row), site, where=where, strength=strength, name="sadi")
-        for site, row in zip(sites, mask.to(scores.dtype), strict=True)
-        if row.any()
-    ]
+    loops = []
+    for site, row in zip(sites, mask.to(scores.dtype), strict=True):
+        row = row[:, None] if component == "head" else row
+        if mode == "frozen":
+            law: Law = Frozen(1 + strength * row)
+            clean = Summary(site, where="last_prompt")
+            loops.append(Loop(law, site, where=where, name="sadi", summary=clean))
+        elif row.any():
+            loops.append(Loop(Scale(row), site, where=where, strength=strength, name="sadi"))
     arguments = {
         "component": component,
         "k": count,
         "strength": strength,
         "select": select,
         "normalize": normalize,
+        "mode": mode,
         "layers": [site.layer for site in sites],
         "point": chosen_point,
     }
@@ -123,6 +140,22 @@ class Scale(Law):
         # a zero state has no share; the smallest normal number keeps the quotient finite
         whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
         return u, {"share": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
+
+
+class Frozen(Law):
+    """Set the state to the scaled unsteered one of the last prompt token: `u = f * x0 - x`.
+
+    Args:
+        factors: f, `1 + s` for the elements to scale, else 1; the state's shape without batch and position, or
+            `[head 1]`.
+    """
+
+    def __init__(self, factors: Tensor):
+        self.factors = factors
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = f * x0 - x`"""
+        return self.factors * memory["summary"][:, None] - x, {}
 
 
 def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None = None) -> Tensor:
