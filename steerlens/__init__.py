@@ -7,10 +7,12 @@ with steer(model, lqr(model, pairs)) as run:
 from __future__ import annotations
 
 from steerlens import diagnose
+from steerlens.conditions import Resemblance, Side
 from steerlens.contrast import Pairs, shipped
-from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
+from steerlens.core import Condition, Controller, Gate, Law, Loop, Record, Setpoint, Site, Summary
 from steerlens.fields import Field
 from steerlens.flows import Flow
+from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
 from steerlens.laws import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.linearization import Linearization, linearize
@@ -19,8 +21,10 @@ from steerlens.methods import (
     actadd,
     angular,
     caa,
+    cast,
     cold_fd,
     cold_kernel,
+    inferaligner,
     iti,
     linear_act,
     lqr,
@@ -30,6 +34,7 @@ from steerlens.methods import (
     pid,
     repe,
     sadi,
+    tda,
     track,
 )
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
@@ -39,11 +44,13 @@ from steerlens.version import __version__
 __all__ = [
     "Add",
     "Angle",
+    "Condition",
     "Controller",
     "FactoredFeedback",
     "Feedback",
     "Field",
     "Flow",
+    "Gate",
     "Independent",
     "Joint",
     "Law",
@@ -56,17 +63,23 @@ __all__ = [
     "Preview",
     "Project",
     "Record",
+    "Resemblance",
     "Run",
     "Setpoint",
+    "Side",
     "Site",
+    "Summary",
     "__version__",
     "ablation",
     "actadd",
     "angular",
     "caa",
+    "cast",
     "cold_fd",
     "cold_kernel",
     "diagnose",
+    "gate",
+    "inferaligner",
     "iti",
     "linear_act",
     "linearize",
@@ -78,7 +91,10 @@ __all__ = [
     "remote",
     "repe",
     "sadi",
+    "schedule",
     "shipped",
     "steer",
+    "tda",
     "track",
+    "when",
 ]

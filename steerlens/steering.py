@@ -166,10 +166,10 @@ def _check_shapes(host: Host, controller: Controller) -> None:
 
 def _check_gate(host: Host, gate: Gate) -> None:
     """Decides once about a zero state."""
-    condition = map_tensors(gate.condition, lambda tensor: tensor.detach().cpu().float())
-    kind, shapes = type(condition).__name__, [host.shape(summary.site) for summary in gate.summaries]
+    here = map_tensors(gate, lambda tensor: tensor.detach().cpu().float())
+    kind, shapes = type(gate.condition).__name__, [host.shape(summary.site) for summary in gate.summaries]
     try:
-        decided, _ = condition.decide([torch.zeros(1, *shape) for shape in shapes])
+        decided, _ = here.decide([torch.zeros(1, *shape) for shape in shapes])
     except (RuntimeError, IndexError) as error:
         raise ValueError(
             f"the {kind} does not fit states of shape {[list(shape) for shape in shapes]}: {error}"

@@ -41,7 +41,8 @@ class Aside:
 
     def __init__(self, loops: Sequence[Loop]):
         self._asked = [summary for loop in loops for summary in loop.summaries]
-        first = min((loop.act for loop in loops), default=None)
+        # a loop that leaves the prompt alone does not change what is known of it
+        first = min((loop.act for loop in loops if not _after_prompt(loop)), default=None)
         # what is before the first control is unsteered by itself
         self._clean = [summary for summary in self._asked if first is not None and first < summary.site]
         self._own = [summary for summary in self._asked if summary not in self._clean]
@@ -112,6 +113,10 @@ class Aside:
     def tangent(self, loop: int, site: Site) -> Tensor:
         """The tangent of this pass's states at a site, along the direction of the loop of this number."""
         return self._tangents[self._along[loop], site]
+
+
+def _after_prompt(loop: Loop) -> bool:
+    return isinstance(loop.where, str) and loop.where == "generated"
 
 
 def _required(companion: Companion | None) -> Companion:

@@ -174,7 +174,7 @@ class Pass:
         if held is None:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             pooled = [self.aside.summary(summary).to(x.device, dtype) for summary in gate.summaries]
-            held = self.aside.decisions[key] = self._part(key, gate.condition, x).decide(pooled)
+            held = self.aside.decisions[key] = self._part(key, gate, x).decide(pooled)
         decided, said = held
         return decided.to(x.device), {name: value[:, None].expand(-1, x.shape[1]) for name, value in said.items()}
 

@@ -11,20 +11,20 @@ from torch import Tensor
 from steerlens.core.law import Part
 from steerlens.core.sites import Site
 
-POOLS = ("mean", "norm")
+POOLS = ("mean", "rms")
 
 
 class Summary(Part):
     """The unsteered state of a prompt at one site, pooled over its tokens and kept for the whole sequence.
 
-        mean: (1/n) sum_t x_t        norm: sqrt(sum_t x_t^2), element by element
+        mean: (1/n) sum_t x_t        rms: sqrt((1/n) sum_t x_t^2), element by element
 
     Unsteered: where a loop of the same run acts before the site, the state comes from a pass of its own over the
     prompt. A prompt that has none of the tokens asked for counts as zero.
 
     Args:
         site: Where the state is.
-        pool: `"mean"` or `"norm"`.
+        pool: `"mean"` or `"rms"`.
         where: Tokens of the prompt, see `Loop`; with `"last_prompt"` the mean is the state of its last token.
     """
 
@@ -53,7 +53,7 @@ class Summary(Part):
             # a pad may hold anything, also NaN
             x = torch.where(selection.view(*x.shape[:2], *[1] * (x.ndim - 2)), x, 0.0)
             count = selection.sum(1).clamp(min=1).view(-1, *[1] * (x.ndim - 2))
-        return x.sum(1) / count if self.pool == "mean" else x.square().sum(1).sqrt()
+        return x.sum(1) / count if self.pool == "mean" else (x.square().sum(1) / count).sqrt()
 
 
 class Condition(Part):
@@ -78,11 +78,21 @@ class Gate(Part):
     Args:
         condition: Decides.
         summaries: What it reads, in its order.
+        inverted: Open where the condition is not met.
     """
 
-    def __init__(self, condition: Condition, summaries: Sequence[Summary]):
+    def __init__(self, condition: Condition, summaries: Sequence[Summary], inverted: bool = False):
         self.condition = condition
         self.summaries = tuple(summaries)
+        self.inverted = inverted
+
+    def __invert__(self) -> Gate:
+        return Gate(self.condition, self.summaries, not self.inverted)
+
+    def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As its condition, turned round where it is inverted."""
+        opened, signals = self.condition.decide(pooled)
+        return (1 - opened if self.inverted else opened), signals
 
 
 class Schedule(Part):

@@ -81,6 +81,21 @@ class Host:
         """
         raise NotImplementedError
 
+    def neuron_writes(self, layer: int) -> Tensor:
+        """What one unit of each neuron's `mlp_post` writes, `[d_mlp d_model]`, before any norm of the branch.
+
+        Raises:
+            NotImplementedError: the weights are not here, or the block has no such matrix.
+        """
+        weight = self._out_weight(layer)
+        if weight is None or weight.device.type == "meta":
+            raise NotImplementedError("the output weights of the MLP are not here; build the model with its weights")
+        return weight.detach() if weight.shape[0] == self.d_mlp else weight.detach().T
+
+    def _out_weight(self, layer: int) -> Tensor | None:
+        """The output matrix of a block's MLP, whichever way round it is stored; None where there is none."""
+        raise NotImplementedError
+
     def learner(self) -> Learner:
         """The model with its parameters as variables.
 
@@ -99,7 +114,12 @@ class Host:
 
     def probe(self) -> list[float] | None:
         """A few weights of the last block that fine-tuning changes and folding does not; None if they are not here."""
-        raise NotImplementedError
+        weight = self._out_weight(self.n_layers - 1)
+        if weight is None or weight.device.type == "meta":
+            return None
+        # whichever way round it is stored
+        row = weight[0, :8] if weight.shape[0] == self.d_model else weight[:8, 0]
+        return [round(float(value), 6) for value in row.detach().float()]
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         """Pooled activations of one right-padded batch, `[batch ...]` each, in the order of `sites`."""

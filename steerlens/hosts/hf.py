@@ -64,12 +64,3 @@ def require_context(tokens: Sequence[int]) -> None:
     """Raises ValueError for a text too short to have a last token and a context."""
     if len(tokens) < 2:
         raise ValueError(f"linearisation needs a text of at least 2 tokens, it got {len(tokens)}")
-
-
-def probe(weight: Tensor, d_model: int) -> list[float] | None:
-    """Eight weights of an MLP's output matrix, whichever way round it is stored; None on the meta device."""
-    if weight.device.type == "meta":
-        return None
-    weight = weight.detach()
-    row = weight[0, :8] if weight.shape[0] == d_model else weight[:8, 0]
-    return [round(float(value), 6) for value in row.float()]

@@ -83,13 +83,11 @@ class BridgeHost(LensHost):
         """The unsteered path of the last token."""
         return hf.nominal(self.model.original_model, list(self.model.blocks), tokens)
 
-    def probe(self) -> list[float] | None:
-        """First weights of the last MLP's output matrix."""
+    def _out_weight(self, layer: int) -> Tensor | None:
         try:
-            weight = self.model.blocks[-1].mlp.out.original_component.weight
+            return self.model.blocks[layer].mlp.out.original_component.weight
         except AttributeError:
             return None
-        return hf.probe(weight, self.d_model)
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         self.model(ids, stop_at_layer=stop) if stop is not None else self.model(ids, return_type=None)
@@ -166,10 +164,8 @@ class HookedHost(LensHost):
         """Raises NotImplementedError."""
         raise NotImplementedError(_OTHER_PARAMETERS)
 
-    def probe(self) -> list[float] | None:
-        """First weights of the last MLP's output matrix."""
-        weight = getattr(getattr(self.model.blocks[-1], "mlp", None), "W_out", None)
-        return None if weight is None else hf.probe(weight.T, self.d_model)
+    def _out_weight(self, layer: int) -> Tensor | None:
+        return getattr(getattr(self.model.blocks[layer], "mlp", None), "W_out", None)
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         self.model(ids, attention_mask=mask, return_type=None, stop_at_layer=stop)

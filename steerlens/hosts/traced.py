@@ -97,11 +97,8 @@ class TracedHost(Host):
         module = self.model._module
         return hf.nominal(module, [layer._module for layer in self.layers], tokens)
 
-    def probe(self) -> list[float] | None:
-        """First weights of the last MLP's output matrix; None while the model is not dispatched."""
-        path = self.paths["mlp_post"][0]
-        weight = getattr(self.layers[self.n_layers - 1]._module.get_submodule(path), "weight", None)
-        return None if weight is None else hf.probe(weight, self.d_model)
+    def _out_weight(self, layer: int) -> Tensor | None:
+        return getattr(self.layers[layer]._module.get_submodule(self.paths["mlp_post"][0]), "weight", None)
 
     def learner(self) -> Learner:
         """The Hugging Face model inside."""

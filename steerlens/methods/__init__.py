@@ -6,8 +6,10 @@ from steerlens.methods.ablation import ablation
 from steerlens.methods.actadd import actadd
 from steerlens.methods.angular import angular
 from steerlens.methods.caa import caa
+from steerlens.methods.cast import cast
 from steerlens.methods.cold_fd import cold_fd
 from steerlens.methods.cold_kernel import cold_kernel
+from steerlens.methods.inferaligner import inferaligner
 from steerlens.methods.iti import iti
 from steerlens.methods.linear_act import linear_act
 from steerlens.methods.lqr import lqr
@@ -17,6 +19,7 @@ from steerlens.methods.odesteer import odesteer
 from steerlens.methods.pid import pid
 from steerlens.methods.repe import repe
 from steerlens.methods.sadi import sadi
+from steerlens.methods.tda import tda
 from steerlens.methods.track import track
 
 __all__ = [
@@ -24,8 +27,10 @@ __all__ = [
     "actadd",
     "angular",
     "caa",
+    "cast",
     "cold_fd",
     "cold_kernel",
+    "inferaligner",
     "iti",
     "linear_act",
     "lqr",
@@ -35,5 +40,6 @@ __all__ = [
     "pid",
     "repe",
     "sadi",
+    "tda",
     "track",
 ]

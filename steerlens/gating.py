@@ -1,0 +1,156 @@
+"""When, and how strongly over a generation, a controller acts: `gate`, `when`, `schedule`, for every method alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.conditions import Side
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Gate, Schedule, Site, Summary, check_where
+from steerlens.fitting import every_layer, resolve
+from steerlens.hosts import Host
+
+#: How a prompt is pooled -> the tokens whose mean it is.
+POOLS = {"mean": "prompt", "last": "last_prompt"}
+
+
+def gate(
+    model: Any,
+    data: Pairs,
+    *,
+    layers: int | Sequence[int] | None = None,
+    point: str = "resid_post",
+    pool: str = "mean",
+    threshold: float | None = None,
+) -> Gate:
+    """A condition on the prompt, fitted on examples: open for prompts like the positive ones.
+
+        open where <x, s> > b,   s = d / |d|,   d = mean_i x(p_i+) - mean_i x(p_i-),   b half way between the means
+
+    Decided once for each row, on the unsteered prompt, and kept while tokens are generated. `~gate` is open where the
+    gate is closed. Texts are read as prompts are when the gate decides, not as `Pairs.read` says.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Prompts for which the gate shall be open (positive) and closed (negative).
+        layers: Layers to choose from; of several, the one that separates the examples best in units of their spread is
+            taken. Default all. A layer behind the first controlled one costs a second pass over each prompt.
+        point: Point of the block, see `Site`.
+        pool: `"mean"` over the prompt's tokens but the one at position 0, or `"last"`: its last token.
+        threshold: b, in activation units.
+
+    Raises:
+        ValueError: an unknown pool, a layer or point the model does not have, texts that give no difference.
+    """
+    host = resolve(model)
+    sites = [Site(layer, point) for layer in every_layer(host, layers)]
+    host.check(sites)
+    states = prompt_states(host, data, sites, pool)
+    site, direction, middle = best_separating(states)
+    bound = torch.as_tensor(middle if threshold is None else threshold, dtype=direction.dtype)
+    return Gate(Side(direction, bound), [Summary(site, where=POOLS[pool])])
+
+
+def when(controller: Controller, *gates: Gate) -> Controller:
+    """The same controller, acting only on prompts for which every gate is open.
+
+        with steer(model, when(caa(model, pairs), gate(model, harmful_and_harmless))): ...
+
+    Decided row by row on the unsteered prompt, and kept while tokens are generated. Besides the signals of its method
+    each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured.
+
+    Raises:
+        TypeError: not a controller, or something that is not a gate.
+    """
+    _need_controller("when", controller)
+    for each in gates:
+        if not isinstance(each, Gate):
+            raise TypeError(f"when() takes gates, it got a {type(each).__name__}; make one with gate(model, data)")
+        for summary in each.summaries:
+            check_where(summary.where)
+    loops = [loop.replace(gates=(*loop.gates, *gates)) for loop in controller.loops]
+    return Controller(loops, controller.recipe | {"gates": len(loops[0].gates) if loops else 0})
+
+
+def schedule(controller: Controller, factors: Sequence[float] | Tensor, *, prompt: float = 1.0) -> Controller:
+    """The same controller, its strength multiplied by factors that change over a generation.
+
+        u_i <- factors[i] u_i   in the pass that produces generated token i; the last factor holds from then on
+
+    For i = 0 that is the last token of the prompt. Two schedules multiply.
+
+    Args:
+        controller: Of any method.
+        factors: At least one number.
+        prompt: Factor at the tokens of the prompt before its last.
+
+    Raises:
+        TypeError: not a controller.
+        ValueError: no factors, or one that is not finite.
+    """
+    _need_controller("schedule", controller)
+    values = torch.as_tensor(factors, dtype=torch.float32).detach().clone()
+    if values.ndim != 1 or not len(values) or not torch.isfinite(values).all():
+        raise ValueError(f"factors={factors!r}; give one finite number for each generated token, at least one")
+    added = Schedule(values, float(prompt))
+    loops = [loop.replace(schedules=(*loop.schedules, added)) for loop in controller.loops]
+    return Controller(loops, controller.recipe | {"schedules": len(loops[0].schedules) if loops else 0})
+
+
+def prompt_states(host: Host, data: Pairs, sites: Sequence[Site], pool: str) -> dict[Site, tuple[Tensor, Tensor]]:
+    """Positive and negative texts, read as a gate reads prompts: `[text d]` each."""
+    if pool not in POOLS:
+        raise ValueError(f"pool={pool!r}; it is one of {', '.join(POOLS)}")
+    if not isinstance(data, Pairs):
+        raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
+    read = []
+    for side in data.sides(host):
+        weights = [_weights(len(tokens), pool) for tokens in side.tokens]
+        read.append(host.read(side.tokens, weights, sites))
+        for site, values in read[-1].items():
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?"
+                )
+    return {site: (read[0][site].flatten(1), read[1][site].flatten(1)) for site in sites}
+
+
+def best_separating(states: dict[Site, tuple[Tensor, Tensor]]) -> tuple[Site, Tensor, Tensor]:
+    """The site whose mean difference separates two sets best: the site, the unit direction, half way between the means.
+
+    Separation is the distance of the means over the root of the mean variance along the direction; equal ones go to the
+    earlier layer.
+    """
+    best = None
+    for site in sorted(states):
+        positive, negative = (side.double() for side in states[site])
+        difference = positive.mean(0) - negative.mean(0)
+        distance = float(difference.norm())
+        if not distance:
+            continue
+        direction = difference / distance
+        a, b = positive @ direction, negative @ direction
+        spread = float(((a.var(unbiased=False) + b.var(unbiased=False)) / 2).sqrt())
+        # one example a side has no spread; the distance itself then ranks
+        merit = distance / spread if spread > 1e-9 * distance else distance * 1e9
+        if best is None or merit > best[0] * (1 + 1e-9):
+            best = (merit, site, direction.to(states[site][0].dtype), (a.mean() + b.mean()) / 2)
+    if best is None:
+        raise ValueError("the texts give no difference at any layer; a gate needs prompts that differ")
+    return best[1:]
+
+
+def _weights(length: int, pool: str) -> list[float]:
+    if pool == "last":
+        return [float(position == length - 1) for position in range(length)]
+    # as the position names do, position 0 is left out
+    return [0.0] + [1 / (length - 1)] * (length - 1) if length > 1 else [0.0]
+
+
+def _need_controller(name: str, controller: Any) -> None:
+    if not isinstance(controller, Controller):
+        raise TypeError(f"{name}() takes a Controller, it got a {type(controller).__name__}; call the method first")

@@ -1,0 +1,145 @@
+"""Conditional activation steering: a behaviour vector that is added only to prompts that resemble a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.conditions import Resemblance, resemblance
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Gate, Loop, Site, Summary
+from steerlens.fitting import check_paired, contrast_states, every_layer, recipe, resolve
+from steerlens.gating import POOLS, prompt_states
+from steerlens.hosts import Host
+from steerlens.laws import Add
+
+
+def cast(
+    model: Any,
+    data: Pairs,
+    *,
+    condition: Pairs | None = None,
+    layers: int | Sequence[int] | None = None,
+    condition_layers: int | Sequence[int] | None = None,
+    point: str = "resid_post",
+    pool: str = "mean",
+    threshold: float | None = None,
+    strength: float = 1.0,
+    where: Any = "all",
+) -> Controller:
+    """Add a behaviour vector, but only where the prompt resembles a condition.
+
+        u = g s v,   g = 1 if any_j sim(x_j, c_j) > b, else 0   (or < b, whichever the examples ask for)
+        sim(x, c) = cos(x, tanh(c <c, x> / <c, c>)),   x_j the unsteered prompt's mean at condition layer j
+
+    v and c are first principal components of the differences within pairs, of unit length, turned to the side on which
+    most positive texts lie. The decision is made once for each row of a prompt and kept while tokens are generated.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Behaviour pairs for v; `Pairs.read` says which token's activation is x.
+        condition: Pairs of prompts for c: positive ones to be steered, negative ones to be left alone. Default: those
+            of `data`. They are read as prompts are when the gate decides.
+        layers: Where v is added; default the middle third (the authors: 15 to 23 of 32).
+        condition_layers: Where the prompt is looked at; default the layer after the first fifth (the authors: 7 of 32).
+            One behind the first of `layers` costs a second pass over each prompt.
+        point: Point of the block, see `Site`.
+        pool: What of the prompt is looked at: `"mean"` over its tokens but that at position 0, or `"last"`.
+        threshold: b. Default: with its side, the one of highest F1 score on `condition`, in the widest gap.
+        strength: s, in activation units.
+        where: Token positions, see `Loop`. The paper adds to every token.
+
+    Returns:
+        One loop per layer. Recorded signals: `u`, `u_norm`, `gate` (0 or 1), `similarity` (no unit).
+
+    Raises:
+        ValueError: sides of different number; pairs that do not differ; a layer or point the model does not have; an
+            unknown `pool`; conditions that cannot be told apart by any threshold.
+
+    Source: Lee et al. (arXiv 2409.05907). Deviations from the authors' code: vectors are added and prompts read at the
+    point where they were fitted, not one layer on; every row of a batch has a decision of its own; layers before the
+    last condition layer are steered in the prompt, too; the threshold is searched among all that tell the examples
+    apart, not in a fixed range.
+    """
+    host = resolve(model)
+    check_paired("cast", data)
+    told = data if condition is None else condition
+    check_paired("cast's condition", told)
+    depth = host.n_layers
+    sites = [
+        Site(n, point)
+        for n in every_layer(host, list(range(depth // 3, -(-2 * depth // 3))) if layers is None else layers)
+    ]
+    early = depth // 5 if condition_layers is None else condition_layers
+    looked = [Site(n, point) for n in every_layer(host, early)]
+    host.check([*sites, *looked])
+    condition_met, f1 = _fit_condition(host, told, looked, pool, threshold)
+    gate = Gate(condition_met, [Summary(site, where=POOLS[pool]) for site in looked])
+    loops = []
+    for site, (positive, negative) in contrast_states(host, data, sites).items():
+        v = pairwise_component(positive.flatten(1), negative.flatten(1), site)
+        vector = v.to(positive.dtype).reshape(positive.shape[1:])
+        loops.append(Loop(Add(vector), site, where=where, strength=strength, name="cast", gates=(gate,)))
+    arguments = {
+        "layers": [site.layer for site in sites],
+        "condition_layers": [site.layer for site in looked],
+        "point": point,
+        "pool": pool,
+        "threshold": float(condition_met.threshold),
+        "above": condition_met.above,
+        "f1": f1,
+        "strength": strength,
+    }
+    return Controller(loops, recipe("cast", host, arguments, data=[data, told]))
+
+
+def pairwise_component(positive: Tensor, negative: Tensor, site: Site) -> Tensor:
+    """First component of two `[n d]` whose rows are centred pair by pair, turned to the side of most positive rows."""
+    difference = positive.double() - negative.double()
+    _, values, vectors = torch.linalg.svd(difference, full_matrices=False)
+    if not values[0]:
+        raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+    votes = torch.sign(difference @ vectors[0]).sum()
+    # a tie keeps the sign of the mean difference
+    sign = torch.sign(votes if votes else vectors[0] @ difference.mean(0))
+    return vectors[0] * (sign if sign else 1)
+
+
+def _fit_condition(
+    host: Host, data: Pairs, sites: Sequence[Site], pool: str, threshold: float | None
+) -> tuple[Resemblance, float]:
+    """The condition fitted on pairs of prompts, and its F1 score on them."""
+    positive, negative, directions = [], [], []
+    for site, (a, b) in prompt_states(host, data, sites, pool).items():
+        c = pairwise_component(a, b, site).to(a.dtype)
+        directions.append(c)
+        positive.append(resemblance(a, c))
+        negative.append(resemblance(b, c))
+    found = []
+    for above in (True, False):
+        sides = [torch.stack(rows).amax(0) if above else torch.stack(rows).amin(0) for rows in (positive, negative)]
+        # below a threshold is above its negative
+        sign = 1.0 if above else -1.0
+        f1, gap, bound = _best_threshold(
+            *(sign * side.double() for side in sides), threshold=threshold and sign * threshold
+        )
+        found.append((f1, gap, above, sign * bound))
+    f1, _, above, bound = max(found, key=lambda entry: entry[:3])
+    if f1 == 0:
+        raise ValueError("no threshold opens the gate for any positive prompt; are the conditions' sides alike?")
+    return Resemblance(directions, torch.tensor(bound, dtype=directions[0].dtype), above), f1
+
+
+def _best_threshold(positive: Tensor, negative: Tensor, *, threshold: float | None) -> tuple[float, float, float]:
+    """F1 score, width of the gap and threshold: the highest score, then the widest gap between two examples."""
+    values = torch.cat([positive, negative]).unique()
+    middles = ((values[1:] + values[:-1]) / 2).tolist() if threshold is None else [threshold]
+    gaps = (values[1:] - values[:-1]).tolist() if threshold is None else [0.0]
+    scored = []
+    for bound, gap in zip(middles, gaps, strict=True):
+        hits, false = int((positive > bound).sum()), int((negative > bound).sum())
+        scored.append((2 * hits / (len(positive) + hits + false), gap, bound))
+    return max(scored, default=(0.0, 0.0, 0.0))

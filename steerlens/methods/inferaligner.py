@@ -1,0 +1,91 @@
+"""InferAligner: guidance from an aligned model, given only to the prompts that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Loop, Site
+from steerlens.fitting import contrast_means, every_layer, recipe, resolve, unit
+from steerlens.gating import gate
+from steerlens.laws import Add
+
+
+def inferaligner(
+    model: Any,
+    data: Pairs,
+    *,
+    aligned: Any = None,
+    condition: Pairs | None = None,
+    layers: int | Sequence[int] | None = None,
+    gate_layers: int | Sequence[int] | None = None,
+    point: str = "resid_post",
+    strength: float = 4.0,
+    where: Any = "all",
+) -> Controller:
+    """Add an aligned model's contrast vector, but only to prompts that the model itself tells apart as positive.
+
+        u = g s theta,   theta = mean_i y(p_i+) - mean_i y(p_i-),   y the aligned model's activation
+        g = 1 if <x, d> > b, else 0,   d = (mean_i x(p_i+) - mean_i x(p_i-)) / |.|,   b half way between the means
+
+    x is the unsteered state of the prompt's last token in the model that is steered. The decision is made once for each
+    row of a prompt and kept while tokens are generated; one layer's serves all.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Positive prompts, for which guidance is wanted (in the paper: harmful), and negative ones (harmless).
+        aligned: The model from which theta is read, of the same family and size, so that the bases of its residual
+            stream correspond; default: the model itself.
+        condition: Other prompts to fit the gate on; default those of `data`.
+        layers: Where theta is added; default the middle third.
+        gate_layers: Layers to choose from for the gate; the one that separates the prompts best is taken. Default: all
+            before the first of `layers`. One behind it costs a second pass over each prompt.
+        point: Point of the block, see `Site`.
+        strength: s, in multiples of the aligned model's class difference.
+        where: Token positions, see `Loop`. The paper adds to every token.
+
+    Returns:
+        One loop per layer. Recorded signals: `u`, `u_norm`, `gate` (0 or 1), `score` (distance of the prompt to the
+        gate's boundary, in activation units).
+
+    Raises:
+        ValueError: an aligned model of other width or depth; a layer or point the model does not have; texts that give
+            no difference at a layer.
+
+    Source: Wang et al. (arXiv 2401.11206). No code was released: the gate's boundary, half way between the means, and
+    the layers are our choice.
+    """
+    host = resolve(model)
+    guide = host if aligned is None else resolve(aligned)
+    if (guide.n_layers, guide.d_model) != (host.n_layers, host.d_model):
+        raise ValueError(
+            f"the aligned model has {guide.n_layers} layers of width {guide.d_model}, the model {host.n_layers} of "
+            f"{host.d_model}; their residual streams do not correspond"
+        )
+    depth = host.n_layers
+    third = list(range(depth // 3, -(-2 * depth // 3)))
+    sites = [Site(layer, point) for layer in every_layer(host, third if layers is None else layers)]
+    host.check(sites)
+    before = list(range(sites[0].layer)) or [0]
+    opened = gate(
+        host,
+        data if condition is None else condition,
+        layers=before if gate_layers is None else gate_layers,
+        point=point,
+        pool="last",
+    )
+    positive, negative = contrast_means(guide, data, sites)
+    loops = []
+    for site in sites:
+        theta = positive[site] - negative[site]
+        unit(theta, site)  # raises for a zero difference
+        loops.append(Loop(Add(theta), site, where=where, strength=strength, name="inferaligner", gates=(opened,)))
+    arguments = {
+        "layers": [site.layer for site in sites],
+        "gate_layer": opened.summaries[0].site.layer,
+        "point": point,
+        "strength": strength,
+        "aligned": None if aligned is None else guide.fingerprint(),
+    }
+    return Controller(loops, recipe("inferaligner", host, arguments, data=[data, condition or data]))
