@@ -115,11 +115,11 @@ def test_a_gate_does_not_see_pads(case, prompts, side, layer, pool):
 def test_every_method_can_be_gated(case, prompts):
     """A sum of methods, one of them conditional, another scheduled."""
     gate = sl.gate(case.model, prompts, layers=0)
-    a = sl.when(sl.lqr(case.model, case.data, progress=False), gate)
-    b = sl.schedule(sl.angular(case.model, case.data), [0.5], prompt=0.5)
-    logits, _ = run(case, a + b, IDS)
-    with case.steer(controller=sl.lqr(case.model, case.data, progress=False)):
-        both = run(case, sl.angular(case.model, case.data) * 0.5, IDS)[0]
+    lqr, angular = sl.lqr(case.model, case.data, progress=False), sl.angular(case.model, case.data)
+    b = sl.schedule(angular, [0.5], prompt=0.5)
+    logits, _ = run(case, sl.when(lqr, gate) + b, IDS)
+    with case.steer(controller=lqr):
+        both = run(case, angular * 0.5, IDS)[0]
     case.close(logits[0], both[0], "the open row", factor=5)
     case.close(logits[1], run(case, b, IDS)[0][1], "the closed row")
 
@@ -295,7 +295,7 @@ def test_cast_decides_as_its_recipe_scores(host, device):
     assert torch.equal(opened, beyond)
     hits, false = int(opened[:3].sum()), int(opened[3:].sum())
     assert arguments["f1"] == pytest.approx(2 * hits / (3 + hits + false))
-    assert arguments["f1"] > 0.8
+    assert arguments["f1"] >= 0.8
     assert torch.equal(record.layers("gate")[2][:, -1] > 0, opened)
 
 
