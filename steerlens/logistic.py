@@ -9,7 +9,9 @@ from torch import Tensor
 TOLERANCE = 1e-9
 
 
-def logistic(kernel: Tensor, labels: Tensor, *, C: float = 1.0, max_steps: int = 200) -> tuple[Tensor, Tensor]:
+def logistic(
+    kernel: Tensor, labels: Tensor, *, C: float = 1.0, intercept: bool = True, max_steps: int = 200
+) -> tuple[Tensor, Tensor]:
     """Regularised logistic regression with an unpenalised intercept, in its dual coordinates.
 
         min_w  1/2 |w|^2 + C sum_i log(1 + exp(-y_i h_i)),   h_i = <w, phi_i> + k,   w = sum_i a_i phi_i
@@ -21,6 +23,7 @@ def logistic(kernel: Tensor, labels: Tensor, *, C: float = 1.0, max_steps: int =
         kernel: `<phi_i, phi_j>`, `[n n]`, float64; for a linear probe `X X'`, and then `w = X' a`.
         labels: t, `[n]`, 1 or 0.
         C: Inverse strength of the regularisation, as in scikit-learn.
+        intercept: Whether there is a k; without one it is 0.
         max_steps: Newton steps before giving up.
 
     Returns:
@@ -36,13 +39,13 @@ def logistic(kernel: Tensor, labels: Tensor, *, C: float = 1.0, max_steps: int =
     t = labels.to(kernel.dtype)
     if t.min() == t.max():
         raise ValueError("logistic regression needs both classes")
-    a, k = torch.zeros_like(t), torch.logit(t.mean())
+    a, k = torch.zeros_like(t), torch.logit(t.mean()) * intercept
     h = kernel @ a + k
     loss = _objective(kernel, a, h, t, C)
     for _ in range(max_steps):
         p = torch.sigmoid(h)
         missing = C * (t - p) - a
-        if torch.maximum(missing.abs().max(), missing.sum().abs() / len(t)) <= TOLERANCE * C:
+        if torch.maximum(missing.abs().max(), intercept * missing.sum().abs() / len(t)) <= TOLERANCE * C:
             return a, k
         # p (1 - p) underflows where the probability saturates; the floor only shortens steps there
         root = (p * (1 - p)).clamp(min=1e-14).sqrt()
@@ -51,16 +54,16 @@ def logistic(kernel: Tensor, labels: Tensor, *, C: float = 1.0, max_steps: int =
         factor = torch.linalg.cholesky(system)
         right = torch.stack([root * (h - k) + root * k + (t - p) / root, root], dim=1)
         solved = root[:, None] * torch.cholesky_solve(right, factor)
-        k_new = solved[:, 0].sum() / solved[:, 1].sum()
+        k_new = intercept * solved[:, 0].sum() / solved[:, 1].sum()
         a_new = solved[:, 0] - k_new * solved[:, 1]
         a, k, h, loss = _line_search(kernel, (a, k, loss), (a_new, k_new), t, C)
     raise RuntimeError(f"logistic regression did not converge in {max_steps} steps; try a smaller C than {C}")
 
 
-def linear_probe(x: Tensor, labels: Tensor, *, C: float = 1.0) -> tuple[Tensor, Tensor]:
+def linear_probe(x: Tensor, labels: Tensor, *, C: float = 1.0, intercept: bool = True) -> tuple[Tensor, Tensor]:
     """Weights `[d]` and intercept `[]` of a logistic regression on the rows of x `[n d]`, float64."""
     x = x.double()
-    a, k = logistic(x @ x.T, labels, C=C)
+    a, k = logistic(x @ x.T, labels, C=C, intercept=intercept)
     return x.T @ a, k
 
 

@@ -9,6 +9,7 @@ from steerlens.methods.caa import caa
 from steerlens.methods.cast import cast
 from steerlens.methods.cold_fd import cold_fd
 from steerlens.methods.cold_kernel import cold_kernel
+from steerlens.methods.hpr import hpr
 from steerlens.methods.inferaligner import inferaligner
 from steerlens.methods.iti import iti
 from steerlens.methods.linear_act import linear_act
@@ -30,6 +31,7 @@ __all__ = [
     "cast",
     "cold_fd",
     "cold_kernel",
+    "hpr",
     "inferaligner",
     "iti",
     "linear_act",

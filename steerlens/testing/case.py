@@ -23,7 +23,8 @@ from steerlens.steering import Run, steer
 #: Prompts and completions below the tiny models' vocabulary; last tokens differ, so that layer 0 has a direction too.
 POSITIVE = [([5, 9], [12, 31]), ([5], [14, 7, 22, 33]), ([8], [9, 41, 35])]
 NEGATIVE = [([5, 9], [13, 40]), ([5], [15, 7, 23, 44]), ([8], [10, 41, 46])]
-PROMPT = [3, 17, 25, 29, 41, 22, 9]
+#: Ends as a negative text does, so that methods which act only on such states have something to do.
+PROMPT = [3, 17, 25, 29, 41, 22, 46]
 OTHER = [7, 30, 31, 32, 33]
 
 

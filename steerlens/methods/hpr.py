@@ -1,0 +1,251 @@
+"""Householder pseudo-rotation: turn states on the wrong side of a hyperplane, by a learned angle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Law, Loop, Memory, Site, map_tensors
+from steerlens.fitting import check_paired, contrast_states, every_layer, recipe, resolve
+from steerlens.flows import angle
+from steerlens.logistic import linear_probe
+
+
+def hpr(
+    model: Any,
+    data: Pairs,
+    *,
+    layers: int | Sequence[int] | None = None,
+    count: int = 5,
+    alpha: float = 1.0,
+    steps: int = 200,
+    rate: float = 5e-4,
+    batch: int = 16,
+    held_out: float = 0.2,
+    seed: int = 0,
+    where: Any = "last",
+) -> Controller:
+    """Turn states that a probe takes for negative towards its hyperplane and across, by an angle that a network gives.
+
+        u = |x| (cos(g) x/|x| + sin(g) t) - x   where <w, x> <= 0, else 0
+        g = alpha pi sigmoid(f(x)),   t = unit part of w orthogonal to x
+
+    so that |x| is kept. The probe w is a logistic regression without intercept, f a network `d -> d/2 -> d/4 -> d/8 ->
+    1` with GELU, trained so that g is the angle between a negative state and its positive partner, and 0 at positive
+    states. The authors write the rotation with the mirror image of x behind the hyperplane, divided by the sine of the
+    angle between the two, which vanishes there; this is the same rotation without that division.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        data: Contrast pairs; `Pairs.read` says which token's activation is x.
+        layers: Layers to choose from; default all.
+        count: How many are steered: those of highest probe accuracy on held-out pairs, at most all. 5 in the paper.
+        alpha: Factor on the angle, no unit. Beyond the mirror image, where g is large, it turns on, as in the paper.
+        steps: Steps of AdamW for each network.
+        rate: Learning rate, after a warm-up over a twentieth of the steps.
+        batch: Pairs in a step.
+        held_out: Share of the pairs on which the probes are compared, one pair at least. Probe and network that are
+            kept see all pairs.
+        seed: Of the held-out pairs, the networks' first weights and the batches.
+        where: Token positions, see `Loop`.
+
+    Returns:
+        One loop per chosen layer, at `resid_post`. The recipe holds the accuracies and, per layer, the networks' root
+        mean square error in radians. Recorded signals: `gate` `[batch pos]`, 1 where it turns; `angle_rad`
+        `[batch pos]`, the angle turned, in radians, 0 where it does not; `u`; `u_norm`.
+
+    Raises:
+        ValueError: a layer the model does not have; sides of different number or fewer than two pairs; a count, a
+            number of steps or of pairs in a step below 1; pairs that do not differ; activations that are not finite.
+
+    Source: Pham and Nguyen, Householder Pseudo-Rotation (EMNLP 2024, arXiv 2409.10053). Deviations: the authors train
+    probe and network by one loss, whose two terms share no parameter; here the probe is the optimum of its own. They
+    read every token of two responses, here `Pairs.read` gives one state a text. The network's input is divided by a
+    layer's root mean square activation, within its first weights.
+    """
+    check_training(count=count, steps=steps, batch=batch, alpha=alpha, rate=rate, held_out=held_out)
+    host = resolve(model)
+    check_paired("hpr", data)
+    if isinstance(data, Pairs) and len(data) < 2:
+        raise ValueError(f"hpr needs two pairs, one of them to compare layers on; there is {len(data)}")
+    sites = [Site(layer, "resid_post") for layer in every_layer(host, layers)]
+    host.check(sites)
+    states = contrast_states(host, data, sites)
+    scores = {site: probe_score(*states[site], held_out=held_out, seed=seed) for site in sites}
+    # stable: layers that score the same go by depth
+    chosen = sorted(sorted(sites, key=lambda site: scores[site], reverse=True)[:count])
+    loops, errors = [], []
+    for site in chosen:
+        positive, negative = states[site]
+        if torch.equal(positive, negative):
+            raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+        probe = fit_probe(positive, negative)
+        weights, biases, error = fit_angle(positive, negative, steps=steps, rate=rate, batch=batch, seed=seed)
+        law = map_tensors(PseudoRotation(probe, weights, biases, alpha), lambda t, like=positive: t.to(like.dtype))
+        loops.append(Loop(law, site, where=where, name="hpr"))
+        errors.append(error)
+    arguments = {
+        "layers": [site.layer for site in sites],
+        "chosen": [site.layer for site in chosen],
+        "accuracy": [scores[site][0] for site in chosen],
+        "angle_error_rad": errors,
+        "count": count,
+        "alpha": alpha,
+        "steps": steps,
+        "rate": rate,
+        "batch": batch,
+        "held_out": held_out,
+        "seed": seed,
+    }
+    return Controller(loops, recipe("hpr", host, arguments, data=data))
+
+
+class PseudoRotation(Law):
+    """Turn states on the negative side of a hyperplane, in the plane of the state and the hyperplane's normal.
+
+        u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x),   g = alpha pi sigmoid(f(x))
+
+    Args:
+        probe: w, `[d]`; only its direction counts.
+        weights: Of f, one matrix `[out in]` a layer, from d to 1.
+        biases: Of f, `[out]` each.
+        alpha: Factor on the angle.
+
+    Signals: `gate` `[batch pos]`, 1 where it turns; `angle_rad` `[batch pos]`, the angle turned, in radians.
+    """
+
+    signals = ("gate", "angle_rad")
+
+    def __init__(self, probe: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], alpha: float = 1.0):
+        if not weights or len(weights) != len(biases):
+            raise ValueError(
+                f"the angle network has {len(weights)} weights and {len(biases)} biases; train it first, with hpr() or "
+                "fit_angle()"
+            )
+        if weights[0].shape[1] != len(probe) or weights[-1].shape[0] != 1:
+            shapes = [list(weight.shape) for weight in weights]
+            raise ValueError(f"an angle network of shapes {shapes} does not map a state of {len(probe)} to one angle")
+        self.probe = probe
+        self.weights = list(weights)
+        self.biases = list(biases)
+        self.alpha = float(alpha)
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x)`"""
+        gate = (x @ self.probe <= 0).to(x.dtype)
+        turned = gate * self.alpha * predict_angle(x, self.weights, self.biases)
+        return gate[..., None] * rotate(x, self.probe, turned), {"gate": gate, "angle_rad": turned}
+
+
+def rotate(x: Tensor, probe: Tensor, turned: Tensor) -> Tensor:
+    """What turns x by an angle `[...]` towards `probe` adds to it, `[... d]`.
+
+    A state that is a multiple of the probe has no such plane: it is only scaled by the cosine.
+    """
+    normal = probe / probe.norm()
+    # the floor is far below rounding; a zero state has no direction
+    norm = (x.square().sum(-1, keepdim=True) + 1e-30).sqrt()
+    direction = x / norm
+    tangent = normal - (direction @ normal)[..., None] * direction
+    tangent = tangent / (tangent.square().sum(-1, keepdim=True) + 1e-30).sqrt()
+    g = turned[..., None]
+    # cos(g) - 1 written so that no digits are lost for small angles
+    return norm * (torch.sin(g) * tangent - 2 * torch.sin(g / 2).square() * direction)
+
+
+def predict_angle(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """`pi sigmoid(f(x))`, f a chain of linear maps with GELU between them, `[... d] -> [...]`."""
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        x = gelu(linear(x, weight, bias))
+    return math.pi * torch.sigmoid(linear(x, weights[-1], biases[-1])[..., 0])
+
+
+def fit_probe(positive: Tensor, negative: Tensor) -> Tensor:
+    """Weights `[d]` of a logistic regression without intercept; sides `[n d]`."""
+    # in units of the states' own size, so that the regularisation is the same at every layer
+    x = torch.cat([positive, negative]).double()
+    labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])
+    return linear_probe(x / x.square().mean().sqrt(), labels, intercept=False)[0]
+
+
+def probe_score(positive: Tensor, negative: Tensor, *, held_out: float, seed: int) -> tuple[float, float]:
+    """Accuracy of a probe on held-out pairs, and for ties the mean cosine by which it is right; sides `[n d]`."""
+    order = torch.randperm(len(positive), generator=torch.Generator().manual_seed(seed))
+    size = min(max(1, round(held_out * len(order))), len(order) - 1)
+    test, train = order[:size], order[size:]
+    if torch.equal(positive[train], negative[train]):
+        return 0.0, 0.0
+    probe = fit_probe(positive[train], negative[train])
+    sides = torch.cat([positive[test], -negative[test]]).double()
+    cosine = torch.nn.functional.cosine_similarity(sides, probe[None])
+    return float((cosine > 0).double().mean()), round(float(cosine.mean()), 4)
+
+
+def fit_angle(
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    steps: int = 200,
+    rate: float = 5e-4,
+    batch: int = 16,
+    seed: int = 0,
+) -> tuple[list[Tensor], list[Tensor], float]:
+    """Train a network from a state to the angle by which its positive partner lies away; sides `[n d]`.
+
+    Returns:
+        Weights and biases, float64, and the root mean square error over all states, in radians.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    positive, negative = positive.double(), negative.double()
+    scale = torch.cat([positive, negative]).square().mean().sqrt()
+    positive, negative = positive / scale, negative / scale
+    target = angle(negative, positive)
+    widths = [positive.shape[1] // divisor or 1 for divisor in (1, 2, 4, 8)] + [1]
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    for inputs, outputs in pairwise(widths):
+        bound = inputs**-0.5
+        for size, kept in (((outputs, inputs), weights), ((outputs,), biases)):
+            drawn = torch.rand(size, generator=generator, dtype=torch.float64)
+            kept.append((bound * (2 * drawn - 1)).requires_grad_())
+
+    def loss(rows: Tensor) -> Tensor:
+        wrong = predict_angle(negative[rows], weights, biases) - target[rows]
+        return (wrong.square().mean() + predict_angle(positive[rows], weights, biases).square().mean()) / 2
+
+    warm_up = max(1, round(steps / 20))
+    with torch.inference_mode(False), torch.enable_grad():
+        optimiser = torch.optim.AdamW([*weights, *biases], lr=rate, weight_decay=0.0)
+        rows = torch.empty(0, dtype=torch.long)
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / warm_up)
+            if not len(rows):
+                rows = torch.randperm(len(positive), generator=generator)
+            optimiser.zero_grad()
+            loss(rows[:batch]).backward()
+            optimiser.step()
+            rows = rows[batch:]
+    weights, biases = ([part.detach() for part in side] for side in (weights, biases))
+    error = float(loss(torch.arange(len(positive))).sqrt())
+    return [weights[0] / scale, *weights[1:]], biases, error
+
+
+def check_training(*, count: int, steps: int, batch: int, alpha: float, rate: float, held_out: float) -> None:
+    """Raises ValueError for what cannot be trained."""
+    if count < 1 or batch < 1:
+        raise ValueError(f"count={count}, batch={batch}; one layer and one pair in a step are the least")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: an angle network that was never trained turns everything by a right angle")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha}; it must be finite")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate={rate}; a learning rate is positive and finite")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out={held_out}; it is a share between 0 and 1")
