@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Loop
+from steerlens.core import Controller, Law, Loop, Memory
 from steerlens.fitting import contrast_means, pick_layers, recipe, resolve, unit
 from steerlens.laws import Add
 
@@ -18,12 +21,15 @@ def caa(
     layers: int | Sequence[int] | None = None,
     point: str = "resid_post",
     strength: float = 1.0,
+    form: str = "add",
     normalize: bool = False,
     where: Any = "last",
 ) -> Controller:
     """Add the mean difference of the activations of two sets of texts.
 
-        u = s v,   v = mean_i x(p_i+) - mean_i x(p_i-)
+        u = s v,               v = mean_i x(p_i+) - mean_i x(p_i-)
+        u = s <v, x>/|x| v     form="projection"
+        u = s sgn(<v, x>) v    form="piecewise"
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -31,18 +37,26 @@ def caa(
         layers: Where to add; default the middle layer. On several layers the same s is used at each.
         point: Point of the block, see `Site`.
         strength: s, in multiples of the class difference; no unit.
+        form: `"add"` is the method. The two others, which COLD-Steer is compared with, go on in the direction along v
+            that the state has already: `"projection"` in proportion, `"piecewise"` by the same step everywhere, with
+            sgn(0) = -1 as there.
         normalize: Use v / |v|, so that s is in activation units.
         where: Token positions, see `Loop`. The paper adds at the last prompt token and every generated one.
 
     Returns:
-        One loop per layer. Recorded signals: `u`, `u_norm`.
+        One loop per layer. Recorded signals: `u`, `u_norm`; but for `form="add"`, `projection` `[batch pos]`, <v, x>
+        over |v|, in activation units.
 
     Raises:
-        ValueError: a layer or point the model does not have; texts that give no difference at a layer.
+        ValueError: an unknown form; a layer or point the model does not have; texts that give no difference at a layer.
 
     Source: Rimsky et al. (arXiv 2312.06681). The vectors of one behaviour are used as they are; the authors rescale
-    them to the mean norm over the behaviours that they study.
+    them to the mean norm over the behaviours that they study. The other forms are DiffMeanProj and DiffMeanPW of
+    COLD-Steer (arXiv 2603.06495), whose code divides the projection by the norm of all states of a batch together, so
+    that a token's control depends on the length of the text and of the other texts; here it is the token's own norm.
     """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}; it is one of {', '.join(FORMS)}")
     host = resolve(model)
     sites = pick_layers(host, layers, point, default="middle")
     positive, negative = contrast_means(host, data, sites)
@@ -51,6 +65,62 @@ def caa(
         difference = positive[site] - negative[site]
         direction = unit(difference, site)
         vector = direction if normalize else difference
-        loops.append(Loop(Add(vector), site, where=where, strength=strength, name="caa"))
-    arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength, "normalize": normalize}
+        loops.append(Loop(FORMS[form](vector), site, where=where, strength=strength, name="caa"))
+    arguments = {
+        "layers": [site.layer for site in sites],
+        "point": point,
+        "strength": strength,
+        "form": form,
+        "normalize": normalize,
+    }
     return Controller(loops, recipe("caa", host, arguments, data=data))
+
+
+class Amplify(Law):
+    """Go on along a vector in proportion to the state's cosine with it: `u = <v, x>/|x| v`.
+
+    Args:
+        vector: v, the state's shape without batch and position.
+
+    Signals: `projection` `[batch pos]`, <v, x>/|v|, in activation units.
+    """
+
+    signals = ("projection",)
+
+    def __init__(self, vector: Tensor):
+        self.vector = vector
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = <v, x>/|x| v`"""
+        along = x.flatten(2) @ self.vector.flatten()
+        # a zero state has no cosine; the smallest normal number keeps the quotient finite
+        norm = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        return _along(along / norm, self.vector), {"projection": along / self.vector.norm()}
+
+
+class Push(Law):
+    """Go on along a vector, by all of it: `u = sgn(<v, x>) v`, sgn(0) = -1.
+
+    Args:
+        vector: v, the state's shape without batch and position.
+
+    Signals: `projection` `[batch pos]`, <v, x>/|v|, in activation units.
+    """
+
+    signals = ("projection",)
+
+    def __init__(self, vector: Tensor):
+        self.vector = vector
+
+    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+        """`u = sgn(<v, x>) v`"""
+        along = x.flatten(2) @ self.vector.flatten()
+        return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": along / self.vector.norm()}
+
+
+def _along(factor: Tensor, vector: Tensor) -> Tensor:
+    return factor.view(*factor.shape, *[1] * vector.ndim) * vector
+
+
+#: Form -> law.
+FORMS = {"add": Add, "projection": Amplify, "piecewise": Push}
