@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steerlens.fields import Cosines, Polynomial, Quadratic
 from steerlens.logistic import logistic
-from steerlens.sketch import TensorSketch
+from steerlens.sketch import Sketched, TensorSketch
 
 
 def exact_barrier(
@@ -46,11 +46,15 @@ def exact_barrier(
     return diagonal(A, b, k + coef0**degree * a.sum(), basis=basis)
 
 
-def sketched_barrier(positive: Tensor, negative: Tensor, sketch: TensorSketch, *, C: float = 1.0) -> Quadratic:
-    """The same on a tensor sketch of the kernel, of degree 1 or 2, turned into the quadratic form it is."""
+def sketched_barrier(
+    positive: Tensor, negative: Tensor, sketch: TensorSketch, *, C: float = 1.0
+) -> Quadratic | Sketched:
+    """The same on a tensor sketch of the kernel; of degree 1 or 2, turned into the quadratic form it is."""
     u, labels = directions(positive, negative)
     features = sketch.features(u)
     a, k = logistic(features @ features.T, labels, C=C)
+    if len(sketch.buckets) > 2:
+        return Sketched(sketch, features.T @ a, k + _prior(labels))
     A, b, constant = sketch.form(features.T @ a)
     return diagonal(A, b, k + _prior(labels) + constant)
 

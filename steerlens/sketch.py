@@ -1,9 +1,11 @@
-"""The tensor sketch of a polynomial kernel, and the quadratic form that hides in it."""
+"""The tensor sketch of a polynomial kernel, the quadratic form that hides in it, and its field for higher degrees."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from steerlens.fields import Field
 
 
 class TensorSketch:
@@ -48,13 +50,9 @@ class TensorSketch:
         z = self.gamma**0.5 * u
         if self.coef0:
             z = torch.cat([z, z.new_full((len(z), 1), self.coef0**0.5)], dim=1)
-        product = None
-        for bucket, sign in zip(self.buckets, self.signs.to(z.dtype), strict=True):
-            counts = z.new_zeros(len(z), self.components).index_add_(1, bucket, z * sign)
-            spectrum = torch.fft.rfft(counts)
-            product = spectrum if product is None else product * spectrum
-        assert product is not None
-        return torch.fft.irfft(product, self.components)
+        signs = self.signs.to(z.dtype)
+        spectra = [_spectrum(z, *rows, self.components) for rows in zip(self.buckets, signs, strict=True)]
+        return torch.fft.irfft(_product(spectra), self.components)
 
     def form(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The polynomial `<weights, phi(u)> = u'A u + <b, u> + k` of a sketch of degree 1 or 2: A, b, k.
@@ -76,3 +74,67 @@ class TensorSketch:
         M = M * (scale * signs[0])[:, None] * (scale * signs[1])
         M = (M + M.T) / 2
         return M[:d, :d], 2 * M[:d, d:].sum(1), M[d:, d:].sum()
+
+
+class Sketched(Field):
+    """A logistic regression on a tensor sketch, of any degree.
+
+        h(x) = <w, phi(z)> + k,   z = [sqrt(gamma) c, sqrt(coef0)],   c = x / |x|
+        dh/dz_j = sum_k s_k(j) C_k[h_k(j)],   C_k = irfft(conj(prod_{l != k} rfft(S_l z)) rfft(w))
+
+    Its random part has no small subspace, so that it is followed in all d coordinates, with Fourier transforms at each
+    evaluation: to compare with the authors' numbers, not to steer by. Degrees 1 and 2 have `TensorSketch.form`.
+
+    Args:
+        sketch: Buckets h and signs s `[D d']`, the number of components n, and the kernel's constants.
+        weights: w, `[n]`, in logits.
+        constant: k, one number, in logits.
+    """
+
+    def __init__(self, sketch: TensorSketch, weights: Tensor, constant: Tensor):
+        self.buckets = sketch.buckets
+        self.signs = sketch.signs.to(weights.dtype)
+        self.components = sketch.components
+        self.gamma = sketch.gamma
+        self.coef0 = sketch.coef0
+        self.weights = weights
+        self.constant = constant.reshape(1)
+        self.basis = torch.eye(sketch.buckets.shape[1] - (sketch.coef0 != 0), dtype=weights.dtype)
+
+    def spectra(self, c: Tensor) -> list[Tensor]:
+        """`rfft(S_k z)` for each k, `[... d] -> [... n//2+1]`."""
+        z = self.gamma**0.5 * c
+        if self.coef0:
+            z = torch.nn.functional.pad(z, (0, 1), value=self.coef0**0.5)
+        return [
+            _spectrum(z, bucket, sign, self.components) for bucket, sign in zip(self.buckets, self.signs, strict=True)
+        ]
+
+    def height(self, c: Tensor) -> Tensor:
+        """`<w, phi(z)> + k`"""
+        product = _product(self.spectra(c))
+        return torch.fft.irfft(product, self.components) @ self.weights + self.constant[0]
+
+    def ascent(self, c: Tensor) -> Tensor:
+        """`sqrt(gamma) sum_k s_k C_k[h_k]`"""
+        spectra, weights = self.spectra(c), torch.fft.rfft(self.weights)
+        slope = torch.zeros_like(c)
+        d = c.shape[-1]
+        for index, (bucket, sign) in enumerate(zip(self.buckets, self.signs, strict=True)):
+            others = spectra[:index] + spectra[index + 1 :]
+            pulled = torch.fft.irfft(_product(others).conj() * weights if others else weights, self.components)
+            slope = slope + sign[:d] * pulled[..., bucket[:d]]
+        return self.gamma**0.5 * slope
+
+
+def _spectrum(z: Tensor, bucket: Tensor, sign: Tensor, components: int) -> Tensor:
+    """`rfft` of the signed counts of z, `[... d'] -> [... n//2+1]`."""
+    counts = z.new_zeros(*z.shape[:-1], components).index_add(-1, bucket, z * sign)
+    return torch.fft.rfft(counts)
+
+
+def _product(spectra: list[Tensor]) -> Tensor:
+    product = spectra[0]
+    for spectrum in spectra[1:]:
+        product = product * spectrum
+    return product

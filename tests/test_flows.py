@@ -10,7 +10,7 @@ import torch
 from steerlens.barriers import cosine_barrier, diagonal, exact_barrier, truncate
 from steerlens.fields import Polynomial, Quadratic
 from steerlens.flows import SOLVERS, Flow, angle, integrate
-from steerlens.sketch import TensorSketch
+from steerlens.sketch import Sketched, TensorSketch
 
 D = 24
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -33,6 +33,9 @@ def x():
 def field_of(kind, sides):
     if kind == "fourier":
         return cosine_barrier(*sides, components=15, sigma="median")
+    if kind.startswith("sketch"):
+        sketch = TensorSketch.draw(D, components=63, degree=int(kind[-1]), gamma=0.5, coef0=0.5)
+        return Sketched(sketch, normal(63, seed=3), normal(1, seed=4))
     if kind == "linear":
         return truncate(exact_barrier(*sides), 0)
     if kind == "truncated":
@@ -40,7 +43,7 @@ def field_of(kind, sides):
     return exact_barrier(*sides, degree=int(kind), gamma=0.5, coef0=0.5)
 
 
-KINDS = ["1", "2", "3", "4", "linear", "truncated", "fourier"]
+KINDS = ["1", "2", "3", "4", "linear", "truncated", "fourier", "sketch of degree 1", "sketch of degree 3"]
 
 
 def move(field, x, distance, **options):

@@ -174,6 +174,7 @@ def test_paper_mode_and_variants_steer_a_model():
         {"rank": None},
         {"rank": 0},
         {"degree": 3},
+        {"mode": "paper", "degree": 3, "distance": 1.0, "components": 256},
     ):
         controller = case.fit(**options)
         with steer(case.model, controller) as run:
@@ -190,7 +191,6 @@ def test_paper_mode_and_variants_steer_a_model():
         ({"kernel": "rbf"}, "fourier"),
         ({"angle_rad": 0.1, "distance": 1.0}, "give one"),
         ({"degree": 0}, "degree"),
-        ({"mode": "paper", "distance": 1.0, "degree": 3}, "exact"),
         ({"rank": -2}, "rank"),
         ({"point": "z"}, "vector"),
     ],

@@ -77,8 +77,8 @@ def odesteer(
         one without truncation.
 
     Raises:
-        ValueError: a layer or point the model does not have; both lengths; `mode="paper"` without `distance` or beyond
-            degree 2; an unknown mode, kernel or solver; all activations equal.
+        ValueError: a layer or point the model does not have; both lengths; `mode="paper"` without `distance`; an
+            unknown mode, kernel or solver; all activations equal.
 
     Source: ODESteer (arXiv 2602.17560). The authors' code stops the regression at a tolerance of 1e-4 and draws the
     sketch from the global random state; here the optimum is exact and the seed explicit. h is bounded on the sphere:
@@ -110,7 +110,8 @@ def odesteer(
         name = solver or ("euler" if mode == "paper" else "circle" if field.straight else "rk4")
         count = steps or (10 if mode == "paper" else 1)
         law = Flow(field, length, steps=count, solver=name, radians=distance is None)
-        loops.append(Loop(map_tensors(law, lambda t: t.to(states.dtype)), site, where=where, name="odesteer"))  # noqa: B023
+        law = map_tensors(law, lambda t, like=states: t.to(like.dtype) if t.is_floating_point() else t)
+        loops.append(Loop(law, site, where=where, name="odesteer"))
         lost.append(float(angle(whole.velocity(states.double()), field.velocity(states.double())).max()))
         norms.append(float(states.norm(dim=1).median()))
     arguments = polynomial | {
@@ -144,5 +145,3 @@ def _check(mode: str, kernel: str, degree: int, angle_rad: float | None, distanc
         raise ValueError(f"angle_rad={angle_rad} and distance={distance} are two lengths of one flow; give one")
     if mode == "paper" and distance is None:
         raise ValueError("mode='paper' measures the flow in activation units: give distance=, 3 to 23 in the paper")
-    if mode == "paper" and kernel == "polynomial" and degree > 2:
-        raise ValueError(f"degree={degree}: the sketch is a quadratic form up to degree 2; use mode='exact'")
