@@ -12,7 +12,7 @@ from steerlens.hosts import host_of
 from steerlens.laws import Add
 from steerlens.methods.cold_kernel import Kernel, example_gradients
 from steerlens.objectives import labelled, objective
-from steerlens.testing import Case
+from steerlens.testing import Case, snapshot
 
 SITE = sl.Site(1)
 
@@ -127,6 +127,40 @@ def test_eta_zero_changes_no_bit(case):
     plain = case.logits(ids)
     with case.steer(controller=fit(case, eta=0.0), record="all"):
         assert torch.equal(case.logits(ids), plain)
+
+
+@pytest.mark.parametrize("kernel", ["unit", "linear"])
+def test_later_tokens_do_not_change_a_tokens_step(case, kernel):
+    controller = fit(case, kernel=kernel, where="all")
+    steps = []
+    for tail in ([29, 41], [9, 30]):
+        with case.steer(controller=controller, record="all") as run, torch.no_grad():
+            case.logits(torch.tensor([[3, 17, 25, *tail]]))
+        steps.append(run.record.stack("u")[0, 0, :3])
+    assert steps[0][1:].abs().max() > 0
+    case.close(steps[0], steps[1], "the control of the first three tokens")
+
+
+def test_fitting_leaves_weights_flags_and_gradients_as_they_were(case):
+    def state():
+        module = getattr(case.model, "_module", case.model)
+        weights = {name: (p.requires_grad, p.grad, p.detach().clone()) for name, p in module.named_parameters()}
+        return snapshot(case.model), weights
+
+    def unwilling(chosen, rejected):
+        raise RuntimeError("the loss fails on purpose")
+
+    fit(case)  # a first pass completes the model
+    hooks, weights = state()
+    fit(case)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(case, loss=unwilling)
+    hooks_after, weights_after = state()
+    assert hooks_after == hooks
+    for name, (flag, gradient, value) in weights.items():
+        assert weights_after[name][0] == flag
+        assert gradient is weights_after[name][1] is None
+        assert torch.equal(value, weights_after[name][2])
 
 
 @pytest.mark.parametrize("kernel", ["unit", "linear"])
@@ -303,3 +337,30 @@ def test_reference_logits(real, gradients, cold_sadi, key, where):
     )
     stem = f"cold/logits/kernel_unit/{key}/{where}"
     assert_logits(real, sl.Controller([loop]), cold_sadi, stem, rows=[1])
+
+
+#: Prompt, and six greedy tokens with the sft step at eta = 50 after block 14: in the prompt only, and at every step.
+GENERATED = [
+    (
+        [10219, 42, 1073, 536, 346, 1407, 563, 260, 4167, 4339, 47, 198, 12463, 42],
+        [339, 5248, 8916, 563, 260, 14561],
+        [339, 5248, 8916, 563, 260, 14561],
+    ),
+    (
+        [10219, 42, 17269, 549, 563, 469, 3444, 288, 746, 30, 198, 12463, 42],
+        [198, 198, 18, 57, 5248, 588],
+        [198, 198, 57, 5248, 588, 18948],
+    ),
+]
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize(("prompt", "in_prompt", "at_every_step"), GENERATED)
+def test_reference_generations(real, gradients, prompt, in_prompt, at_every_step, everywhere):
+    v = gradients("sft")[sl.Site(14)].mean(0)
+    where = slice(0, None) if everywhere else slice(0, len(prompt))
+    controller = sl.Controller([sl.Loop(Add(-v), sl.Site(14), where=where, strength=50.0)])
+    with real.steer(controller=controller):
+        tokens = real.generate(torch.tensor([prompt]), 6)
+    assert tokens[0, len(prompt) :].tolist() == (at_every_step if everywhere else in_prompt)

@@ -155,6 +155,18 @@ def test_zero_distance_is_the_identity_and_a_negative_one_goes_down(solver, side
     torch.testing.assert_close(move(field, x, -0.3, solver=solver)[0], move(down, x, 0.3, solver=solver)[0], **EXACT)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_row_may_have_its_own_distance(solver, sides, x):
+    field = field_of("2", sides)
+    z, _ = field.enter(x)
+    lengths = torch.linspace(-1.0, 2.0, x[..., 0].numel(), dtype=x.dtype).reshape(*x.shape[:-1], 1)
+    together = integrate(field.pace, z, lengths, steps=2, solver=solver)
+    for row in range(len(x)):
+        for column in range(x.shape[1]):
+            alone = integrate(field.pace, z[row, column], float(lengths[row, column]), steps=2, solver=solver)
+            torch.testing.assert_close(together[row, column], alone, **EXACT)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_barrier_rises_along_the_flow(kind, sides, x):
     signals = [move(field_of(kind, sides), x, 0.04 * step)[1] for step in range(8)]

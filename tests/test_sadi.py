@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.fitting import contrast_means
 from steerlens.hosts import host_of
 from steerlens.methods.sadi import Scale, top_k
 from steerlens.testing import Case, padding
@@ -244,6 +245,20 @@ def test_reference_masks(real, cold_sadi):
     ):
         chosen = elements(real.fit(component=component, k=k, select=select))
         assert chosen == {tuple(pair) for pair in values[f"sadi/top/{name}/{select}"][:k].tolist()}
+
+
+@pytest.mark.real_model
+def test_reference_ranking_by_other_signs(real, cold_sadi):
+    host = host_of(real.model)
+    points = {"head": "z", "post": "mlp_post"}
+    sites = [sl.Site(layer, point) for layer in range(host.n_layers) for point in points.values()]
+    positive, negative = contrast_means(host, real.data, sites)
+    for name, k, select in (("head", 4, "abs"), ("post", 50, "min"), ("post", 50, "abs")):
+        chosen = [site for site in sites if site.point == points[name]]
+        scores = torch.stack([positive[site] - negative[site] for site in chosen])
+        mask = top_k(scores.mean(-1) if name == "head" else scores, k, select=select)
+        expected = cold_sadi[0][f"sadi/top/{name}/{select}"][:k].tolist()
+        assert {tuple(pair) for pair in mask.nonzero().tolist()} == {tuple(pair) for pair in expected}
 
 
 @pytest.mark.real_model
