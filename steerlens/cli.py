@@ -24,12 +24,21 @@ def demo(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    markdown: bool = typer.Option(False, help="Print the README's table instead."),
+    write: Path = typer.Option(None, help="Put the table between its markers in this file."),  # noqa: B008
+) -> None:
     """List the steering methods."""
+    from steerlens.catalogue import method_table, write_table
     from steerlens.cite import method_sources
 
-    for name, (summary, source) in method_sources().items():
-        typer.echo(f"{name:12} {summary}\n{'':12} {source}")
+    if write is not None:
+        write_table(write)
+    elif markdown:
+        typer.echo(method_table())
+    else:
+        for name, (summary, source) in method_sources().items():
+            typer.echo(f"{name:12} {summary}\n{'':12} {source}")
 
 
 @app.command()

@@ -89,7 +89,7 @@ class Pairs:
     def _reading(self, texts: Sequence[Text], host: Host) -> Reading:
         tokens, weights = [], []
         for index, text in enumerate(texts):
-            ids, prompt = tokenize(text, host, self.prepend_bos)
+            ids, prompt = tokenize(text, host, self.prepend_bos, split=self.read == "completion")
             if not ids:
                 raise ValueError(f"text {index} ({text!r}) has no tokens")
             tokens.append(ids)
@@ -116,8 +116,13 @@ def shipped(name: str, **options: Any) -> Pairs:
         return Pairs.from_jsonl(path, **options)
 
 
-def tokenize(text: Text, host: Host, prepend_bos: bool | None = None) -> tuple[list[int], int]:
-    """Token ids of one text, and how many of them belong to its prompt (all, where there is no completion)."""
+def tokenize(text: Text, host: Host, prepend_bos: bool | None = None, *, split: bool = False) -> tuple[list[int], int]:
+    """Token ids of one text, and how many of them belong to its prompt (all, where there is no completion).
+
+    Raises:
+        ValueError: with `split`, a chat whose template writes the messages before the answer in another way once the
+            answer is there, so that no token is known to begin it.
+    """
     tokenizer = host.tokenizer
     if isinstance(text, str):
         ids = _encode(text, host, prepend_bos)
@@ -139,6 +144,16 @@ def tokenize(text: Text, host: Host, prepend_bos: bool | None = None) -> tuple[l
     ids = template(text, tokenize=True, return_dict=True)["input_ids"]
     if text[-1]["role"] != "assistant":
         return ids, len(ids)
+    if split:
+        head, whole = (
+            template(messages, tokenize=False, add_generation_prompt=asked)
+            for messages, asked in ((text[:-1], True), (text, False))
+        )
+        if not whole.startswith(head):
+            raise ValueError(
+                f"the chat template does not begin {_short(text)} with what it gives without the answer; give "
+                "(prompt, completion) tuples"
+            )
     head = template(text[:-1], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
     return ids, _common(head, ids)
 

@@ -55,16 +55,12 @@ def contrast_states(host: Host, data: Pairs, sites: Sequence[Site]) -> dict[Site
         TypeError: `data` is not `Pairs`.
         ValueError: an activation is not finite.
     """
-    if not isinstance(data, Pairs):
-        raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
+    check_contrast(data)
     read = []
     for side in data.sides(host):
         read.append(host.read(side.tokens, side.weights, sites))
         for site, values in read[-1].items():
-            if not torch.isfinite(values).all():
-                raise ValueError(
-                    f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?"
-                )
+            check_finite(values, site, host)
     return {site: (read[0][site], read[1][site]) for site in read[0]}
 
 
@@ -77,9 +73,22 @@ def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict
     return means[0], means[1]
 
 
+def check_finite(values: Tensor, where: Any, host: Host) -> None:
+    """Raises ValueError unless all activations read from a model are finite."""
+    if not torch.isfinite(values).all():
+        raise ValueError(f"an activation at {where} is not finite; is the model's dtype {host.dtype} too narrow?")
+
+
+def check_contrast(data: Any) -> None:
+    """Raises TypeError unless the data are `Pairs`."""
+    if not isinstance(data, Pairs):
+        raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
+
+
 def check_paired(method: str, data: Pairs) -> None:
-    """Raises ValueError unless every positive text has its negative one."""
-    if isinstance(data, Pairs) and len(data.positive) != len(data.negative):
+    """Raises TypeError unless the data are `Pairs`, ValueError unless every positive text has its negative one."""
+    check_contrast(data)
+    if len(data.positive) != len(data.negative):
         raise ValueError(
             f"{method} needs pairs; there are {len(data.positive)} positive, {len(data.negative)} negative texts"
         )

@@ -96,7 +96,7 @@ def labelled(data: Pairs, host: Host, sides: str) -> list[Labelled]:
     Raises:
         TypeError: `data` is not `Pairs`.
         ValueError: unequal numbers of texts or two prompts in a pair where both sides are needed; a text without a
-            prompt token or without a label.
+            prompt token or without a label; a chat whose prompt is no prefix of it.
     """
     if not isinstance(data, Pairs):
         raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
@@ -111,7 +111,7 @@ def labelled(data: Pairs, host: Host, sides: str) -> list[Labelled]:
         texts = data.positive if sides == "positive" else data.negative
     found = []
     for text in texts:
-        tokens, start = tokenize(text, host, data.prepend_bos)
+        tokens, start = tokenize(text, host, data.prepend_bos, split=True)
         if start >= len(tokens):
             raise ValueError(f"{text!r} has no label tokens; give (prompt, completion) with a completion")
         if start < 1:

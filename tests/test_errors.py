@@ -104,6 +104,59 @@ def test_reading_a_completion_that_is_not_there():
         sl.Pairs(["text"], ["other"], read="completion")
 
 
+def test_a_completion_without_tokens(model):
+    with pytest.raises(ValueError, match=r"text 0 .* has no completion tokens to read"):
+        sl.caa(model, sl.Pairs([([1, 2], [])], [([1, 2], [3])], read="completion"))
+    with pytest.raises(ValueError, match="no label tokens"):
+        sl.cold_kernel(model, sl.Pairs([([1, 2], [])], [([1, 2], [3])]))
+
+
+def test_a_chat_whose_prompt_is_no_prefix_of_it(host, tiny_model):
+    model = tiny_model(host)
+    tokenizer = model.tokenizer
+    before = tokenizer.chat_template
+    # drops what it gave before the answer, as templates of reasoning models do
+    tokenizer.chat_template = "{% for m in messages %}{{ 'w1 ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+    chats = [
+        [{"role": "user", "content": "w2"}, {"role": "assistant", "content": answer}] for answer in ("w3 w4", "w5")
+    ]
+    try:
+        sl.caa(model, sl.Pairs(chats[:1], chats[1:]))  # the last token needs no split
+        for fit, read in ((sl.caa, "completion"), (sl.cold_kernel, "last")):
+            with pytest.raises(ValueError, match=r"the chat template does not begin .* give \(prompt, completion\)"):
+                fit(model, sl.Pairs(chats[:1], chats[1:], read=read))
+    finally:
+        tokenizer.chat_template = before
+
+
+@pytest.mark.parametrize("method", sl.methods.__all__)
+def test_activations_that_are_not_finite(method, tiny_model):
+    """A model whose activations overflow is refused by every method, and left as it was."""
+    model = tiny_model(discover_hosts()[0], seed=3)
+    weight = next(iter(model.original_model.parameters()))
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("inf"))
+    pairs = sl.Pairs(
+        [([5, 9], [12, 31]), ([5], [14, 7]), ([8], [9, 41])], [([5, 9], [13]), ([5], [15, 7]), ([8], [10])]
+    )
+    try:
+        with pytest.raises(ValueError, match=r"not finite|non-finite"):
+            getattr(sl, method)(model, pairs)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_more_elements_than_there_are(model):
+    for fit, words in (
+        (lambda: sl.sadi(model, PAIRS, k=10_000), "k=10000, but there are"),
+        (lambda: sl.iti(model, PAIRS, heads=10_000), "heads=10000, but there are"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit()
+
+
 def test_unsupported_models():
     with pytest.raises(TypeError, match=r"cannot steer a torch.nn.modules.linear.Linear"):
         sl.steer(torch.nn.Linear(2, 2), controller(sl.Site(0)))
@@ -153,8 +206,9 @@ def test_texts_without_a_difference(host, tiny_model):
 
 
 def test_data_that_are_not_pairs(model):
-    with pytest.raises(TypeError, match=r"data is a list; give steerlens.Pairs"):
-        sl.caa(model, ["a", "b"])
+    for method in (sl.caa, sl.actadd, sl.repe, sl.hpr):
+        with pytest.raises(TypeError, match=r"data is a list; give steerlens.Pairs"):
+            method(model, ["a", "b"])
     with pytest.raises(ValueError, match="actadd needs pairs"):
         sl.actadd(model, sl.Pairs([[1, 2], [3, 4]], [[5, 6]]))
 

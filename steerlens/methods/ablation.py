@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Loop, Site
 from steerlens.fitting import contrast_means, every_layer, pick_layers, recipe, resolve, unit
 from steerlens.laws import Project
+
+CARD = Card(needs="sets", points=("resid_pre", "resid_mid", "resid_post"))
 
 
 def ablation(

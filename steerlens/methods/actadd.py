@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs, tokenize
-from steerlens.core import Controller, Loop
-from steerlens.fitting import check_paired, pick_layers, recipe, resolve
+from steerlens.core import POINTS, Controller, Loop
+from steerlens.fitting import check_finite, check_paired, pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.laws import Add
+
+CARD = Card(needs="pairs", points=POINTS)
 
 
 def actadd(
@@ -39,7 +42,8 @@ def actadd(
         One loop per layer and position. Recorded signals: `u`, `u_norm`.
 
     Raises:
-        ValueError: a layer or point the model does not have; the two sides differ in number.
+        ValueError: a layer or point the model does not have; the two sides differ in number; an activation that is
+            not finite.
 
     Source: Turner et al. (arXiv 2308.10248).
     """
@@ -55,6 +59,7 @@ def actadd(
     read = host.read(tokens, weights, sites)
     loops = []
     for site in sites:
+        check_finite(read[site], site, host)
         positive, negative = read[site].view(2, len(data), length, *host.shape(site)).mean(1)
         for position, vector in enumerate(positive - negative):
             where = slice(position, position + 1)

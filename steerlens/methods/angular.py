@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site
 from steerlens.fitting import contrast_means, every_layer, recipe, resolve
+
+CARD = Card(needs="sets", points=("resid_pre", "resid_mid"))
 
 
 def angular(

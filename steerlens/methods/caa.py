@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Law, Loop, Memory
 from steerlens.fitting import contrast_means, pick_layers, recipe, resolve, unit
 from steerlens.laws import Add
+
+CARD = Card(needs="sets", points=POINTS)
 
 
 def caa(

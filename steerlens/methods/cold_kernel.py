@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Loop, Memory, Site
+from steerlens.core import POINTS, Controller, Law, Loop, Memory, Site
 from steerlens.fitting import pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.laws import Add
@@ -18,6 +19,8 @@ from steerlens.objectives import Labelled, Objective, labelled, objective
 KERNELS = ("unit", "linear")
 SCALES = ("relative", "absolute")
 RUNS = ("sum", "rejected_only")
+
+CARD = Card(needs="completions", points=POINTS, derivatives="activations")
 
 
 def cold_kernel(

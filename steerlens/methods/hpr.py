@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, map_tensors
 from steerlens.fitting import check_paired, contrast_states, every_layer, recipe, resolve
 from steerlens.flows import angle
 from steerlens.logistic import linear_probe
+
+CARD = Card(needs="pairs", points=("resid_post",))
 
 
 def hpr(
@@ -73,7 +76,7 @@ def hpr(
     check_training(count=count, steps=steps, batch=batch, alpha=alpha, rate=rate, held_out=held_out)
     host = resolve(model)
     check_paired("hpr", data)
-    if isinstance(data, Pairs) and len(data) < 2:
+    if len(data) < 2:
         raise ValueError(f"hpr needs two pairs, one of them to compare layers on; there is {len(data)}")
     sites = [Site(layer, "resid_post") for layer in every_layer(host, layers)]
     host.check(sites)

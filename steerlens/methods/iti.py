@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Loop, Site
 from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
 from steerlens.laws import Add
 from steerlens.logistic import linear_probe
+
+CARD = Card(needs="sets", points=("z",))
 
 
 def iti(

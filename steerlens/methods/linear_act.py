@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Law, Loop, Memory
 from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
 
 #: Keeps a coordinate that never varies in the negative texts at slope 0, as in the authors' code.
 RIDGE = 1e-10
+
+CARD = Card(needs="sets", points=POINTS)
 
 
 def linear_act(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs, Text, tokenize
 from steerlens.core import Controller, Law, Loop, Site
 from steerlens.fitting import every_layer, recipe, resolve
@@ -16,6 +17,8 @@ from steerlens.laws import Feedback, Preview
 from steerlens.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
 from steerlens.targets import Aim, Targets
+
+CARD = Card(needs="sets", points=("resid_post",), derivatives="blocks")
 
 
 def lqr(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Loop
+from steerlens.core import POINTS, Controller, Loop
 from steerlens.fitting import contrast_means, pick_layers, recipe, resolve, unit
 from steerlens.laws import Add
+
+CARD = Card(needs="sets", points=POINTS)
 
 
 def mean_act(

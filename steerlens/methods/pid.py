@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Loop, Site
 from steerlens.fitting import every_layer, recipe, resolve
 from steerlens.laws import Pid
 from steerlens.targets import Aim
+
+CARD = Card(needs="sets", points=("resid_post",))
 
 
 def pid(

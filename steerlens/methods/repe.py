@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Loop
+from steerlens.core import POINTS, Controller, Loop
 from steerlens.fitting import check_paired, contrast_states, pick_layers, recipe, resolve
 from steerlens.laws import Add
+
+CARD = Card(needs="pairs", points=POINTS)
 
 
 def repe(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, Summary
 from steerlens.fitting import contrast_means, every_layer, recipe, resolve
@@ -18,6 +19,8 @@ POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_
 COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
 SELECT = ("max", "min", "abs")
 MODES = ("live", "frozen")
+
+CARD = Card(needs="sets", points=("z", "mlp_post", "mlp_out", "resid_post"))
 
 
 def sadi(

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs, Text, tokenize
 from steerlens.core import Controller, Law, Loop, Site
-from steerlens.fitting import every_layer, recipe, resolve
+from steerlens.fitting import check_finite, every_layer, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.laws import FactoredFeedback, Feedback
 from steerlens.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
 from steerlens.setpoints import Point
 from steerlens.targets import Aim
+
+CARD = Card(needs="texts", points=("resid_post",), derivatives="blocks")
 
 
 def track(
@@ -84,6 +87,7 @@ def track(
     else:
         check_plant(host, linearization)
         plant = linearization
+    check_finite(plant.states, "the blocks' inputs", host)
     features = [torch.zeros(0, host.d_model)] * (host.n_layers + 1)
     if solver == "output":
         assert isinstance(data, Pairs)

@@ -98,12 +98,12 @@ class Case:
         """Contrast texts as token ids of prompts and completions, the same on every host."""
         return Pairs(POSITIVE, NEGATIVE)
 
-    def fit(self, **options: Any) -> Controller:
-        """Fit the method with its defaults."""
+    def fit(self, data: Any = None, **options: Any) -> Controller:
+        """Fit the method, with its defaults and the case's texts unless told otherwise."""
         function = discover_methods()[self.method]
         if "progress" in inspect.signature(function).parameters:
             options.setdefault("progress", False)
-        return function(self.model, self.data, **options)
+        return function(self.model, self.data if data is None else data, **options)
 
     @cached_property
     def controller(self) -> Controller:

@@ -8,14 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, map_tensors, tensors_of
+from steerlens.card import NEEDS, Card
+from steerlens.catalogue import method_card
+from steerlens.contrast import Pairs
+from steerlens.core import Controller, Law, Site, map_tensors, tensors_of
 from steerlens.hosts import host_of
 from steerlens.testing.case import (
+    NEGATIVE,
     OTHER,
+    POSITIVE,
     PROMPT,
     Case,
     discover_hosts,
@@ -241,6 +247,38 @@ def check_gradients_flow(case: Case) -> None:
     assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
 
 
+def check_card(case: Case) -> None:
+    """16. What the method's `CARD` declares is so: data, points, derivatives, passes."""
+    card = method_card(case.method)
+    if case.family != "llama":
+        return  # no family changes these facts, and finding them takes a dozen fits
+    _check_data(case, card)
+    _check_points(case, card)
+    host = host_of(case.model)
+    for kind, verb in (("activations", "gradients"), ("blocks", "nominal")):
+        with patch.object(type(host), verb, side_effect=RuntimeError(f"{verb} was used")):
+            used = False
+            try:
+                case.fit()
+            except RuntimeError as error:
+                used = f"{verb} was used" in str(error)
+        assert used == (card.derivatives == kind), f"derivatives={card.derivatives!r}, but {verb}: {used}"
+    ids, count = torch.tensor([PROMPT]), 5
+    entrance, _ = host._places([Site(0)])
+    calls: list[int] = []
+    handle = entrance.register_forward_pre_hook(lambda module, args: calls.append(1))
+    try:
+        case.generate(ids, count)
+        plain = len(calls)
+        calls.clear()
+        with case.steer():
+            case.generate(ids, count)
+    finally:
+        handle.remove()
+    extra = card.prompt_passes - 1 + (card.token_passes - 1) * (count - 1)
+    assert len(calls) == plain + extra, f"{len(calls) - plain} passes more than unsteered, the card says {extra}"
+
+
 def check_runs_on_a_server(case: Case, server: Case, *, exact: bool = True) -> None:
     """12. On a server without steerlens: the tokens and the record of the local run.
 
@@ -268,6 +306,47 @@ def check_runs_on_a_server(case: Case, server: Case, *, exact: bool = True) -> N
                 error = float((theirs - value)[:, :first].nan_to_num().abs().max())
                 assert error <= 0.1 * scale, f"{name} differs by {error:.2e} of {scale:.2e} for where={where!r}"
     assert "generate" not in vars(server.model), "a remote form is left behind"
+
+
+def _check_data(case: Case, card: Card) -> None:
+    """The method takes the data that its card names, and no less."""
+    bare = [prompt + completion for prompt, completion in POSITIVE]
+    trials = {
+        "texts": bare,
+        "sets": Pairs(bare, [prompt + completion for prompt, completion in NEGATIVE[:2]]),
+        "pairs": Pairs(bare, [prompt + completion for prompt, completion in NEGATIVE]),
+        "completions": Pairs(POSITIVE, NEGATIVE),
+    }
+    order = list(NEEDS)
+    enough = order.index(card.needs)
+    for kind, data in trials.items():
+        if order.index(kind) > enough + 1:
+            continue  # what takes sets of texts takes any richer form of them
+        said = None
+        try:
+            case.fit(data=data)
+        except (TypeError, ValueError) as error:
+            said = str(error)
+        taken = order.index(kind) >= enough
+        assert (said is None) == taken, f"the card says needs={card.needs!r}; with {kind}: {said or 'it fits'}"
+
+
+def _check_points(case: Case, card: Card) -> None:
+    """It acts where its card says, and nowhere else."""
+    acts = {site.point for site in case.controller.sites}
+    assert acts <= set(card.points), f"it acts at {acts}, the card says {card.points}"
+    parameters = inspect.signature(discover_methods()[case.method]).parameters
+    # where there are components, they decide the point, and one alone does not do
+    if "point" not in parameters or "component" in parameters:
+        return
+    for point in host_of(case.model).points():
+        said = None
+        try:
+            fitted = case.fit(point=point)
+            assert {site.point for site in fitted.sites} == {point}
+        except ValueError as error:
+            said = str(error)
+        assert (said is None) == (point in card.points), f"{point}: {said or 'not on the card, but it fits'}"
 
 
 def _activation(case: Case, ids: Tensor, site: Any) -> Tensor:

@@ -1,0 +1,95 @@
+"""The table of methods in the README, made from their docstrings, their cards and the benchmark's last run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+
+from steerlens.card import DERIVATIVES, NEEDS, VECTORS, Card
+from steerlens.cite import method_sources
+from steerlens.core.sites import POINTS
+
+START, END = "<!-- methods: steerlens methods --write README.md -->", "<!-- end of methods -->"
+#: What `benchmarks/methods.py` measured, in `steerlens/data`.
+MEASURED = "overhead.json"
+
+
+def method_card(method: str) -> Card:
+    """The declaration of a method's file.
+
+    Raises:
+        ValueError: a name that is no method, or a file that declares nothing.
+    """
+    method_sources([method])
+    card = getattr(importlib.import_module(f"steerlens.methods.{method}"), "CARD", None)
+    if not isinstance(card, Card):
+        raise ValueError(f"steerlens/methods/{method}.py has no CARD; see steerlens.card.Card")
+    return card
+
+
+def measured() -> dict:
+    """The benchmark's last run: `machine`, `date`, `unsteered` and, per method, seconds to fit and cost of decoding."""
+    return json.loads((resources.files("steerlens") / "data" / MEASURED).read_text(encoding="utf-8"))
+
+
+def method_table() -> str:
+    """The table as Markdown, one row a method, and the conditions of the measurement under it."""
+    run = measured()
+    header = ("method", "what it does", "data", "acts on", "derivatives", "remote", "passes", "cost", "source")
+    lines = [header, ["---"] * len(header)]
+    for name, (summary, source) in method_sources().items():
+        lines.append(_row(name, summary, source, run["methods"].get(name)))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\n"
+        "Derivatives: what fitting differentiates; without, a fit also runs on a server (`sl.remote`). Passes: forward "
+        "passes at each generated token, and at a prompt where that differs. Cost: of decoding one token with the "
+        "defaults and nothing recorded, against unsteered decoding in the same run, and seconds of CPU time to fit "
+        f"{run['pairs']} pairs; `python benchmarks/methods.py`, {run['model']}, {run['machine']}, {run['date']}."
+    )
+
+
+def write_table(path: Path) -> None:
+    """Put the table between its two markers in a file.
+
+    Raises:
+        ValueError: the file lacks a marker.
+    """
+    text = path.read_text(encoding="utf-8")
+    if START not in text or END not in text:
+        raise ValueError(f"{path} lacks the markers {START} and {END}")
+    before, rest = text.split(START, 1)
+    path.write_text(f"{before}{START}\n{method_table()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+def _row(name: str, summary: str, source: str, cost: dict | None) -> list[str]:
+    card = method_card(name)
+    module = importlib.import_module(f"steerlens.methods.{name}")
+    steers = "check_runs_on_a_server" not in getattr(module, "EXCEPTIONS", {})
+    fits = card.derivatives == "none"
+    number = re.search(r"arXiv \d{4}\.\d{5}", source)
+    passes = str(card.token_passes)
+    if card.prompt_passes != card.token_passes:
+        passes += f" (prompt {card.prompt_passes})"
+    return [
+        f"`{name}`",
+        summary[0].lower() + summary[1:].rstrip("."),
+        NEEDS[card.needs] + (f", {card.also}" if card.also else ""),
+        _points(card.points),
+        DERIVATIVES[card.derivatives],
+        "fit, steer" if fits and steers else "steer" if steers else "no",
+        passes,
+        "-" if cost is None else f"{cost['overhead_percent']:+.1f} %, {cost['fit_s']:.1f} s",
+        number[0] if number else source.split(".")[0],
+    ]
+
+
+def _points(points: tuple[str, ...]) -> str:
+    if set(points) == set(POINTS):
+        return "any point"
+    if set(points) == set(VECTORS):
+        return "any point but `z`"
+    return ", ".join(f"`{point}`" for point in points)
