@@ -109,7 +109,11 @@ def decoding(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         bar = BAR.get(name)
         verdict = "" if bar is None else f"  bar {bar:.0f} %: {'met' if middle <= bar else 'MISSED'}"
         print(f"{name:12} {fits[name]:7.2f} {middle:+6.1f}% {low:+6.1f}% {high:+6.1f}%{verdict}")
-        rows[name] = {"fit_s": round(fits[name], 2), "overhead_percent": round(middle, 1)}
+        rows[name] = {
+            "fit_s": round(fits[name], 2),
+            "overhead_percent": round(middle, 1),
+            "quartiles_percent": [round(low, 1), round(high, 1)],
+        }
     return rows
 
 

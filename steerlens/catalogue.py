@@ -46,9 +46,10 @@ def method_table() -> str:
     return (
         f"{table}\n\n"
         "Derivatives: what fitting differentiates; without, a fit also runs on a server (`sl.remote`). Passes: forward "
-        "passes at each generated token, and at a prompt where that differs. Cost: of decoding one token with the "
-        "defaults and nothing recorded, against unsteered decoding in the same run, and seconds of CPU time to fit "
-        f"{run['pairs']} pairs; `python benchmarks/methods.py`, {run['model']}, {run['machine']}, {run['date']}."
+        "passes at each generated token, and at a prompt where that differs. Cost: of decoding with the defaults and "
+        "nothing recorded against unsteered decoding, the median over the rounds of one run and half the distance of "
+        f"its quartiles, and seconds of CPU time to fit {run['pairs']} pairs; `python benchmarks/methods.py`, "
+        f"{run['model']}, {run['machine']}, {run['date']}."
     )
 
 
@@ -82,9 +83,14 @@ def _row(name: str, summary: str, source: str, cost: dict | None) -> list[str]:
         DERIVATIVES[card.derivatives],
         "fit, steer" if fits and steers else "steer" if steers else "no",
         passes,
-        "-" if cost is None else f"{cost['overhead_percent']:+.1f} %, {cost['fit_s']:.1f} s",
+        "-" if cost is None else _cost(cost),
         number[0] if number else source.split(".")[0],
     ]
+
+
+def _cost(cost: dict) -> str:
+    low, high = cost["quartiles_percent"]
+    return f"{cost['overhead_percent']:+.0f} ± {(high - low) / 2:.0f} %, {cost['fit_s']:.1f} s"
 
 
 def _points(points: tuple[str, ...]) -> str:

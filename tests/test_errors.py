@@ -116,7 +116,10 @@ def test_a_chat_whose_prompt_is_no_prefix_of_it(host, tiny_model):
     tokenizer = model.tokenizer
     before = tokenizer.chat_template
     # drops what it gave before the answer, as templates of reasoning models do
-    tokenizer.chat_template = "{% for m in messages %}{{ 'w1 ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w1 ' + m['content'] + ' ' }}{% endfor %}"
+        + "{% if add_generation_prompt %}w9 {% endif %}"
+    )
     chats = [
         [{"role": "user", "content": "w2"}, {"role": "assistant", "content": answer}] for answer in ("w3 w4", "w5")
     ]
