@@ -64,12 +64,12 @@ class Field(Part):
             return torch.nn.functional.pad(self.ascent(z[..., :-1]), (0, 1))
         direction = z / _norm(z)
         rise = torch.nn.functional.pad(self.ascent(direction[..., :-1]), (0, 1))
-        return rise - (rise * direction).sum(-1, keepdim=True) * direction
+        return torch.addcmul(rise, (rise * direction).sum(-1, keepdim=True), direction, value=-1)
 
     def pace(self, z: Tensor) -> Tensor:
         """The unit field at a reduced state, `[... r+1] -> [... r+1]`."""
         slope = self.slope(z)
-        return slope / (slope.square().sum(-1, keepdim=True) + _TINY).sqrt()
+        return slope / _norm(slope)
 
     def level(self, z: Tensor) -> Tensor:
         """The barrier at a reduced state, `[... r+1] -> [...]`."""
@@ -199,4 +199,5 @@ class Cosines(Field):
 
 
 def _norm(z: Tensor) -> Tensor:
-    return (z.square().sum(-1, keepdim=True) + _TINY).sqrt()
+    # one operation where a sum of squares takes three: for one token the number of operations is the cost
+    return torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(_TINY**0.5)

@@ -111,8 +111,7 @@ def circle(field: Field, z: Tensor, time: Tensor) -> Tensor:
 
 def angle(a: Tensor, b: Tensor) -> Tensor:
     """Angle between two vectors in radians, accurate for small ones; 0 for a zero vector. `[... n] -> [...]`"""
-    a = a / (a.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-    b = b / (b.square().sum(-1, keepdim=True) + 1e-30).sqrt()
+    a, b = (c / torch.linalg.vector_norm(c, dim=-1, keepdim=True).clamp_min(1e-15) for c in (a, b))
     return 2 * torch.atan2(torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(a + b, dim=-1))
 
 
