@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.conditions import Resemblance, resemblance
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Gate, Loop, Site, Summary
+from steerlens.core import POINTS, Controller, Gate, Loop, Site, Summary
 from steerlens.fitting import check_paired, contrast_states, every_layer, recipe, resolve
 from steerlens.gating import POOLS, prompt_states
 from steerlens.hosts import Host
 from steerlens.laws import Add
+
+CARD = Card(needs="pairs", points=POINTS)
 
 
 def cast(

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Direction, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Direction, Law, Loop, Memory
 from steerlens.fitting import pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
 from steerlens.objectives import Labelled, Objective, labelled, objective
+
+CARD = Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2)
 
 EXCEPTIONS = {
     # a parameter gradient is as large as the model: it stays where the model is

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, Summary
 from steerlens.fitting import contrast_states, every_layer, recipe, resolve
+
+CARD = Card(needs="sets", points=("mlp_post",))
 
 EXCEPTIONS = {
     # it acts on generated tokens only, and these checks look at a prompt
