@@ -6,6 +6,8 @@ with steer(model, lqr(model, pairs)) as run:
 
 from __future__ import annotations
 
+import sys
+
 from steerlens import diagnose
 from steerlens.contrast import Pairs, shipped
 from steerlens.core import Controller, Law, Loop, Record, Setpoint, Site
@@ -32,9 +34,12 @@ from steerlens.methods import (
     sadi,
     track,
 )
+from steerlens.package import Package
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
-from steerlens.steering import Run, steer
+from steerlens.steering import Run, apply, steer
 from steerlens.version import __version__
+
+sys.modules[__name__].__class__ = Package
 
 __all__ = [
     "Add",
@@ -63,6 +68,7 @@ __all__ = [
     "ablation",
     "actadd",
     "angular",
+    "apply",
     "caa",
     "cold_fd",
     "cold_kernel",

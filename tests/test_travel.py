@@ -18,6 +18,7 @@ from steerlens import Add, Law
 from steerlens.core import Loop, Part, Pass, Positions, Record, Site
 from steerlens.core.signals import SiteSignals
 from steerlens.hosts import hf
+from steerlens.objectives import Labelled, Objective, objective
 
 
 def parts():
@@ -45,10 +46,18 @@ def test_what_a_controller_is_made_of_travels(kind):
 
 def test_what_an_edit_runs_travels():
     pytest.importorskip("nnsight")
-    from steerlens.hosts import base, edit
+    from steerlens.hosts import anatomy, edit, explicit, graph
+    from steerlens.package import Ambassador
+    from steerlens.steering import _prepare
 
-    for thing in (edit.follow, edit.Tap, hf.call_shape, base.pool):
+    things = [edit.follow, edit.Tap, graph.pool, explicit.apply_here, _prepare, Ambassador, anatomy.gradients_at]
+    for thing in (*things, anatomy.Anatomy, Labelled, Objective):
         assert problems(thing) == []
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft", "negative_sft"])
+def test_a_loss_travels(loss):
+    assert problems(objective(loss, beta=0.1, reference="self").loss) == []
 
 
 def test_travelling_modules_import_annotations_as_text():
