@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jaxtyping
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from travel import problems
 
 import steerlens
@@ -119,6 +120,11 @@ class Moduled(Law):
         return hf.FrozenCache(x, x).get_seq_length() * x, {}
 
 
+class Nameless(Law):
+    def act(self, x, memory):
+        return x * len(SDPBackend.__members__), {}
+
+
 @pytest.mark.parametrize(
     ("law", "words"),
     [
@@ -128,6 +134,7 @@ class Moduled(Law):
         (Dataclassed, "dataclass or NamedTuple"),
         (Tupled, "dataclass or NamedTuple"),
         (ClientOnly, "names jaxtyping, which a server lacks"),
+        (Nameless, "cannot be sent by its name"),
         (Moduled, "names the module steerlens.hosts.hf"),
     ],
 )
