@@ -2,8 +2,8 @@
 
 Measured on a real server: a zero-argument `super()` has no `__class__` cell there, `self.__x` is not mangled, a
 decorator made with `functools.wraps` is dropped, generated methods (dataclass, NamedTuple) travel as bytecode of this
-Python's minor version, a global that names a package the server lacks fails to unpickle, also where it is unused, and one
-that pickle does not find by its name (a C enumeration of torch) cannot be sent at all.
+Python minor version, a global that names a package the server lacks fails to unpickle, also where it is unused, and
+one that pickle does not find by its name (a C enumeration of torch) cannot be sent at all.
 """
 
 from __future__ import annotations
