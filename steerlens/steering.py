@@ -152,7 +152,7 @@ class Run:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
         from steerlens.hosts.lens import activation_cache
 
-        return activation_cache(self.record, self._host.model)
+        return activation_cache(self.record, self._host.model, self._host.n_layers)
 
     def plot(self) -> Any:
         """Tracking error and control norm by layer and token, a plotly figure."""

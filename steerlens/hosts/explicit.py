@@ -20,14 +20,15 @@ class Applied:
         record: Signals of the sequence, as in a `Run`.
     """
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record, n_layers: int):
         self.record = record
+        self._n_layers = n_layers
 
     def to_cache(self) -> Any:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
         from steerlens.hosts.lens import activation_cache
 
-        return activation_cache(self.record, None)
+        return activation_cache(self.record, None, self._n_layers)
 
     def plot(self) -> Any:
         """Tracking error and control norm by layer and token, a plotly figure."""
@@ -86,4 +87,4 @@ def apply_here(
     worker.start(interleaver)
     # started by the block, it would hand its requests to the block; those are for the model
     worker.worker.parent = block.worker.parent
-    return nnsight.save(Applied(run.log))
+    return nnsight.save(Applied(run.log, anatomy.n_layers))

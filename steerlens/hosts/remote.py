@@ -179,7 +179,7 @@ class TellingBackend(RemoteBackend):
         except TimeoutError:
             raise
         except (OSError, EOFError, websocket.WebSocketException) as error:
-            text = self._hide(str(error)) or type(error).__name__
+            text = self._hide(_refusal(error))
             raise ConnectionError(f"the NDIF server at {self.host} cannot be reached: {text}") from None
         finally:
             websocket.setdefaulttimeout(waiting)
@@ -273,6 +273,13 @@ def _with_saves(node: Any, names: list[str]) -> Any:
         ast.increment_lineno(statement, max(1, first - len(names)) - statement.lineno)
     copy = ast.With(items=node.items, body=[*statements, *node.body])
     return ast.copy_location(copy, node)
+
+
+def _refusal(error: Exception) -> str:
+    """The words of an error of the connection: without a response's headers, with its body."""
+    words = str(error).partition(" -+-+- ")[0] or type(error).__name__
+    body = getattr(error, "resp_body", None)
+    return f"{words}: {body.decode(errors='replace')}" if body else words
 
 
 def _cause(text: str) -> str:
