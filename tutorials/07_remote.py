@@ -92,7 +92,7 @@ with lm.generate(**options, remote=True) as tracer:
         both = tracer.result.save()
 
 for name, row, applied in zip(("A-LQR", "CAA"), both, (with_lqr, with_caa)):
-    print(f"{name}: {tokenizer.decode(row)!r}, {len(applied.record)} signals")
+    print(f"{name}, {len(applied.record)} recorded: {tokenizer.decode(row)!r}")
 
 # %% [markdown]
 # ## What this notebook does not show
