@@ -91,7 +91,7 @@ with lm.generate(**options, remote=True) as tracer:
     with tracer.invoke():
         both = tracer.result.save()
 
-for name, row, applied in zip(("A-LQR", "CAA"), both, (with_lqr, with_caa)):
+for name, row, applied in zip(("A-LQR", "CAA"), both, (with_lqr, with_caa), strict=True):
     print(f"{name}, {len(applied.record)} recorded: {tokenizer.decode(row)!r}")
 
 # %% [markdown]
