@@ -174,10 +174,8 @@ class TellingBackend(RemoteBackend):
             return super().request(request, tracer)
         except RemoteError as error:
             raise RemoteError(self._hide(_cause(str(error)))) from None
-        except websocket.WebSocketTimeoutException:
-            clock.late()
-        except TimeoutError:
-            raise
+        except (websocket.WebSocketTimeoutException, TimeoutError):
+            raise clock.late() from None
         except (OSError, EOFError, websocket.WebSocketException) as error:
             text = self._hide(_refusal(error))
             raise ConnectionError(f"the NDIF server at {self.host} cannot be reached: {text}") from None
@@ -255,11 +253,11 @@ class _Clock:
         """A tenth of a second has passed."""
         self.display.refresh()
         if time.monotonic() > self._end:
-            self.late()
+            raise self.late()
 
-    def late(self) -> None:
-        """Raises TimeoutError."""
-        raise TimeoutError(
+    def late(self) -> TimeoutError:
+        """The error to raise."""
+        return TimeoutError(
             f"no result from the NDIF server at {self.host} within {self.limit_s:g} s, the latest status is "
             f"{self.status}; what it has begun it may still finish. Raise timeout_s, or ask whoever runs it"
         )
