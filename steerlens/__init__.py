@@ -6,6 +6,8 @@ with steer(model, lqr(model, pairs)) as run:
 
 from __future__ import annotations
 
+import sys
+
 from steerlens import diagnose
 from steerlens.conditions import Resemblance, Side
 from steerlens.contrast import Pairs, shipped
@@ -38,9 +40,12 @@ from steerlens.methods import (
     tda,
     track,
 )
+from steerlens.package import Package
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
-from steerlens.steering import Run, steer
+from steerlens.steering import Run, apply, steer
 from steerlens.version import __version__
+
+sys.modules[__name__].__class__ = Package
 
 __all__ = [
     "Add",
@@ -74,6 +79,7 @@ __all__ = [
     "ablation",
     "actadd",
     "angular",
+    "apply",
     "caa",
     "cast",
     "cold_fd",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from steerlens.core import Controller, Gate, Memory, Pass, Record, check_where, map_tensors, name_signals, tensors_of
-from steerlens.hosts import Host, host_of
+from steerlens.hosts import Dimensions, Host, host_of
 
 RECORDS = (None, "scalars", "all")
 
@@ -22,6 +23,7 @@ def steer(
     record: Any = "scalars",
     trust: bool = False,
     payload_limit: int = 16 * 2**20,
+    timeout_s: float = 3600.0,
 ) -> Run:
     """Steer every call of a model until the returned run is closed.
 
@@ -43,26 +45,78 @@ def steer(
             caches them and a hook may patch them.
         trust: Attach although the model is not the one the controller was fitted on.
         payload_limit: Largest request in bytes that nnsight may send to a server.
+        timeout_s: Longest wait for a server's result, its queue included.
 
     Raises:
         TypeError: not a controller, or a model of no known library.
         ValueError: a layer, point or width the model does not have; a model other than the controller's, unless
             `trust`; an unknown `where` or `record`. Nothing has been attached then.
     """
-    if not isinstance(controller, Controller):
-        raise TypeError(
-            f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)"
-        )
-    _check_record(record)
     host = host_of(model)
-    if where is not None:
-        check_where(where)
-        controller = controller.at(where)
-    if strength != 1.0:
-        controller = controller * strength
-    _check_fit(host, controller, trust)
-    _check_shapes(host, controller)
-    return Run(host, controller, record, payload_limit)
+    controller = _prepare(host, controller, where=where, strength=strength, record=record, trust=trust)
+    return Run(host, controller, record, payload_limit, timeout_s)
+
+
+class Apply:
+    """Steer from inside a block of nnsight, here or on a server:
+
+        with lm.generate("I think that", max_new_tokens=40, remote=True) as tracer:
+            run = apply(lm, controller)
+            tokens = tracer.result.save()
+        run.record
+
+    Called first in its block, it steers every forward pass of that trace or generation, of the rows of its invoke
+    where it is called in one, and the block reads steered values at every layer. `with steer(model, controller)`
+    does the same for all calls inside it; `apply` gives each trace or each invoke a controller of its own.
+
+    Args:
+        model: The nnsight model that is traced.
+        controller, where, strength, record, trust: As in `steer`.
+
+    Returns:
+        An `Applied`: its `record` is there when the block has ended, on the client too.
+
+    Raises:
+        TypeError, ValueError: as `steer`, at the server in a remote block.
+        RuntimeError: outside of a trace, or after the block has read or written something.
+    """
+
+    # an object and no function: nnsight would send a function's source to a server, and its `import` with it
+    __name__ = "apply"
+
+    def __call__(
+        self,
+        model: Any,
+        controller: Controller,
+        *,
+        where: Any = None,
+        strength: float = 1.0,
+        record: Any = "scalars",
+        trust: bool = False,
+    ) -> Any:
+        """See the class."""
+        host = host_of(model)
+        if host.library != "nnsight":
+            raise TypeError(
+                f"apply() steers from inside a block of nnsight; a {type(host.model).__name__} is steered with "
+                "steer(model, controller)"
+            )
+        from steerlens.hosts.explicit import apply_here
+
+        options = {"where": where, "strength": strength, "record": record, "trust": trust}
+        return apply_here(_prepare, host.model, controller, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What stands for it on a server: functions that travel."""
+        from steerlens.hosts.explicit import apply_here
+
+        return partial, (apply_here, _prepare)
+
+    def __repr__(self) -> str:
+        return "steerlens.apply"
+
+
+apply = Apply()
 
 
 class Run:
@@ -74,11 +128,11 @@ class Run:
             replaced when the next sequence begins; `run.record.copy()` keeps it.
     """
 
-    def __init__(self, host: Host, controller: Controller, record: Any, payload_limit: int):
+    def __init__(self, host: Host, controller: Controller, record: Any, payload_limit: int, timeout_s: float):
         self.controller = controller
         self._host = host
         self._pass = Pass(controller.loops, record=record, run=_free_name(host, controller))
-        self._attachment = host.attach(self._pass, payload_limit=payload_limit)
+        self._attachment = host.attach(self._pass, payload_limit=payload_limit, timeout_s=timeout_s)
 
     @property
     def record(self) -> Record:
@@ -98,7 +152,7 @@ class Run:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
         from steerlens.hosts.lens import activation_cache
 
-        return activation_cache(self.record, self._host.model)
+        return activation_cache(self.record, self._host.model, self._host.n_layers)
 
     def plot(self) -> Any:
         """Tracking error and control norm by layer and token, a plotly figure."""
@@ -118,6 +172,31 @@ class Run:
         return f"Run({self.controller!r} on {type(self._host.model).__name__}, {self.record!r})"
 
 
+def _prepare(
+    model: Dimensions,
+    controller: Controller,
+    *,
+    where: Any = None,
+    strength: float = 1.0,
+    record: Any = "scalars",
+    trust: bool = False,
+) -> Controller:
+    """The controller with the options of `steer`, checked against the model; travels with `apply`."""
+    if not isinstance(controller, Controller):
+        raise TypeError(
+            f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)"
+        )
+    _check_record(record)
+    if where is not None:
+        check_where(where)
+        controller = controller.at(where)
+    if strength != 1.0:
+        controller = controller * strength
+    _check_fit(model, controller, trust)
+    _check_shapes(model, controller)
+    return controller
+
+
 def _check_record(record: Any) -> None:
     names = isinstance(record, (tuple, list, set)) and all(isinstance(name, str) for name in record)
     if not names and record not in RECORDS:
@@ -126,11 +205,11 @@ def _check_record(record: Any) -> None:
         )
 
 
-def _check_fit(host: Host, controller: Controller, trust: bool) -> None:
+def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     sites = {site for loop in controller.loops for site in (loop.act, loop.sense)}
     host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
-        host.learner()  # raises where the parameters are out of reach
+        host.need_parameters()
     fitted = controller.recipe.get("model")
     differences = host.differences(fitted) if fitted and not trust else []
     if differences:
@@ -138,7 +217,7 @@ def _check_fit(host: Host, controller: Controller, trust: bool) -> None:
         raise ValueError(f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True")
 
 
-def _check_shapes(host: Host, controller: Controller) -> None:
+def _check_shapes(host: Dimensions, controller: Controller) -> None:
     """Runs every law once on a zero state, so that a wrong width is told before the model runs."""
     memory: dict[int, Memory] = {loop.group: {"sequence": {}} for loop in controller.loops}
     for loop in sorted(controller.loops, key=lambda loop: loop.act):
@@ -164,7 +243,7 @@ def _check_shapes(host: Host, controller: Controller) -> None:
             _check_gate(host, gate)
 
 
-def _check_gate(host: Host, gate: Gate) -> None:
+def _check_gate(host: Dimensions, gate: Gate) -> None:
     """Decides once about a zero state."""
     here = map_tensors(gate, lambda tensor: tensor.detach().cpu().float())
     kind, shapes = type(gate.condition).__name__, [host.shape(summary.site) for summary in gate.summaries]

@@ -273,3 +273,23 @@ def test_linearising_a_steered_model_is_refused(host, tiny_model):
     ):
         sl.linearize(case.model, case.data.positive[:1], progress=False)
     sl.linearize(case.model, case.data.positive[:1], progress=False)
+
+
+class Product(sl.Law):
+    signals = ("product",)
+
+    def __init__(self, v):
+        self.v = v
+
+    def act(self, x, memory):
+        product = x @ self.v
+        return product[..., None] * self.v, {"product": product}
+
+
+def test_laws_compute_in_float32_under_autocast(host, tiny_model):
+    case = case_of(tiny_model, host)
+    law = Product(torch.linspace(-1, 1, steps=host_of(case.model).d_model))
+    controller = sl.Controller([sl.Loop(law, sl.Site(1))])
+    with sl.steer(case.model, controller) as run, torch.autocast("cpu", dtype=torch.bfloat16):
+        case.logits(IDS)
+    assert run.record["blocks.1.hook_steer_product"].dtype == torch.float32

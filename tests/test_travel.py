@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jaxtyping
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from travel import problems
 
 import steerlens
@@ -18,6 +19,7 @@ from steerlens import Add, Law
 from steerlens.core import Loop, Part, Pass, Positions, Record, Site
 from steerlens.core.signals import SiteSignals
 from steerlens.hosts import hf
+from steerlens.objectives import Labelled, Objective, objective
 
 
 def parts():
@@ -45,10 +47,18 @@ def test_what_a_controller_is_made_of_travels(kind):
 
 def test_what_an_edit_runs_travels():
     pytest.importorskip("nnsight")
-    from steerlens.hosts import base, edit
+    from steerlens.hosts import anatomy, edit, explicit, graph
+    from steerlens.package import Ambassador
+    from steerlens.steering import _prepare
 
-    for thing in (edit.follow, edit.Tap, hf.call_shape, base.pool):
+    things = [edit.follow, edit.Tap, graph.pool, explicit.apply_here, _prepare, Ambassador, anatomy.gradients_at]
+    for thing in (*things, anatomy.Anatomy, Labelled, Objective):
         assert problems(thing) == []
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft", "negative_sft"])
+def test_a_loss_travels(loss):
+    assert problems(objective(loss, beta=0.1, reference="self").loss) == []
 
 
 def test_travelling_modules_import_annotations_as_text():
@@ -110,6 +120,11 @@ class Moduled(Law):
         return hf.FrozenCache(x, x).get_seq_length() * x, {}
 
 
+class Nameless(Law):
+    def act(self, x, memory):
+        return x * len(SDPBackend.__members__), {}
+
+
 @pytest.mark.parametrize(
     ("law", "words"),
     [
@@ -119,6 +134,7 @@ class Moduled(Law):
         (Dataclassed, "dataclass or NamedTuple"),
         (Tupled, "dataclass or NamedTuple"),
         (ClientOnly, "names jaxtyping, which a server lacks"),
+        (Nameless, "cannot be sent by its name"),
         (Moduled, "names the module steerlens.hosts.hf"),
     ],
 )

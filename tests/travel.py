@@ -2,7 +2,8 @@
 
 Measured on a real server: a zero-argument `super()` has no `__class__` cell there, `self.__x` is not mangled, a
 decorator made with `functools.wraps` is dropped, generated methods (dataclass, NamedTuple) travel as bytecode of this
-Python's minor version, and a global that names a package the server lacks fails to unpickle, also where it is unused.
+Python minor version, a global that names a package the server lacks fails to unpickle, also where it is unused, and
+one that pickle does not find by its name (a C enumeration of torch) cannot be sent at all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import pickle
 import sys
 import textwrap
 import types
@@ -91,3 +93,8 @@ def _check_global(value, used, name, found, seen):
             _visit(value, found, seen)
     elif root and root not in SERVER | {"builtins"} and root not in sys.stdlib_module_names:
         found.append(f"{name} names {module}.{used}, which a server lacks")
+    elif isinstance(value, type) or callable(value):
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            found.append(f"{name} names {module}.{used}, which cannot be sent by its name: {error}")

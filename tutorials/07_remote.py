@@ -65,15 +65,34 @@ print("largest difference in the record:", difference)
 run.plot()
 
 # %% [markdown]
-# ## Fit on the server what needs no gradients
+# ## Fit on the server
 #
 # Contrast vectors only need activations. `sl.remote(lm)` stands for the model in a fit: the texts are run on the
-# server and pooled there, and one vector per text comes back.
+# server and pooled there, and one vector per text comes back. (Fits that need gradients of a loss work in the same way,
+# on a server that trusts you.)
 
 # %%
 caa = sl.caa(sl.remote(lm), pairs, layers=15)
 with sl.steer(lm, caa) as run:
     print(tokenizer.decode(lm.generate("My weekend was", **options, remote=True)[0]))
+
+# %% [markdown]
+# ## Two controllers in one batch
+#
+# `apply` steers from inside a block: here the first row of a batch with A-LQR, the second with the contrast vectors.
+# The names that `apply` gives bring the two records back.
+
+# %%
+with lm.generate(**options, remote=True) as tracer:
+    with tracer.invoke("My weekend was"):
+        with_lqr = sl.apply(lm, controller)
+    with tracer.invoke("My weekend was"):
+        with_caa = sl.apply(lm, caa)
+    with tracer.invoke():
+        both = tracer.result.save()
+
+for name, row, applied in zip(("A-LQR", "CAA"), both, (with_lqr, with_caa), strict=True):
+    print(f"{name}, {len(applied.record)} recorded: {tokenizer.decode(row)!r}")
 
 # %% [markdown]
 # ## What this notebook does not show

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -150,7 +151,8 @@ class Pass:
         if loop.tangent is not None:
             tangent = self.aside.tangent(index, loop.act)
             memory["tangent"] = (tangent if whole else tangent[:, selection]).to(dtype)
-        u, signals = self._part(index, loop.law, seen).act(seen.to(dtype), memory)
+        with _exact(seen.device.type):
+            u, signals = self._part(index, loop.law, seen).act(seen.to(dtype), memory)
         if loop.strength != 1:
             u = u * loop.strength if loop.strength else torch.zeros_like(u)
         for number, schedule in enumerate(loop.schedules):
@@ -207,6 +209,11 @@ class Pass:
         if self.record is not None and _keeps(self.record, signal, value):
             self.log.put(name, value)
         return value
+
+
+def _exact(device: str) -> Any:
+    """A context without autocast: NDIF runs every request to a half-precision GPU model under it."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _last_uses(loops: Sequence[Loop]) -> dict[Site, list[Site]]:

@@ -7,22 +7,24 @@ import sys
 from typing import Any
 
 from steerlens.hosts.base import Attachment, Host
+from steerlens.hosts.dimensions import Dimensions
 from steerlens.hosts.nominal import Nominal
 
-__all__ = ["Attachment", "Host", "Nominal", "host_of", "remote"]
+__all__ = ["Attachment", "Dimensions", "Host", "Nominal", "host_of", "remote"]
 
 #: Library -> the host module that knows it; the only place where they are listed.
 _HOSTS = {"transformer_lens": "steerlens.hosts.lens", "nnsight": "steerlens.hosts.traced"}
 
 
-def remote(model: Any, server: bool | str = True) -> Host:
-    """An nnsight model whose activations are read on a server, for fitting: `caa(remote(lm), pairs)`.
+def remote(model: Any, server: bool | str = True, *, timeout_s: float = 3600.0) -> Host:
+    """An nnsight model whose activations and gradients are taken on a server, for fitting: `caa(remote(lm), pairs)`.
 
-    Pooled on the server: what comes back is one vector per text and site.
+    Pooled on the server: what comes back is one vector per text and site. Gradients need a server that trusts you.
 
     Args:
         model: An nnsight `TransformersModel` or `LanguageModel`; its weights may stay on the server.
         server: True for the configured NDIF host, or a URL.
+        timeout_s: Longest wait for one batch of texts, the server's queue included.
 
     Raises:
         TypeError: the model is not nnsight's.
@@ -30,7 +32,7 @@ def remote(model: Any, server: bool | str = True) -> Host:
     host = host_of(model)
     if host.library != "nnsight":
         raise TypeError(f"only nnsight models run remotely; this is a {type(model).__name__}")
-    return type(host)(model, remote=server)  # type: ignore[call-arg]
+    return type(host)(model, remote=server, timeout_s=timeout_s)  # type: ignore[call-arg]
 
 
 def host_of(model: Any) -> Host:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
-from steerlens.hosts.graph import Place, differentiate
+from steerlens.hosts.dimensions import Dimensions
+from steerlens.hosts.graph import Place, pooled_gradients
 from steerlens.hosts.nominal import Nominal
 
 if TYPE_CHECKING:
@@ -30,24 +30,10 @@ class Attachment:
         raise NotImplementedError
 
 
-class Host:
-    """Abstract: one model behind the few verbs that steerlens needs.
-
-    Attributes:
-        model: The user's object.
-        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab: Its dimensions; `n_heads` counts query heads.
-        processed: Whether the weights were folded or centred, which changes the basis of the residual stream.
-    """
+class Host(Dimensions):
+    """Abstract: one model behind the few verbs that steerlens needs."""
 
     library: str
-    model: Any
-    n_layers: int
-    d_model: int
-    n_heads: int
-    d_head: int
-    d_mlp: int | None
-    d_vocab: int
-    processed: bool = False
 
     @property
     def tokenizer(self) -> Any:
@@ -69,31 +55,13 @@ class Host:
         """Whether the library puts BOS before a string by default."""
         raise NotImplementedError
 
-    def points(self) -> Sequence[str]:
-        """Points of `core.POINTS` that this model offers."""
-        raise NotImplementedError
-
-    def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
+    def attach(self, run: Pass, *, payload_limit: int, timeout_s: float) -> Attachment:
         """Run a pass with every forward call of the model until detached.
 
         Args:
             payload_limit: Largest request in bytes, on hosts that send them.
+            timeout_s: Longest wait for a result, on these hosts.
         """
-        raise NotImplementedError
-
-    def neuron_writes(self, layer: int) -> Tensor:
-        """What one unit of each neuron's `mlp_post` writes, `[d_mlp d_model]`, before any norm of the branch.
-
-        Raises:
-            NotImplementedError: the weights are not here, or the block has no such matrix.
-        """
-        weight = self._out_weight(layer)
-        if weight is None or weight.device.type == "meta":
-            raise NotImplementedError("the output weights of the MLP are not here; build the model with its weights")
-        return weight.detach() if weight.shape[0] == self.d_mlp else weight.detach().T
-
-    def _out_weight(self, layer: int) -> Tensor | None:
-        """The output matrix of a block's MLP, whichever way round it is stored; None where there is none."""
         raise NotImplementedError
 
     def learner(self) -> Learner:
@@ -104,6 +72,10 @@ class Host:
         """
         raise NotImplementedError
 
+    def need_parameters(self) -> None:
+        """Raises NotImplementedError where there is no `learner`."""
+        self.learner()
+
     def signal_taken(self, name: str) -> bool:
         """Whether a hook point of this name exists already."""
         return False
@@ -111,15 +83,6 @@ class Host:
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token through the blocks, its context frozen."""
         raise NotImplementedError
-
-    def probe(self) -> list[float] | None:
-        """A few weights of the last block that fine-tuning changes and folding does not; None if they are not here."""
-        weight = self._out_weight(self.n_layers - 1)
-        if weight is None or weight.device.type == "meta":
-            return None
-        # whichever way round it is stored
-        row = weight[0, :8] if weight.shape[0] == self.d_model else weight[:8, 0]
-        return [round(float(value), 6) for value in row.detach().float()]
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         """Pooled activations of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
@@ -133,29 +96,14 @@ class Host:
         """Logits of one right-padded batch, `[batch pos vocab]`."""
         raise NotImplementedError
 
+    def _gradients(
+        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Pooled gradients of one right-padded batch, in the order of `sites`, heads not split."""
+        entry, places = self._places(sites)
+        return pooled_gradients(lambda: self._logits(ids, mask), entry, places, loss, weights)
+
     # -- shared by all hosts ------------------------------------------------------------------------------------
-
-    def shape(self, site: Site) -> tuple[int, ...]:
-        """Shape of the state at a site, without batch and position."""
-        if site.point == "z":
-            return self.n_heads, self.d_head
-        if site.point == "mlp_post":
-            return (self.d_mlp or 0,)
-        return (self.d_model,)
-
-    def check(self, sites: Iterable[Site]) -> None:
-        """Raises ValueError for a layer or point that the model does not have."""
-        points = self.points()
-        for site in sites:
-            if site.layer >= self.n_layers:
-                last = self.n_layers - 1
-                raise ValueError(
-                    f"no hook point '{site}' in a model of {self.n_layers} layers; the last is blocks.{last}"
-                )
-            if site.point not in points:
-                raise ValueError(
-                    f"this {type(self.model).__name__} offers no {site.point!r}; it has {', '.join(points)}"
-                )
 
     def read(
         self,
@@ -215,38 +163,11 @@ class Host:
         self.check(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
-        entry, places = self._places(ordered)
-        with torch.inference_mode(False), torch.enable_grad():
-            found = differentiate(lambda: self._logits(ids, mask), entry, places, loss)
+        found = self._gradients(ids, mask, pooled, ordered, loss)
         return {
-            site: pool(gradient, pooled).reshape(len(ids), *self.shape(site)).cpu()
+            site: gradient.reshape(len(ids), *self.shape(site)).cpu()
             for site, gradient in zip(ordered, found, strict=True)
         }
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells whether a controller fitted on one model may be attached to another."""
-        return {
-            "n_layers": self.n_layers,
-            "d_model": self.d_model,
-            "n_heads": self.n_heads,
-            "d_vocab": self.d_vocab,
-            "processed": self.processed,
-            "probe": self.probe(),
-        }
-
-    def differences(self, fingerprint: dict[str, Any]) -> list[str]:
-        """How this model differs from the one a controller was fitted on, in words; empty where it does not."""
-        mine, found = self.fingerprint(), []
-        for key in ("n_layers", "d_model", "n_heads", "d_vocab"):
-            if key in fingerprint and fingerprint[key] != mine[key]:
-                found.append(f"{key} is {mine[key]}, it was {fingerprint[key]}")
-        if fingerprint.get("processed", self.processed) != self.processed:
-            was, now = ("raw", "processed") if self.processed else ("processed", "raw")
-            found.append(f"this model has {now} weights, it was fitted on {was} ones (folded norms, centred writes)")
-        theirs, ours = fingerprint.get("probe"), mine["probe"]
-        if not found and theirs and ours and not _close(theirs, ours):
-            found.append("the weights differ (same architecture, other training)")
-        return found
 
 
 def pad(tokens: Any, weights: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,18 +181,3 @@ def pad(tokens: Any, weights: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]
         mask[row, : len(text)] = 1
         pooled[row, : len(text)] = torch.as_tensor(weight, dtype=torch.float64)
     return ids.to(device), mask.to(device), pooled.to(device)
-
-
-def pool(x: Tensor, weights: Tensor) -> Tensor:
-    """`sum_t w_t x_t`: `[batch pos ...], [batch pos] -> [batch ...]`, in float32 at least."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, weights = x.to(dtype), weights.to(device=x.device, dtype=dtype)
-    weights = weights.reshape(*weights.shape, *[1] * (x.ndim - 2))
-    # a pad may hold anything, also NaN
-    return torch.where(weights != 0, weights * x, 0.0).sum(1)
-
-
-def _close(a: Sequence[float], b: Sequence[float]) -> bool:
-    scale = math.sqrt(sum(value * value for value in a)) or 1.0
-    # bfloat16 keeps eight bits: two copies of one model in different dtypes agree to 1e-2
-    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True))) / scale < 2e-2

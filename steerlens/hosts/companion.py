@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steerlens.core import Companion, Direction, Site
 from steerlens.hosts.nominal import first, state_of
@@ -61,6 +60,9 @@ class BaseCompanion(Companion):
 
         For a central difference the states on both sides of the step come from two passes with KV caches of their own.
         """
+        # not at the top: pickle does not find this enumeration by its name, so no code that travels may hold it
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
         key = id(direction.values[0])
         if self.past == 0:
             self.kept[key] = [_Kept(), _Kept()]

@@ -1,4 +1,4 @@
-"""One forward pass in an autograd graph that begins at the first block, not at the parameters."""
+"""One forward pass in an autograd graph that begins at the first block, not at the parameters; travels to servers."""
 
 from __future__ import annotations
 
@@ -57,3 +57,28 @@ def differentiate(
         for handle in handles:
             handle.remove()
     return list(torch.autograd.grad(value, [states[index] for index in range(len(places))]))
+
+
+def pooled_gradients(
+    forward: Callable[[], Tensor],
+    entry: nn.Module,
+    places: Sequence[Place],
+    loss: Callable[[Tensor], Tensor],
+    weights: Tensor,
+) -> list[Tensor]:
+    """`sum_t w_t dL / dx_t` for each place, whatever the mode of the caller.
+
+    Args:
+        weights: `[batch pos]`; the other arguments are those of `differentiate`.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        return [pool(gradient, weights) for gradient in differentiate(forward, entry, places, loss)]
+
+
+def pool(x: Tensor, weights: Tensor) -> Tensor:
+    """`sum_t w_t x_t`: `[batch pos ...], [batch pos] -> [batch ...]`, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, weights = x.to(dtype), weights.to(device=x.device, dtype=dtype)
+    weights = weights.reshape(*weights.shape, *[1] * (x.ndim - 2))
+    # a pad may hold anything, also NaN
+    return torch.where(weights != 0, weights * x, 0.0).sum(1)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from steerlens.core import POINTS, Pass, Site
-from steerlens.hosts.base import Attachment, Host, pool
-from steerlens.hosts.graph import Place
+from steerlens.hosts.base import Attachment, Host
+from steerlens.hosts.graph import Place, pool
 
 
 class LensHost(Host):
@@ -89,7 +89,7 @@ class LensHost(Host):
         """Whether writing `hook_resid_mid` changes the residual stream."""
         raise NotImplementedError
 
-    def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
+    def attach(self, run: Pass, *, payload_limit: int, timeout_s: float) -> Attachment:
         """Permanent hooks at the sites of the pass, and hook points for its signals."""
         return LensAttachment(self, run)
 

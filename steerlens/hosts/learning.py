@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from steerlens.core import Direction, Site
-from steerlens.hosts.base import pad, pool
+from steerlens.hosts.base import pad
 from steerlens.hosts.companion import BaseCompanion, Spot, everywhere, named_parameters
+from steerlens.hosts.graph import pool
 
 EMBEDDINGS = ("tied", "untied", None)
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,18 +10,18 @@ import nnsight
 import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
-from torch import Tensor, nn
+from torch import Tensor
 
-from steerlens.core import POINTS, Pass, Site
+from steerlens.core import Pass, Site
 from steerlens.hosts import hf
-from steerlens.hosts.base import Attachment, Host, pool
+from steerlens.hosts.anatomy import Anatomy, gradients_at
+from steerlens.hosts.base import Attachment, Host
 from steerlens.hosts.companion import Spot
 from steerlens.hosts.edit import StoodDown, Tap, follow, spots_of
-from steerlens.hosts.families import family_paths, layers_path
-from steerlens.hosts.graph import Place
+from steerlens.hosts.graph import pool
 from steerlens.hosts.learning import Learner
 from steerlens.hosts.nominal import Nominal
-from steerlens.hosts.remote import RemoteForms
+from steerlens.hosts.remote import Limits, RemoteForms, backend
 
 #: One dict for all edits of a model, see `Tap.visit`.
 _CARRIED: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
@@ -32,29 +32,15 @@ def claim(model: Any) -> Host | None:
     return TracedHost(model) if isinstance(model, Envoy) else None
 
 
-class TracedHost(Host):
+class TracedHost(Anatomy, Host):
     """An nnsight `TransformersModel` or `LanguageModel` of the Llama, Gemma or GPT-2 families."""
 
     library = "nnsight"
 
-    def __init__(self, model: Any, remote: bool | str = False):
-        self.model = model
+    def __init__(self, model: Any, remote: bool | str = False, timeout_s: float = 3600.0):
+        Anatomy.__init__(self, model)
         self.remote = remote
-        module = model._module
-        config = getattr(module, "config", None)
-        if config is None or getattr(module, "base_model", module) is module:
-            kind = type(module).__name__
-            raise TypeError(f"{kind} is no Hugging Face language model with a head; wrap one with TransformersModel")
-        config = config.get_text_config()
-        self.n_layers = config.num_hidden_layers
-        self.d_model = config.hidden_size
-        self.n_heads = config.num_attention_heads
-        self.d_head = getattr(config, "head_dim", None) or self.d_model // self.n_heads
-        self.d_mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model
-        self.d_vocab = config.vocab_size
-        self.base = getattr(model, module.base_model_prefix)
-        self.layers = getattr(self.base, layers_path(self.base._module))
-        self.paths = family_paths(self.layers[0]._module)
+        self.timeout_s = timeout_s
 
     @property
     def tokenizer(self) -> Any:
@@ -68,10 +54,6 @@ class TracedHost(Host):
         return bos is not None and self.tokenizer("a")["input_ids"][0] == bos
 
     @property
-    def _weight(self) -> Tensor:
-        return next(self.layers[0]._module.parameters())
-
-    @property
     def device(self) -> torch.device:
         """Where the first block's weights are; the CPU while they are on a server only."""
         return torch.device("cpu") if self.away else self._weight.device
@@ -81,95 +63,59 @@ class TracedHost(Host):
         """Dtype of the first block's weights."""
         return self._weight.dtype
 
-    def points(self) -> Sequence[str]:
-        """All of them, in every family that is known."""
-        return POINTS
-
-    def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
+    def attach(self, run: Pass, *, payload_limit: int, timeout_s: float) -> Attachment:
         """An edit on the model's root: it also steers `generate`, sessions and remote runs."""
-        first = self._tap(Site(0, "resid_pre")).envoy if self.away else None
-        apart = [self._tap(site) for site in run.aside.apart]
-        return TracedAttachment(self.model, self.base, first, self.taps(run), apart, run, payload_limit)
+        apart, limits = [self.tap(site) for site in run.aside.apart], Limits(payload_limit, timeout_s)
+        return TracedAttachment(self.model, self.base, self.entry, self.taps(run), apart, run, limits)
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
-        self._need_weights("linearising the blocks")
+        self.need_weights("linearising the blocks")
         module = self.model._module
         return hf.nominal(module, [layer._module for layer in self.layers], tokens)
 
-    def _out_weight(self, layer: int) -> Tensor | None:
-        return getattr(self.layers[layer]._module.get_submodule(self.paths["mlp_post"][0]), "weight", None)
-
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
-        self._need_weights("differentiating the parameters")
+        self.need_parameters()
         return Learner(self.model._module, lambda: StoodDown(self.base), self._spots)
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
-        return spots_of([self._tap(site) for site in sites])
-
-    @property
-    def away(self) -> bool:
-        """Whether the weights are on a server only."""
-        return self._weight.device.type == "meta"
-
-    def taps(self, run: Pass) -> list[Tap]:
-        """What the edit must visit, in the order of the forward pass."""
-        taps = []
-        for site in run.sites:
-            pre, branch = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
-            if site.point == "resid_mid" and site in run.names:
-                taps += [self._tap(pre, Tap.BEFORE), self._tap(branch, Tap.MID, site)]
-            elif site.point == "resid_pre" and site in run.names:
-                taps += [self._tap(pre, Tap.ENTER, site), self._tap(branch, Tap.CARRY)]
-            else:
-                taps.append(self._tap(site, Tap.PLAIN, site))
-        return sorted(taps, key=lambda tap: tap.order)
-
-    def _tap(self, read: Site, role: int = Tap.PLAIN, steers: Site | None = None) -> Tap:
-        path, side = self.paths[read.point]
-        envoy = self.layers[read.layer]
-        for name in path.split(".") if path else ():
-            envoy = getattr(envoy, name)
-        return Tap(envoy, side, read, role, steers, self.n_heads if read.point == "z" else 0)
+        return spots_of([self.tap(site) for site in sites])
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:
-            self._need_weights("reading activations", ", or read on a server with steerlens.remote(model)")
-        taps = [self._tap(site) for site in sites]
+            self.need_weights("reading activations", ", or read on a server with steerlens.remote(model)")
+        taps = [self.tap(site) for site in sites]
         model = self.model
         # stopping before the unembedding would cut off edits of the user's at later layers
         early = not model._edits
-        where = {"remote": self.remote} if self.remote else {}
-        with torch.no_grad(), model.trace({"input_ids": ids, "attention_mask": mask}, **where) as tracer:
+        where = backend(model, self.remote, self.timeout_s) if self.remote else None
+        with torch.no_grad(), model.trace({"input_ids": ids, "attention_mask": mask}, backend=where) as tracer:
             found = nnsight.save([pool(tap.value(), weights) for tap in taps])
             if early:
                 tracer.stop()
         return [value.cpu() for value in found]
 
-    def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
-        self._need_weights("taking gradients")
-        blocks = [layer._module for layer in self.layers]
-        places = [(self.paths[site.point], blocks[site.layer]) for site in sites]
-        return blocks[0], [(block.get_submodule(path), side) for (path, side), block in places]
-
-    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model._module(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
-    def _need_weights(self, what: str, instead: str = "") -> None:
-        if self.away:
-            raise NotImplementedError(f"{what} needs the weights here: build the model with dispatch=True{instead}")
+    def _gradients(
+        self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        model, anatomy = self.model, Anatomy(self.model)
+        if not self.remote:
+            self.need_weights("taking gradients", ", or use a server that trusts you: steerlens.remote(model)")
+            return gradients_at(anatomy, ids, mask, weights, sites, loss)
+        # a session's block is plain code beside the weights, without a traced pass around it
+        with model.session(backend=backend(model, self.remote, self.timeout_s)):
+            found = nnsight.save(gradients_at(anatomy, ids, mask, weights, sites, loss))
+        return found  # noqa: RET504 (bound by the session)
 
 
 class TracedAttachment(Attachment):
     """One edit on a model's root envoy."""
 
-    def __init__(
-        self, model: Any, base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, payload_limit: int
-    ):
+    def __init__(self, model: Any, base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, limits: Limits):
         self._model = model
         self._run = run
-        self._forms = RemoteForms.enter(model, run, payload_limit) if isinstance(model, Remotable) else None
+        self._forms = RemoteForms.enter(model, run, limits) if isinstance(model, Remotable) else None
         carried = _CARRIED.setdefault(model, {})
         with model.edit(inplace=True):
             follow(base, first, taps, apart, run, carried)

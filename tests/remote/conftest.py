@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import pytest
 
@@ -56,6 +57,23 @@ def client(server, model_dir, monkeypatch):
     model = TransformersModel(str(model_dir), task="text-generation")
     yield model
     assert not model.dispatched, "the client loaded the weights, so the server need not have done the work"
+
+
+@pytest.fixture
+def untrusted(monkeypatch):
+    """Requests go to the process without weights that strangers get."""
+    from nnsight.schema.request import RequestModel
+
+    plain = RequestModel.metadata
+    monkeypatch.setattr(RequestModel, "metadata", lambda self: plain(self)[:-1] + ',"trusted":false}')
+
+
+@pytest.fixture(scope="session")
+def local():
+    """Cases on local weights, each fitted once."""
+    from steerlens.testing import Case
+
+    return cache(lambda method: Case(method, "nnsight"))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -137,6 +137,8 @@ def _settings(folder: Path, ports: dict[str, int]) -> dict[str, str]:
         "NDIF_API_PORT": str(ports["api"]),
         # /status answers from a copy that is a minute old by default, and the start waits for what it says
         "NDIF_STATUS_TTL_S": "1",
+        # off by default; this client's is newer
+        "NDIF_MIN_NNSIGHT_VERSION": "0.8",
         "NDIF_DEFAULT_PADDING_BIAS": "0",
         "NDIF_MINIMUM_DEPLOYMENT_TIME_SECONDS": "0",
         "NDIF_CONTROLLER_IMPORT_PATH": "ndif_cpu.CPUControllerActor",

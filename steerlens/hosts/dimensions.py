@@ -1,0 +1,115 @@
+"""What a controller is checked against before it touches a model; travels to servers, so it names no module of ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from steerlens.core import Site
+
+
+class Dimensions:
+    """Abstract: a model's sizes, and whether a controller fits them.
+
+    Attributes:
+        model: The user's object.
+        n_layers, d_model, n_heads, d_head, d_mlp, d_vocab: Its dimensions; `n_heads` counts query heads.
+        processed: Whether the weights were folded or centred, which changes the basis of the residual stream.
+    """
+
+    model: Any
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int | None
+    d_vocab: int
+    processed: bool = False
+
+    def points(self) -> Sequence[str]:
+        """Points of `core.POINTS` that this model offers."""
+        raise NotImplementedError
+
+    def neuron_writes(self, layer: int) -> Tensor:
+        """What one unit of each neuron's `mlp_post` writes, `[d_mlp d_model]`, before any norm of the branch.
+
+        Raises:
+            NotImplementedError: the weights are not here, or the block has no such matrix.
+        """
+        weight = self._out_weight(layer)
+        if weight is None or weight.device.type == "meta":
+            raise NotImplementedError("the output weights of the MLP are not here; build the model with its weights")
+        return weight.detach() if weight.shape[0] == self.d_mlp else weight.detach().T
+
+    def _out_weight(self, layer: int) -> Tensor | None:
+        """The output matrix of a block's MLP, whichever way round it is stored; None where there is none."""
+        raise NotImplementedError
+
+    def probe(self) -> list[float] | None:
+        """A few weights of the last block that fine-tuning changes and folding does not; None if they are not here."""
+        weight = self._out_weight(self.n_layers - 1)
+        if weight is None or weight.device.type == "meta":
+            return None
+        # whichever way round it is stored
+        row = weight[0, :8] if weight.shape[0] == self.d_model else weight[:8, 0]
+        return [round(float(value), 6) for value in row.detach().float()]
+
+    def need_parameters(self) -> None:
+        """Raises NotImplementedError where the parameters are not here, or not those of the published model."""
+        raise NotImplementedError
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """Shape of the state at a site, without batch and position."""
+        if site.point == "z":
+            return self.n_heads, self.d_head
+        if site.point == "mlp_post":
+            return (self.d_mlp or 0,)
+        return (self.d_model,)
+
+    def check(self, sites: Iterable[Site]) -> None:
+        """Raises ValueError for a layer or point that the model does not have."""
+        points = self.points()
+        for site in sites:
+            if site.layer >= self.n_layers:
+                last = self.n_layers - 1
+                raise ValueError(
+                    f"no hook point '{site}' in a model of {self.n_layers} layers; the last is blocks.{last}"
+                )
+            if site.point not in points:
+                raise ValueError(
+                    f"this {type(self.model).__name__} offers no {site.point!r}; it has {', '.join(points)}"
+                )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether a controller fitted on one model may be attached to another."""
+        return {
+            "n_layers": self.n_layers,
+            "d_model": self.d_model,
+            "n_heads": self.n_heads,
+            "d_vocab": self.d_vocab,
+            "processed": self.processed,
+            "probe": self.probe(),
+        }
+
+    def differences(self, fingerprint: dict[str, Any]) -> list[str]:
+        """How this model differs from the one a controller was fitted on, in words; empty where it does not."""
+        mine, found = self.fingerprint(), []
+        for key in ("n_layers", "d_model", "n_heads", "d_vocab"):
+            if key in fingerprint and fingerprint[key] != mine[key]:
+                found.append(f"{key} is {mine[key]}, it was {fingerprint[key]}")
+        if fingerprint.get("processed", self.processed) != self.processed:
+            was, now = ("raw", "processed") if self.processed else ("processed", "raw")
+            found.append(f"this model has {now} weights, it was fitted on {was} ones (folded norms, centred writes)")
+        theirs, ours = fingerprint.get("probe"), mine["probe"]
+        if not found and theirs and ours and not _close(theirs, ours):
+            found.append("the weights differ (same architecture, other training)")
+        return found
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    scale = math.sqrt(sum(value * value for value in a)) or 1.0
+    # bfloat16 keeps eight bits: two copies of one model in different dtypes agree to 1e-2
+    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True))) / scale < 2e-2

@@ -1,0 +1,90 @@
+"""Steering from inside a traced block; sent to servers by source, so it names no module of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import nnsight
+from nnsight.intervention.interleaver import Mediator
+
+from steerlens.core import Controller, Pass, Record
+from steerlens.hosts.anatomy import Anatomy
+from steerlens.hosts.edit import follow
+
+
+class Applied:
+    """What `apply` returns: the record of its trace or generation, there when the block has ended.
+
+    Attributes:
+        record: Signals of the sequence, as in a `Run`.
+    """
+
+    def __init__(self, record: Record, n_layers: int):
+        self.record = record
+        self._n_layers = n_layers
+
+    def to_cache(self) -> Any:
+        """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
+        from steerlens.hosts.lens import activation_cache
+
+        return activation_cache(self.record, None, self._n_layers)
+
+    def plot(self) -> Any:
+        """Tracking error and control norm by layer and token, a plotly figure."""
+        from steerlens.plots import plot_record
+
+        return plot_record(self.record)
+
+    def __repr__(self) -> str:
+        return f"Applied({self.record!r})"
+
+
+def apply_here(
+    prepare: Callable[..., Controller], model: Any, controller: Controller, *, record: Any = "scalars", **options: Any
+) -> Applied:
+    """Steer every forward pass of the block that is running; arguments as in `steerlens.apply`.
+
+    The body of `steer`'s edit becomes one more worker of this run, in front of the block's own, so that the block reads
+    what is steered, in any layer and with every token of a generation.
+
+    Args:
+        prepare: Checks the controller against the model, and gives it the options.
+    """
+    try:
+        block = Mediator.current("apply()")
+    except ValueError:
+        raise RuntimeError(
+            "apply() was called outside of a trace; call it in the block of one, in a session in the blocks of its "
+            "traces, in a trace with invokes in theirs. To steer whole calls: with steer(model, controller)"
+        ) from None
+    if block.pending is not None:
+        raise RuntimeError(
+            "apply() came after the forward pass had begun; call it once, first in its block and outside of loops: it "
+            "steers every pass from there on"
+        )
+    anatomy = Anatomy(model)
+    run = Pass(prepare(anatomy, controller, record=record, **options).loops, record=record)
+    # what the edits of a `with steer` have added to attention's outputs, if there are any, see `Tap.visit`
+    edits = [edit for edit in model._edits if isinstance(edit.lcls.get("run"), Pass)]
+    carried = edits[0].lcls["carried"] if edits else {}
+    worker = Mediator(
+        compile("follow(base, first, taps, apart, run, carried)", "<steerlens.apply>", "exec"),
+        {},
+        {
+            "follow": follow,
+            "base": anatomy.base,
+            "first": anatomy.entry,
+            "taps": anatomy.taps(run),
+            "apart": [anatomy.tap(site) for site in run.aside.apart],
+            "run": run,
+            "carried": carried,
+        },
+    )
+    worker.batch_group = block.batch_group
+    interleaver = block.interleaver
+    interleaver.mediators.insert(interleaver.mediators.index(block), worker)
+    worker.start(interleaver)
+    # started by the block, it would hand its requests to the block; those are for the model
+    worker.worker.parent = block.worker.parent
+    return nnsight.save(Applied(run.log, anatomy.n_layers))
