@@ -32,6 +32,7 @@ from steerlens.methods import (
     sadi,
     track,
 )
+from steerlens.sae import Feature, describe, feature, hold, lead, rank_features, watch
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, steer
 from steerlens.version import __version__
@@ -41,6 +42,7 @@ __all__ = [
     "Angle",
     "Controller",
     "FactoredFeedback",
+    "Feature",
     "Feedback",
     "Field",
     "Flow",
@@ -66,8 +68,12 @@ __all__ = [
     "caa",
     "cold_fd",
     "cold_kernel",
+    "describe",
     "diagnose",
+    "feature",
+    "hold",
     "iti",
+    "lead",
     "linear_act",
     "linearize",
     "lqr",
@@ -75,10 +81,12 @@ __all__ = [
     "mimic",
     "odesteer",
     "pid",
+    "rank_features",
     "remote",
     "repe",
     "sadi",
     "shipped",
     "steer",
     "track",
+    "watch",
 ]
