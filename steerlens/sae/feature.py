@@ -20,7 +20,7 @@ from steerlens.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.lowrank import FeatureCostToGo
 from steerlens.sae.reading import states_of
 from steerlens.sae.setpoint import Feature
-from steerlens.sae.slices import Origin, Slices, check_indices, cut, site_of
+from steerlens.sae.slices import Origin, Slices, architecture, check_indices, cut, site_of
 
 #: A bound at or below a threshold is put this share below it, so that rounding cannot leave the feature on.
 OFF = 1e-3
@@ -102,6 +102,7 @@ def feature(
             threshold; a feature that the direction does not move, or several that it cannot move apart; an autoencoder
             whose site is unknown or whose weights do not fit the model.
     """
+    architecture(sae)
     indices = check_indices(sae, index)
     slices = cut(sae, indices)
     if along not in ("decoder", "encoder"):

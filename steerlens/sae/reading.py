@@ -172,8 +172,8 @@ def describe(
         IndexError: no such feature.
         ValueError: no text, or the autoencoder does not fit the model.
     """
-    (row,) = check_indices(sae, index)
     architecture(sae)
+    (row,) = check_indices(sae, index)
     at, host = site_of(sae, site), resolve(model)
     Origin.of(sae).check(host, at)
     tokens = [tokenize(text, host)[0] for text in texts]

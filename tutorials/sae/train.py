@@ -27,7 +27,7 @@ import steerlens as sl
 from steerlens.models import smollm2
 
 LAYER, D_SAE, K, CONTEXT = 15, 3072, 24, 128
-STEPS, BATCH, LR = 816, 1024, 1e-3
+STEPS, BATCH, LR = 600, 1024, 1e-3
 KEPT = 512  # features of the slice
 
 
