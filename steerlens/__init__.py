@@ -32,7 +32,7 @@ from steerlens.methods import (
     sadi,
     track,
 )
-from steerlens.sae import Feature, describe, feature, hold, lead, rank_features, watch
+from steerlens.sae import Feature, Target, describe, feature, hold, lead, rank_features, watch
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, steer
 from steerlens.version import __version__
@@ -61,6 +61,7 @@ __all__ = [
     "Run",
     "Setpoint",
     "Site",
+    "Target",
     "__version__",
     "ablation",
     "actadd",
