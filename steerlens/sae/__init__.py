@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from steerlens.sae.feature import Target, feature, hold, lead, watch
+from steerlens.sae.feature import Target, feature, hold, watch
+from steerlens.sae.lead import lead
 from steerlens.sae.reading import Description, State, describe, rank_features
 from steerlens.sae.setpoint import Feature
 
