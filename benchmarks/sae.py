@@ -27,7 +27,6 @@ PROMPTS = [
     "Yesterday I bought a new",
     "The most important thing in life is",
     "When the door opened, she",
-    "Our company is looking for",
 ]
 FIT = sl.shipped("ocean").negative[:8]
 
@@ -59,18 +58,25 @@ def judge(model: object, controller: Controller, target: sl.Target) -> dict[str,
 
 def best_coefficient(model: object, target: sl.Target) -> float:
     """The coefficient whose mean squared miss over the prompts is least, by golden section."""
-    low, high = 0.0, 4.0 * float(target.at_least[0]) / float(target.setpoint.sensor.norm())
+    tried: dict[float, float] = {}
 
     def loss(coefficient: float) -> float:
-        controller = fixed(model, target, coefficient) + sl.watch(model, target, where="last")
-        reads = torch.cat([generate(model, prompt, controller, target.site.layer)[0] for prompt in PROMPTS[:3]])
-        return float((reads - target.at_least[0]).square().mean())
+        if coefficient not in tried:
+            controller = fixed(model, target, coefficient) + sl.watch(model, target, where="last")
+            reads = torch.cat([generate(model, prompt, controller, target.site.layer)[0] for prompt in PROMPTS])
+            tried[coefficient] = float((reads - target.at_least[0]).square().mean())
+        return tried[coefficient]
 
+    # raises a feature by twice the level
+    low, high = 0.0, 2.0 * target.at_least[0] / float(target.setpoint.basis[0] @ target.setpoint.sensor[0])
     ratio = (5**0.5 - 1) / 2
-    for _ in range(8):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, b) if loss(a) < loss(b) else (a, high)
-    return (low + high) / 2
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    for _ in range(7):
+        if loss(a) < loss(b):
+            high, b, a = b, a, b - ratio * (b - low)
+        else:
+            low, a, b = a, b, a + ratio * (high - a)
+    return min(tried, key=lambda coefficient: tried[coefficient])
 
 
 def fixed(model: object, target: sl.Target, coefficient: float) -> Controller:
@@ -81,7 +87,7 @@ def fixed(model: object, target: sl.Target, coefficient: float) -> Controller:
 def main() -> None:
     model, sae = smollm2(), smollm2_sae()
     table = sl.rank_features(model, sae, sl.shipped("ocean", read="mean"))
-    index = int(table.index[0])
+    index = int(table[table.effect > 0].index[0])
     level = sl.feature(sae, index, quantile=0.5, model=model, texts=sl.shipped("ocean").positive).at_least[0]
     print(sl.describe(model, sae, index, sl.shipped("ocean").positive + sl.shipped("ocean").negative, top=4))
     print(f"level {level:.2f}, the median of its readings where it is on\n")

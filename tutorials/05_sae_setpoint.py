@@ -35,7 +35,7 @@ table = sl.rank_features(model, sae, pairs)
 table.head(5).round(2)
 
 # %%
-index = int(table.index[0])
+index = int(table[table.effect > 0].index[0])
 sl.describe(model, sae, index, pairs.positive + pairs.negative, top=6)
 
 # %% [markdown]
