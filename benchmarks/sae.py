@@ -25,7 +25,6 @@ PROMPTS = [
     "My weekend was",
     "The committee has decided that",
     "Yesterday I bought a new",
-    "The most important thing in life is",
     "When the door opened, she",
 ]
 FIT = sl.shipped("ocean").negative[:8]
@@ -71,7 +70,7 @@ def best_coefficient(model: object, target: sl.Target) -> float:
     low, high = 0.0, 2.0 * target.at_least[0] / float(target.setpoint.basis[0] @ target.setpoint.sensor[0])
     ratio = (5**0.5 - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)
-    for _ in range(7):
+    for _ in range(5):
         if loss(a) < loss(b):
             high, b, a = b, a, b - ratio * (b - low)
         else:
@@ -101,7 +100,7 @@ def main() -> None:
         f"hold, decoder row, layer {layer}": sl.hold(model, target),
         f"hold, encoder row, layer {layer}": sl.hold(model, direct),
     }
-    for first in (layer - 1, layer - 3, layer - 5, layer - 7):
+    for first in (layer - 1, layer - 3, layer - 7):
         led = sl.lead(model, target, FIT, layers=range(first, layer + 1), progress=False)
         controllers[f"lead, layers {first}-{layer}"] = led
     print(f"{'':32}{'median miss':>12}{'largest miss':>14}{'within 5 %':>12}{'energy':>10}")
