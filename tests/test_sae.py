@@ -223,8 +223,8 @@ def test_the_plot_of_reach_has_axes_with_units():
     pytest.importorskip("plotly")
     model, target = tiny("llama", host="bridge"), sl.feature(autoencoder(), 3, level=4.0)
     figure = reach(model, sl.hold(model, target), target, TEXTS).plot()
-    assert "activation units" in figure.layout.yaxis.title.text
-    assert {trace.name for trace in figure.data} == {"at least", "at most", "before", "predicted", "reached"}
+    assert "units" in figure.layout.yaxis.title.text
+    assert {trace.name for trace in figure.data} == {"asked", "before", "predicted", "reached"}
 
 
 def test_a_level_beyond_the_limit_is_refused_with_the_bound():

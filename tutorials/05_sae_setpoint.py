@@ -41,12 +41,12 @@ sl.describe(model, sae, index, pairs.positive + pairs.negative, top=6)
 # %% [markdown]
 # ## Add its decoder row, or hold it
 #
-# The level is the median of the feature's own readings in the texts about the sea, where it is on. The fixed vector is
+# The level is a high one among the feature's own readings in the texts about the sea, the 0.8 quantile where it is on. The fixed vector is
 # scaled so that it raises the feature by exactly that much, if it was at 0. `watch` only reads: composed after a
 # controller, it reads what the controller has reached.
 
 # %%
-target = sl.feature(sae, index, quantile=0.5, model=model, texts=pairs.positive)
+target = sl.feature(sae, index, quantile=0.8, model=model, texts=pairs.positive)
 level = target.at_least[0]
 held = sl.hold(model, target)
 row = target.setpoint.basis[0]
@@ -69,8 +69,8 @@ for name, controller in {"unsteered": held * 0, "decoder row added": added, "hel
     figure.add_scatter(y=reading(run), name=name, mode="lines+markers")
 figure.add_hline(y=level, line_dash="dash", annotation_text="asked")
 figure.update_layout(template="simple_white", width=900, height=400, title=f"Feature {index} along a generation")
-figure.update_xaxes(title_text="generated token")
-figure.update_yaxes(title_text="reading (activation units of the autoencoder)")
+figure.update_xaxes(title_text="token (0: the last of the prompt)")
+figure.update_yaxes(title_text="reading (autoencoder's units)")
 
 # %% [markdown]
 # The fixed vector raises the feature by the same amount everywhere: too little where something works against it, too
@@ -81,15 +81,18 @@ figure.update_yaxes(title_text="reading (activation units of the autoencoder)")
 #
 # ## Ranges
 #
-# A range asks for nothing while the feature is inside it. `at_least` leaves the model alone where it speaks of the sea
-# by itself; `level=0` turns a feature off.
+# A range asks for nothing while the feature is inside it: `at_least` leaves the model alone at tokens where the feature
+# is high enough by itself, and `level=0` turns a feature off where it would be on. The loop's `u_norm` shows where it
+# acted.
 
 # %%
+prompt = "The ship sailed out on the ocean, and the waves"
 for name, aim in {
-    "at least": sl.feature(sae, index, at_least=level),
+    "unsteered": None,
+    "at least 15": sl.feature(sae, index, at_least=15),
     "off": sl.feature(sae, index, level=0),
 }.items():
-    text, run = generate(sl.hold(model, aim), "We stood on the beach and looked at")
+    text, run = generate(sl.hold(model, aim) if aim else held * 0, prompt)
     spent = run.record[f"blocks.{target.site.layer}.hook_steer_hold_u_norm"][0, -30:]
     print(f"{name}: acted on {int((spent > 0).sum())} of 30 tokens: {text}\n")
 

@@ -75,14 +75,17 @@ class Reach:
         lines, dashed = {}, []
         for index, name in enumerate(self.features):
             suffix = f" ({name})" if len(self.features) > 1 else ""
-            for word, bounds in (("at least", self.at_least), ("at most", self.at_most)):
-                if torch.isfinite(bounds[index]) and not (word == "at least" and bounds[index] == 0):
-                    lines[word + suffix] = (rows, bounds[index].expand(len(rows)))
+            low, high = self.at_least[index], self.at_most[index]
+            asked = {"asked": low} if low == high else {"at least": low, "at most": high}
+            for word, bound in asked.items():
+                if torch.isfinite(bound) and not (word == "at least" and bound == 0):
+                    lines[word + suffix] = (rows, bound.expand(len(rows)))
                     dashed.append(word + suffix)
             for word in ("before", "predicted", "reached"):
                 lines[word + suffix] = (rows, getattr(self, word)[:, index])
         title = "Reading at the last token of each prompt"
-        return curves(lines, title=title, x="prompt", y="reading (activation units of the autoencoder)", dashed=dashed)
+        figure = curves(lines, title=title, x="prompt", y="reading (autoencoder's units)", dashed=dashed)
+        return figure.update_xaxes(dtick=1)
 
 
 def reach(
