@@ -118,7 +118,8 @@ reached.plot()
 # acted; where it is off, the blocks are curved. `least` is the energy that would have been enough had each layer known
 # the linear model of this very prompt.
 #
-# What it costs, by layer, against acting at the feature's layer alone:
+# What it costs, by layer, against acting at the feature's layer alone. Part of what is saved is the direction: the decoder
+# row is not the shortest way to raise a feature. `benchmarks/sae.py` also holds it along the encoder row.
 
 # %%
 figure = go.Figure()
