@@ -33,7 +33,7 @@ FIT = sl.shipped("ocean").negative[:8]
 def generate(model: object, prompt: str, controller: Controller, layer: int) -> tuple[Tensor, Tensor]:
     """Readings after the control and energies, of the last prompt token and each generated one."""
     with sl.steer(model, controller) as run:
-        model.generate(prompt, max_new_tokens=TOKENS, do_sample=False, verbose=False)
+        model.generate(prompt, max_new_tokens=TOKENS, do_sample=False, stop_at_eos=False, verbose=False)
         read = run.record[f"blocks.{layer}.hook_steer_watch_feature"][0]
         norms = torch.stack([value[0] for value in run.record.layers("u_norm").values()])
     chosen = slice(-TOKENS, None)
