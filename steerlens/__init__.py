@@ -41,6 +41,7 @@ from steerlens.methods import (
     track,
 )
 from steerlens.package import Package
+from steerlens.sae import Feature, Target, describe, feature, hold, lead, rank_features, watch
 from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, apply, steer
 from steerlens.version import __version__
@@ -53,6 +54,7 @@ __all__ = [
     "Condition",
     "Controller",
     "FactoredFeedback",
+    "Feature",
     "Feedback",
     "Field",
     "Flow",
@@ -75,6 +77,7 @@ __all__ = [
     "Side",
     "Site",
     "Summary",
+    "Target",
     "__version__",
     "ablation",
     "actadd",
@@ -84,11 +87,15 @@ __all__ = [
     "cast",
     "cold_fd",
     "cold_kernel",
+    "describe",
     "diagnose",
+    "feature",
     "gate",
+    "hold",
     "hpr",
     "inferaligner",
     "iti",
+    "lead",
     "linear_act",
     "linearize",
     "lqr",
@@ -96,6 +103,7 @@ __all__ = [
     "mimic",
     "odesteer",
     "pid",
+    "rank_features",
     "remote",
     "repe",
     "sadi",
@@ -104,5 +112,6 @@ __all__ = [
     "steer",
     "tda",
     "track",
+    "watch",
     "when",
 ]

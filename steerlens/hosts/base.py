@@ -84,8 +84,8 @@ class Host(Dimensions):
         """The unsteered path of the last token through the blocks, its context frozen."""
         raise NotImplementedError
 
-    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
-        """Pooled activations of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
+    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
+        """Activations of one right-padded batch in the order of `sites`, pooled as `pool` does."""
         raise NotImplementedError
 
     def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
@@ -124,19 +124,39 @@ class Host(Dimensions):
         Returns:
             `{site: [text ...]}` in float32 (float64 for a float64 model), on the CPU.
         """
+        rows = self._rows(tokens, weights, sites, batch)
+        return {site: torch.stack([row[index] for row in rows]) for index, site in enumerate(sorted(sites))}
+
+    def states(
+        self, tokens: Sequence[Sequence[int]], sites: Sequence[Site], *, batch: int = 16
+    ) -> dict[Site, list[Tensor]]:
+        """Activations of every token of texts, without steering; arguments as in `read`.
+
+        Returns:
+            `{site: one [pos ...] for each text}` in float32 (float64 for a float64 model), on the CPU.
+        """
+        rows = self._rows(tokens, None, sites, batch)
+        return {
+            site: [row[index][: len(text)] for row, text in zip(rows, tokens, strict=True)]
+            for index, site in enumerate(sorted(sites))
+        }
+
+    def _rows(self, tokens: Any, weights: Any, sites: Sequence[Site], batch: int) -> list[list[Tensor]]:
+        """What `_read` gives for each text, by site."""
         self.check(sites)
-        ordered = sorted(sites)
         longest_first = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
         rows: dict[int, list[Tensor]] = {}
         for start in range(0, len(tokens), batch):
             chosen = longest_first[start : start + batch]
-            ids, mask, pooled = pad([tokens[row] for row in chosen], [weights[row] for row in chosen], self.device)
-            read = self._read(ids, mask, pooled, ordered)
+            given = [tokens[row] for row in chosen]
+            if weights is None:
+                ids, mask, _ = pad(given, [[0.0] * len(text) for text in given], self.device)
+                read = self._read(ids, mask, None, sorted(sites))
+            else:
+                read = self._read(*pad(given, [weights[row] for row in chosen], self.device), sorted(sites))
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
-        return {
-            site: torch.stack([rows[row][index] for row in range(len(tokens))]) for index, site in enumerate(ordered)
-        }
+        return [rows[row] for row in range(len(tokens))]
 
     def gradients(
         self,

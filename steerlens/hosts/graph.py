@@ -75,9 +75,11 @@ def pooled_gradients(
         return [pool(gradient, weights) for gradient in differentiate(forward, entry, places, loss)]
 
 
-def pool(x: Tensor, weights: Tensor) -> Tensor:
-    """`sum_t w_t x_t`: `[batch pos ...], [batch pos] -> [batch ...]`, in float32 at least."""
+def pool(x: Tensor, weights: Tensor | None) -> Tensor:
+    """`sum_t w_t x_t`: `[batch pos ...], [batch pos] -> [batch ...]`, in float32 at least; x itself without weights."""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if weights is None:
+        return x.to(dtype)
     x, weights = x.to(dtype), weights.to(device=x.device, dtype=dtype)
     weights = weights.reshape(*weights.shape, *[1] * (x.ndim - 2))
     # a pad may hold anything, also NaN

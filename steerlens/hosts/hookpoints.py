@@ -93,7 +93,7 @@ class LensHost(Host):
         """Permanent hooks at the sites of the pass, and hook points for its signals."""
         return LensAttachment(self, run)
 
-    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         found: dict[Site, Tensor] = {}
 
         def keep(site: Site) -> Callable[..., None]:

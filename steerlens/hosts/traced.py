@@ -82,7 +82,7 @@ class TracedHost(Anatomy, Host):
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         return spots_of([self.tap(site) for site in sites])
 
-    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+    def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:
             self.need_weights("reading activations", ", or read on a server with steerlens.remote(model)")
         taps = [self.tap(site) for site in sites]

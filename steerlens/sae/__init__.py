@@ -1,0 +1,20 @@
+"""Features of sparse autoencoders as setpoints: hold them, lead up to them, find them."""
+
+from __future__ import annotations
+
+from steerlens.sae.feature import Target, feature, hold, watch
+from steerlens.sae.lead import lead
+from steerlens.sae.reading import Description, describe, rank_features
+from steerlens.sae.setpoint import Feature
+
+__all__ = [
+    "Description",
+    "Feature",
+    "Target",
+    "describe",
+    "feature",
+    "hold",
+    "lead",
+    "rank_features",
+    "watch",
+]

@@ -1,0 +1,265 @@
+"""A feature of a sparse autoencoder as a setpoint with an address, and feedback where it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steerlens.contrast import Text, tokenize
+from steerlens.core import Controller, Loop, Site
+from steerlens.fitting import recipe, resolve
+from steerlens.hosts import Host
+from steerlens.laws import Feedback
+from steerlens.sae.reading import states_of
+from steerlens.sae.setpoint import Feature
+from steerlens.sae.slices import Origin, Slices, architecture, check_indices, cut, site_of
+
+#: A bound at or below a threshold is put this share below it, so that rounding cannot leave the feature on.
+OFF = 1e-3
+#: Smallest cosine between a direction and the encoder row, and largest condition of several, with which one step is
+#: trusted in float32.
+COSINE, CONDITION = 1e-2, 1e4
+
+
+@dataclass(frozen=True)
+class Target:
+    """Features of an autoencoder, the range they should be in, and where they are read. From `feature`.
+
+    Attributes:
+        setpoint: Measures and moves them; usable with any feedback law.
+        site: Where the autoencoder was trained.
+        indices: The features, as the autoencoder counts them.
+        at_least, at_most: The range of each, in activation units of the autoencoder.
+        origin: What the autoencoder says of its model.
+    """
+
+    setpoint: Feature
+    site: Site
+    indices: tuple[int, ...]
+    at_least: tuple[float, ...]
+    at_most: tuple[float, ...]
+    origin: Origin
+
+    def check(self, model: Any) -> Host:
+        """The model's host; raises ValueError where the autoencoder does not fit the model, see `Origin.check`."""
+        host = resolve(model)
+        self.origin.check(host, self.site)
+        return host
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For a controller's recipe."""
+        finite = [[b if math.isfinite(b) else None for b in bounds] for bounds in (self.at_least, self.at_most)]
+        return {"features": list(self.indices), "at_least": finite[0], "at_most": finite[1], "site": str(self.site)}
+
+
+def feature(
+    sae: Any,
+    index: int | Sequence[int],
+    *,
+    level: float | Sequence[float] | None = None,
+    at_least: float | Sequence[float] | None = None,
+    at_most: float | Sequence[float] | None = None,
+    quantile: float | None = None,
+    model: Any = None,
+    texts: Sequence[Text] | None = None,
+    along: str = "decoder",
+    site: Site | str | None = None,
+) -> Target:
+    """Where a feature of a sparse autoencoder should be: at a level, or in a range.
+
+        a(x) = max(z, 0) if z > theta else 0,   z = <w_enc, x> + b
+
+    is what the autoencoder reads. Encoder column, decoder row, biases, threshold and input normalisation are sliced out
+    of it; neither the controllers made from it nor the files they save need sae-lens or the autoencoder.
+
+    Args:
+        sae: `sae_lens.SAE` of architecture standard, JumpReLU, gated, TopK or BatchTopK. TopK turns a feature off that
+            is not among the k largest, whatever its own value: its pre-activation is held, and it reads that or 0.
+        index: The feature, or several, which are held at once.
+        level: What it should read, in activation units of the autoencoder; one number, or one for each feature. 0: off.
+        at_least, at_most: A range instead; inside it nothing is done.
+        quantile: The level as a quantile of the feature's own readings where it is on, on `texts`, in (0, 1).
+        model, texts: For `quantile`: the model and texts to read, position 0 left out.
+        along: The direction to move along: `"decoder"`, what the feature writes; or `"encoder"`, the shortest way.
+        site: Where the autoencoder was trained, if its metadata does not say.
+
+    Returns:
+        A target for `hold`, `lead`, `watch` and `diagnose.reach`; its `.setpoint` works with any feedback law.
+
+    Raises:
+        IndexError: no such feature.
+        TypeError: not an autoencoder of sae-lens, or one of another kind.
+        ValueError: no level or more than one way to say it; a level that the feature can never read, at or below its
+            threshold; a feature that the direction does not move, or several that it cannot move apart; an autoencoder
+            whose site is unknown or whose weights do not fit the model.
+    """
+    architecture(sae)
+    indices = check_indices(sae, index)
+    slices = cut(sae, indices)
+    if along not in ("decoder", "encoder"):
+        raise ValueError(f"along={along!r}; it is 'decoder' or 'encoder'")
+    if quantile is not None:
+        if model is None or texts is None:
+            raise ValueError("quantile= is one of the feature's own readings: give model= and texts= to read them on")
+        if level is not None or at_least is not None or at_most is not None:
+            raise ValueError("give quantile or a level or a range, not two of them")
+        level = _quantiles(sae, indices, quantile, model, texts, site)
+    lower, upper = _range(len(indices), level, at_least, at_most)
+    setpoint = place(slices, indices, lower, upper, along)
+    return Target(setpoint, site_of(sae, site), tuple(indices), tuple(lower), tuple(upper), Origin.of(sae))
+
+
+def place(slices: Slices, indices: Sequence[int], lower: list[float], upper: list[float], along: str) -> Feature:
+    """The setpoint of slices in a range of readings.
+
+    Raises:
+        ValueError: a level at or below the threshold, a direction that does not move its feature, dependent features.
+    """
+    floors, ceilings = [], []
+    _check_normalised(slices, indices, lower)
+    for name, theta, low, high in zip(indices, slices.threshold.tolist(), lower, upper, strict=True):
+        if 0 < low <= theta:
+            raise ValueError(
+                f"feature {name} never reads {low:g}: it reads 0, or more than its threshold {theta:g}; "
+                f"ask for more than {theta:g}, or for level=0"
+            )
+        floors.append(low if low > 0 else -math.inf)
+        ceilings.append(high if high > theta else theta * (1 - OFF))
+    directions = slices.decoder if along == "decoder" else slices.sensor
+    norms = directions.norm(dim=-1)
+    basis = directions / torch.where(norms > 0, norms, 1)[:, None]
+    moves = basis.double() @ slices.sensor.double().T
+    cosines = moves.diagonal() / slices.sensor.double().norm(dim=-1)
+    for name, cosine in zip(indices, cosines.tolist(), strict=True):
+        if not cosine > COSINE:
+            raise ValueError(
+                f"feature {name} does not rise along its {along} row (cosine with the encoder row {cosine:.3f}); "
+                "use along='encoder', or another feature"
+            )
+    scaled = moves / slices.sensor.double().norm(dim=-1)
+    if torch.linalg.cond(scaled) > CONDITION:
+        raise ValueError(f"features {list(indices)} cannot be moved apart: their rows are dependent; hold fewer")
+    return Feature(
+        slices.sensor,
+        slices.bias,
+        slices.threshold,
+        slices.bias.new_tensor(floors),
+        slices.bias.new_tensor(ceilings),
+        basis,
+        normalise=slices.normalise,
+        labels=[str(name) for name in indices],
+    )
+
+
+def _check_normalised(slices: Slices, indices: Sequence[int], lower: list[float]) -> None:
+    """A normalised input has norm sqrt(d): no state reads more than `sqrt(d) |w| + b`."""
+    if slices.normalise == "none":
+        return
+    most = slices.sensor.shape[-1] ** 0.5 * slices.sensor.norm(dim=-1) + slices.bias
+    for name, low, bound in zip(indices, lower, most.tolist(), strict=True):
+        if low >= bound:
+            raise ValueError(
+                f"feature {name} never reads {low:g}: the autoencoder normalises its input ({slices.normalise}), and "
+                f"no state reads more than {bound:.3g}"
+            )
+
+
+def hold(model: Any, target: Target, *, where: Any = "last") -> Controller:
+    """Hold features where the autoencoder reads them: feedback with the gain that needs one step.
+
+        u = (z* - z(x)) d / <w_enc, d>
+
+    with d the decoder row (or the encoder row, `feature(along="encoder")`), z* the nearest pre-activation in the range.
+    Afterwards the autoencoder reads the level at every token that is steered. What it does not explain is kept: u lies
+    in the span of the features' own directions and the rest of x, the autoencoder's error included, is added back
+    untouched. Other features whose encoder rows overlap with d change what they read.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        target: From `feature`.
+        where: Token positions, see `Loop`.
+
+    Returns:
+        One loop. Recorded signals: `error` `[batch pos]`, `|u|` in units of the residual stream; `feature`
+        `[batch pos]`, the reading before the control, in activation units of the autoencoder (`feature_12`, ... for
+        several); `u`; `u_norm`.
+
+    Raises:
+        ValueError: the autoencoder is of another width, hook point or basis than the model.
+    """
+    host = target.check(model)
+    law = Feedback(target.setpoint, target.setpoint.basis)
+    return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
+
+
+def watch(model: Any, target: Target, *, where: Any = "all") -> Controller:
+    """Read features and do nothing: a loop with gain zero, for its signals.
+
+        u = 0
+
+    Composed after a controller, `hold(...) + watch(...)`, it reads what the controller has reached: signals of loops at
+    one site have the loop's name, `blocks.15.hook_steer_watch_feature`.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        target: From `feature`; its range enters the signal `error` alone.
+        where: Token positions, see `Loop`.
+
+    Raises:
+        ValueError: as for `hold`.
+    """
+    host = target.check(model)
+    law = Feedback(target.setpoint, torch.zeros_like(target.setpoint.basis))
+    return Controller([Loop(law, target.site, where=where, name="watch")], recipe("watch", host, target.arguments))
+
+
+def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[float], list[float]]:
+    if level is not None and (at_least is not None or at_most is not None):
+        raise ValueError("give a level or a range (at_least, at_most), not both")
+    if level is None and at_least is None and at_most is None:
+        raise ValueError("say where the feature should be: level=, at_least=, at_most= or quantile=")
+    low = _each("level" if level is not None else "at_least", level if level is not None else at_least, count, 0.0)
+    high = _each("level" if level is not None else "at_most", level if level is not None else at_most, count, math.inf)
+    for a, b in zip(low, high, strict=True):
+        if a > b:
+            raise ValueError(f"at_least={a:g} is above at_most={b:g}")
+    return low, high
+
+
+def _each(name: str, value: Any, count: int, default: float) -> list[float]:
+    if value is None:
+        return [default] * count
+    values = [float(value)] * count if isinstance(value, (int, float)) else [float(entry) for entry in value]
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} numbers for {count} features")
+    for entry in values:
+        if not entry >= 0 or math.isinf(entry):
+            raise ValueError(f"{name}={entry:g}; an autoencoder reads 0 or more, and it must be finite")
+    return values
+
+
+def _quantiles(
+    sae: Any, indices: list[int], quantile: float, model: Any, texts: Sequence[Text], site: Site | str | None
+) -> list[float]:
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile={quantile}; it lies between 0 and 1")
+    at = site_of(sae, site)
+    host = resolve(model)
+    Origin.of(sae).check(host, at)
+    setpoint = place(cut(sae, indices), indices, [0.0] * len(indices), [math.inf] * len(indices), "encoder")
+    states = torch.cat([x[1:] for x in states_of(host, [tokenize(text, host)[0] for text in texts], at)])
+    readings = setpoint.reading(setpoint.preactivation(states.to(setpoint.sensor)))
+    levels = []
+    for name, values in zip(indices, readings.unbind(-1), strict=True):
+        on = values[values > 0]
+        if not len(on):
+            raise ValueError(
+                f"feature {name} is off on all {len(values)} tokens of the texts; it has no quantile there"
+            )
+        levels.append(float(torch.quantile(on.double(), quantile)))
+    return levels

@@ -1,0 +1,186 @@
+"""What the features of a sparse autoencoder do on texts: which tell two sides apart, and where each is on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.contrast import Pairs, Reading, Text, tokenize
+from steerlens.core import Site
+from steerlens.fitting import resolve
+from steerlens.hosts import Host
+from steerlens.sae.slices import Origin, architecture, check_indices, site_of
+
+NEURONPEDIA = "https://www.neuronpedia.org"
+
+
+def states_of(host: Host, tokens: Sequence[Sequence[int]], site: Site) -> list[Tensor]:
+    """The state of every token of texts at a site, `[pos d]` each.
+
+    Raises:
+        ValueError: no text, or an activation that is not finite.
+    """
+    if not tokens or not all(tokens):
+        raise ValueError("no text to read; give at least one, of one token or more")
+    found = host.states(tokens, [site])[site]
+    if not all(bool(torch.isfinite(x).all()) for x in found):
+        raise ValueError(f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?")
+    return found
+
+
+def rank_features(model: Any, sae: Any, pairs: Pairs, *, site: Site | str | None = None) -> Any:
+    """All features of an autoencoder by how well they tell the positive texts from the negative.
+
+        effect = (mean a+ - mean a-) / sqrt((var a+ + var a-) / 2)
+
+    Cohen's d over texts, a each text's reading, pooled over the tokens that `Pairs.read` says (position 0 left out
+    where there are others). Two texts a side at least; a feature that is constant on both sides has effect 0.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        sae: Of sae-lens; it encodes here, TopK included.
+        pairs: Contrast texts.
+        site: Where the autoencoder was trained, if its metadata does not say.
+
+    Returns:
+        A pandas DataFrame, one row a feature, the largest |effect| first: `positive` and `negative`, mean readings in
+        activation units of the autoencoder; `effect`, no unit; `on_positive` and `on_negative`, the share of texts in
+        which it is on at all.
+
+    Raises:
+        TypeError: `pairs` is not `Pairs`.
+        ValueError: fewer than two texts a side, or the autoencoder does not fit the model.
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("tables need pandas; pip install 'steerlens[plots]'") from error
+    if not isinstance(pairs, Pairs):
+        raise TypeError(f"pairs is a {type(pairs).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
+    if len(pairs) < 2:
+        raise ValueError("an effect size needs at least two texts a side")
+    architecture(sae)
+    at, host = site_of(sae, site), resolve(model)
+    Origin.of(sae).check(host, at)
+    positive, negative = (_pooled(host, sae, side, at) for side in pairs.sides(host))
+    difference = positive.mean(0) - negative.mean(0)
+    spread = ((positive.var(0) + negative.var(0)) / 2).sqrt()
+    # rounding of a constant reading is no spread
+    effect = torch.where(spread > 1e-9, difference / spread.clamp(min=1e-9), 0.0)
+    table = pandas.DataFrame(
+        {
+            "positive": positive.mean(0).tolist(),
+            "negative": negative.mean(0).tolist(),
+            "effect": effect.tolist(),
+            "on_positive": (positive > 0).double().mean(0).tolist(),
+            "on_negative": (negative > 0).double().mean(0).tolist(),
+        }
+    ).rename_axis("feature")
+    return table.sort_values("effect", key=lambda column: -column.abs(), kind="stable")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a feature does on some texts. From `describe`.
+
+    Attributes:
+        index: The feature.
+        contexts: `(reading, before, token, after)` of the tokens it reads highest on, the highest first, one a text.
+        density: Share of tokens on which it is on, position 0 left out.
+        link: Its page on Neuronpedia, None where the autoencoder's metadata has no id.
+    """
+
+    index: int
+    contexts: tuple[tuple[float, str, str, str], ...]
+    density: float
+    link: str | None
+
+    def table(self) -> Any:
+        """One row a context, a pandas DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.contexts, columns=["reading", "before", "token", "after"])
+
+    def __repr__(self) -> str:
+        lines = [f"  {reading:7.2f}  {before}[{token}]{after}" for reading, before, token, after in self.contexts]
+        head = f"feature {self.index}, on at {self.density:.2%} of tokens" + (f", {self.link}" if self.link else "")
+        return "\n".join([head, *lines])
+
+
+def describe(
+    model: Any,
+    sae: Any,
+    index: int,
+    texts: Sequence[Text],
+    *,
+    top: int = 8,
+    width: int = 8,
+    site: Site | str | None = None,
+) -> Description:
+    """The contexts in which a feature reads highest, how often it is on, and its page on Neuronpedia.
+
+    Position 0 is left out: it carries an attention sink in many models. No network is used; the link is made from the
+    metadata.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        sae: Of sae-lens.
+        index: The feature.
+        texts: Strings, tuples, messages or token ids, as in `Pairs`.
+        top: How many contexts, one a text at most.
+        width: Tokens shown before and after.
+        site: Where the autoencoder was trained, if its metadata does not say.
+
+    Raises:
+        IndexError: no such feature.
+        ValueError: no text, or the autoencoder does not fit the model.
+    """
+    architecture(sae)
+    (row,) = check_indices(sae, index)
+    at, host = site_of(sae, site), resolve(model)
+    Origin.of(sae).check(host, at)
+    tokens = [tokenize(text, host)[0] for text in texts]
+    found: list[tuple[float, str, str, str]] = []
+    on = total = 0
+    for ids, x in zip(tokens, states_of(host, tokens, at), strict=True):
+        readings = _encode(sae, x)[1:, row]
+        on, total = on + int((readings > 0).sum()), total + len(readings)
+        if len(readings) and readings.max() > 0:
+            place = int(readings.argmax()) + 1
+            parts = ids[max(0, place - width) : place], [ids[place]], ids[place + 1 : place + 1 + width]
+            before, token, after = (_words(host, part) for part in parts)
+            found.append((float(readings.max()), before, token, after))
+    found.sort(key=lambda context: -context[0])
+    return Description(row, tuple(found[:top]), on / max(total, 1), _link(sae, row))
+
+
+def _link(sae: Any, row: int) -> str | None:
+    name = getattr(sae.cfg.metadata, "neuronpedia_id", None)
+    return f"{NEURONPEDIA}/{name}/{row}" if name else None
+
+
+def _words(host: Host, ids: Sequence[int]) -> str:
+    decode = getattr(host.tokenizer, "decode", None)
+    return decode(list(ids)) if decode else " ".join(map(str, ids))
+
+
+@torch.no_grad()
+def _encode(sae: Any, x: Tensor) -> Tensor:
+    """Readings of all features, `[pos d] -> [pos feature]`, float64 on the CPU."""
+    return sae.encode(x.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)).double().cpu()
+
+
+def _pooled(host: Host, sae: Any, side: Reading, site: Site) -> Tensor:
+    """Each text's readings, pooled as its weights say, `[text feature]`."""
+    rows = []
+    for weights, x in zip(side.weights, states_of(host, side.tokens, site), strict=True):
+        share = torch.tensor(weights, dtype=torch.float64)
+        if (share[1:] > 0).any():
+            share[0] = 0.0
+        rows.append((share / share.sum()) @ _encode(sae, x))
+    return torch.stack(rows)
