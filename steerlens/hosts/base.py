@@ -121,6 +121,10 @@ class Host:
         row = weight[0, :8] if weight.shape[0] == self.d_model else weight[:8, 0]
         return [round(float(value), 6) for value in row.detach().float()]
 
+    def output_matrix(self, layer: int) -> Tensor:
+        """Of attention, `[head d_head d]`: head h adds `z_h @ W[h]` to its output, before any norm that follows it."""
+        raise NotImplementedError
+
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         """Pooled activations of one right-padded batch, `[batch ...]` each, in the order of `sites`."""
         raise NotImplementedError
@@ -189,6 +193,14 @@ class Host:
         return {
             site: torch.stack([rows[row][index] for row in range(len(tokens))]) for index, site in enumerate(ordered)
         }
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits of rows without pads, `[batch pos] -> [batch pos vocab]`, steered by what is attached.
+
+        With a graph where gradients are enabled; no parameter gets a gradient by itself.
+        """
+        ids = ids.to(self.device)
+        return self._logits(ids, torch.ones_like(ids))
 
     def gradients(
         self,

@@ -107,6 +107,10 @@ class LensHost(Host):
         """Whether writing `hook_resid_mid` changes the residual stream."""
         raise NotImplementedError
 
+    def output_matrix(self, layer: int) -> Tensor:
+        """Of attention, `[head d_head d]`, as TransformerLens names it."""
+        return self.model.blocks[layer].attn.W_O.detach()
+
     def attach(self, run: Pass, *, payload_limit: int) -> Attachment:
         """Permanent hooks at the sites of the pass, and hook points for its signals."""
         return LensAttachment(self, run)

@@ -97,6 +97,14 @@ class TracedHost(Host):
         module = self.model._module
         return hf.nominal(module, [layer._module for layer in self.layers], tokens)
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """Through a trace, which runs the edits; `_logits` calls the module below them."""
+        self._need_weights("running the model")
+        ids = ids.to(self.device)
+        with self.model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+            logits = self.model.output.logits.save()
+        return logits  # noqa: RET504 (bound by the trace)
+
     def _out_weight(self, layer: int) -> Tensor | None:
         return getattr(self.layers[layer]._module.get_submodule(self.paths["mlp_post"][0]), "weight", None)
 
@@ -107,6 +115,14 @@ class TracedHost(Host):
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         return spots_of([self._tap(site) for site in sites])
+
+    def output_matrix(self, layer: int) -> Tensor:
+        """Of attention, `[head d_head d]`."""
+        self._need_weights("taking attention apart")
+        module = self.layers[layer]._module.get_submodule(self.paths["z"][0])
+        # a Linear keeps [out in], GPT-2's Conv1D [in out]
+        weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+        return weight.detach().unflatten(0, (self.n_heads, -1))
 
     @property
     def away(self) -> bool:
