@@ -174,11 +174,10 @@ def test_logit_difference_reads_the_last_token(case):
     logits = torch.randn(2, 4, 100)
     torch.testing.assert_close(difference(logits), (logits[:, -1, 1] + logits[:, -1, 2]) / 2 - logits[:, -1, 3])
     result = attribute(case.model, case.controller, [difference, logit_difference(case.model, 5, 6)], PROMPTS)
-    assert "'w1' 2 - 'w3'" in result.metric
-    assert {axis.title.text for axis in (result.plot().layout.xaxis, result.plot().layout.yaxis)} == {
-        "layer",
-        f"effect on the {result.metric}",
-    }
+    assert "'w1' 2 minus 'w3'" in result.metric
+    layout = result.plot().layout
+    assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("layer", "effect (units of the metric)")
+    assert result.metric in layout.title.text
 
 
 # -- carriers ------------------------------------------------------------------------------------------------------

@@ -87,12 +87,16 @@ class Attribution:
             if not values.isnan().any():
                 figure.add_trace(objects.Bar(x=list(self.labels), y=values.tolist(), name=name))
         figure.update_xaxes(title_text="layer" if all(map(str.isdigit, self.labels)) else "loop", type="category")
-        figure.update_yaxes(title_text=f"effect on the {self.metric}")
+        figure.update_yaxes(title_text="effect (units of the metric)")
         title = f"total {self.total:+.3g}"
         if not self.effect.isnan().any():
             title += f", interaction {self.interaction:+.3g}, correlation {self.correlation:.2f}"
         return figure.update_layout(
-            title=f"Whose control did it? {title}", barmode="group", width=900, height=420, template="simple_white"
+            title=f"Whose control did it? {title}<br><sup>{self.metric}</sup>",
+            barmode="group",
+            width=900,
+            height=420,
+            template="simple_white",
         )
 
     def __repr__(self) -> str:

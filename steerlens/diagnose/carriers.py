@@ -40,8 +40,8 @@ def carriers(
 
     the first-order estimate of how much of the effect goes when component c alone is put back to its unsteered
     activation: `m(steered) - m(steered, c unsteered)`. With `check=k` that experiment is also run for the k largest.
-    The loops after c measure the change and react, in both. Components do not add up to the effect: what one head carries
-    another may carry again. For shares that add up see `direct`.
+    The loops after c measure the change and react, in both. Components do not add up to the effect: what one head
+    carries another may carry again. For shares that add up see `direct`.
 
     Args:
         model: TransformerBridge, HookedTransformer or local nnsight model.

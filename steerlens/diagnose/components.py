@@ -78,18 +78,16 @@ class Components:
         """Heads: a map of layer by head. One part a layer and kind: bars by layer. Else bars of the largest parts."""
         objects, _ = load_plotly()
         figure = objects.Figure()
-        unit = f"effect on the {self.metric}"
+        title = f"{self.title}<br><sup>{self.metric}</sup>"
         if set(self.kinds) == {"head"}:
             rows, heads = sorted(set(self.layers)), max(self.units) + 1
             grid = self.value.view(len(rows), heads)
             limit = float(grid.abs().max()) or 1.0
-            scale = {"colorscale": "RdBu", "zmin": -limit, "zmax": limit, "colorbar": {"title": {"text": "effect"}}}
+            scale = {"colorscale": "RdBu", "zmin": -limit, "zmax": limit, "colorbar": {"title": {"text": "effect (units of the metric)", "side": "right"}}}
             figure.add_trace(objects.Heatmap(z=grid.tolist(), x=list(range(heads)), y=rows, **scale))
             figure.update_xaxes(title_text="head", dtick=1)
             figure.update_yaxes(title_text="layer")
-            return figure.update_layout(
-                title=f"{self.title}<br><sup>{unit}</sup>", width=640, height=640, template="simple_white"
-            )
+            return figure.update_layout(title=title, width=640, height=640, template="simple_white")
         if set(self.kinds) <= {"attn", "mlp", "control"}:
             for kind in dict.fromkeys(self.kinds):
                 chosen = [index for index, other in enumerate(self.kinds) if other == kind]
@@ -103,8 +101,8 @@ class Components:
             if not self.exact.isnan().all():
                 figure.add_trace(objects.Bar(x=names, y=self.exact[chosen].tolist(), name="patched"))
             figure.update_xaxes(title_text=f"{self.kinds[0]}s with the largest effect")
-        figure.update_yaxes(title_text=unit)
-        return figure.update_layout(title=self.title, barmode="group", width=900, height=420, template="simple_white")
+        figure.update_yaxes(title_text="effect (units of the metric)")
+        return figure.update_layout(title=title, barmode="group", width=900, height=420, template="simple_white")
 
     def __repr__(self) -> str:
         best = ", ".join(f"{self.labels[index]} {float(self.value[index]):+.3g}" for index in self.top(3))

@@ -43,7 +43,7 @@ def logit_difference(model: Any, a: Any, b: Any) -> LogitDifference:
         ValueError: a string that is not one token; the message shows its pieces.
     """
     tokenizer = resolve(model).tokenizer
-    name = f"logit difference, {_words(a)} - {_words(b)}"
+    name = f"logit difference (logits): {_words(a)} minus {_words(b)}"
     return LogitDifference(_ids(a, tokenizer), _ids(b, tokenizer), name)
 
 
