@@ -9,7 +9,7 @@ import steerlens as sl
 from steerlens.diagnose import attribute, carriers, direct, logit_difference
 from steerlens.diagnose.direct import _gauss_legendre
 from steerlens.hosts import host_of
-from steerlens.testing import Case, discover_hosts, snapshot
+from steerlens.testing import Case, discover_hosts, discover_methods, snapshot
 
 PROMPTS = [[3, 17, 25, 29, 41, 22, 9], [7, 30, 31, 32, 33]]
 LENS = [host for host in discover_hosts() if host != "nnsight"]
@@ -124,6 +124,25 @@ def test_the_estimate_is_the_gradient_at_the_signals_hook_point_times_the_signal
         gradients = torch.autograd.grad(metric(logits).sum(), list(kept.values()))
     expected = torch.stack([(g * u).sum() for g, u in zip(gradients, kept.values(), strict=True)]).detach().double()
     torch.testing.assert_close(result.estimates[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", discover_methods())
+def test_every_method_can_be_taken_apart(method):
+    """With laws that gate, remember, look at the prompt or differentiate: sums as stated, shares that add up."""
+    case = Case(method, discover_hosts()[0])
+    controller = case.controller
+    case.logits(torch.tensor(PROMPTS[:1]))  # a Bridge makes some of its modules in its first whole pass
+    before = snapshot(case.model)
+    for others in ("react", "held"):
+        result = attribute(case.model, controller, metric, PROMPTS, others=others)
+        assert result.estimates.isfinite().all()
+        assert float(result.effect.sum()) + result.interaction == pytest.approx(result.total)
+        if len(result.labels) == 1:
+            # one part is the whole
+            assert abs(result.interaction) < 1e-6
+    shares = direct(case.model, controller, metric, PROMPTS, nodes=16)
+    assert float(shares.rest.abs().max()) < 2e-5 * max(1.0, float(shares.values.abs().sum(1).max()))
+    assert snapshot(case.model) == before
 
 
 def test_what_is_linear_is_additive(case):
@@ -347,12 +366,13 @@ def test_pictures_have_labelled_axes(case):
 
 @pytest.mark.real_model
 def test_on_a_real_model_the_gradient_tells_what_leaving_out_shows(smol):
-    """The promise: correlation above 0.9, for a fixed vector on several layers and for feedback at all of them."""
+    """Correlation above 0.9, for CAA on several layers and for A-LQR at all but the first."""
     model = smol("bridge")
     pairs = sl.shipped("sentiment")
     difference = logit_difference(model, [" great", " wonderful"], [" bad", " terrible"])
     prompts = ["The food at the restaurant was", "I saw the movie and it was"]
-    feedback = sl.pid(model, pairs, layers=range(5, 25, 2))
+    plant = sl.linearize(model, pairs.positive[:1], progress=False)
+    feedback = sl.lqr(model, pairs, linearization=plant, progress=False)
     for controller in (sl.caa(model, pairs, layers=range(5, 25, 4)), feedback):
         result = attribute(model, controller, difference, prompts)
         assert result.correlation > 0.9, result

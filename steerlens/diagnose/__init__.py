@@ -1,4 +1,4 @@
-"""Can the feedback be trusted, and what did it do? Linearity, tracking, gains; whose control it was, and through what."""
+"""Can the feedback be trusted, and what did it do? Linearity, tracking, gains; whose control it was, through what."""
 
 from __future__ import annotations
 

@@ -129,6 +129,9 @@ def attribute(
     and reacts, in both. It equals the inner product of u_i with the metric's total gradient at the hook point of u_i;
     with the gradient at fixed later controls it would estimate another experiment, which `others="held"` does.
 
+    The estimate is good for controls that are small at their layer, as those of feedback at all layers are. For few and
+    strong ones it may not be: `correlation` says so, and `effects` need no assumption.
+
     A loop that is left out still measures, and laws with memory still remember its measurement: as when its `u` is
     patched to zero.
 

@@ -83,7 +83,12 @@ class Components:
             rows, heads = sorted(set(self.layers)), max(self.units) + 1
             grid = self.value.view(len(rows), heads)
             limit = float(grid.abs().max()) or 1.0
-            scale = {"colorscale": "RdBu", "zmin": -limit, "zmax": limit, "colorbar": {"title": {"text": "effect (units of the metric)", "side": "right"}}}
+            scale = {
+                "colorscale": "RdBu",
+                "zmin": -limit,
+                "zmax": limit,
+                "colorbar": {"title": {"text": "effect (units of the metric)", "side": "right"}},
+            }
             figure.add_trace(objects.Heatmap(z=grid.tolist(), x=list(range(heads)), y=rows, **scale))
             figure.update_xaxes(title_text="head", dtick=1)
             figure.update_yaxes(title_text="layer")
