@@ -131,7 +131,7 @@ def test_every_method_can_be_taken_apart(method):
     """With laws that gate, remember, look at the prompt or differentiate: sums as stated, shares that add up."""
     case = Case(method, discover_hosts()[0])
     controller = case.controller
-    case.logits(torch.tensor(PROMPTS[:1]))  # a Bridge makes some of its modules in its first whole pass
+    case.logits(torch.tensor(PROMPTS[:1]))  # a Bridge hooks some norms in their first pass
     before = snapshot(case.model)
     for others in ("react", "held"):
         result = attribute(case.model, controller, metric, PROMPTS, others=others)

@@ -110,21 +110,23 @@ figure.update_layout(title=f"Who steps in when layer {layer} is silent", templat
 
 # %%
 rows = []
-with sl.steer(model, controller, record=("u",)) as run, torch.no_grad():
+with sl.steer(model, controller, record=("u", "error")) as run, torch.no_grad():
     records = []
     for prompt in prompts:
         model(prompt)
         records.append(run.record.copy())
+        energy, error = records[-1].stack("u").square().sum(), records[-1].stack("error")[:, 0, -1].mean()
+        print(f"{prompt:32} control energy {energy:4.0f}, mean distance to the setpoint {error:.1f}")
     for row, prompt in enumerate(prompts):
         own = float(metric(model(prompt)))
         for column, record in enumerate(records):
             hooks = []
-            for key, donor in record.items():
+            for donor_layer, donor in record.layers("u").items():
 
                 def replace(u: torch.Tensor, hook: object, donor: torch.Tensor = donor) -> torch.Tensor:
                     return torch.cat([u[:, :-1], donor[:, -1:]], dim=1)
 
-                hooks.append((key, replace))
+                hooks.append((f"blocks.{donor_layer}.hook_steer_u", replace))
             value = float(metric(model.run_with_hooks(prompt, fwd_hooks=hooks)))
             plain = float(alone.unsteered[row])
             rows.append({"prompt": prompt, "controls of": prompts[column], "share": (value - plain) / (own - plain)})
@@ -134,8 +136,8 @@ shares.round(2)
 # %% [markdown]
 # One means: as large a change as with the prompt's own controls; the diagonal is one by construction. Borrowed
 # controls work, and what differs is mostly by column: those of the weather prompt do most wherever they are played.
-# Without steering it had the lowest metric, so its loops saw the largest gap and pushed hardest. Three prompts of much
-# the same kind are an illustration, not a result.
+# Its loops saw the largest distances and pushed hardest (the numbers above the table). Three prompts of much the same
+# kind are an illustration, not a result.
 #
 # ## Straight to the logits, or through the model?
 #
