@@ -131,6 +131,10 @@ def test_every_method_can_be_taken_apart(method):
     """With laws that gate, remember, look at the prompt or differentiate: sums as stated, shares that add up."""
     case = Case(method, discover_hosts()[0])
     controller = case.controller
+    if all(loop.where == "generated" for loop in controller.loops):
+        with pytest.raises(ValueError, match="no loop acts on a token of the prompt"):
+            attribute(case.model, controller, metric, PROMPTS)
+        controller = controller.at("last")
     case.logits(torch.tensor(PROMPTS[:1]))  # a Bridge hooks some norms in their first pass
     before = snapshot(case.model)
     for others in ("react", "held"):

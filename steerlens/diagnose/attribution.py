@@ -149,7 +149,7 @@ def attribute(
         prepend_bos: As in `Pairs`.
 
     Raises:
-        ValueError: no prompt, no loop, an unknown `by` or `others`, a metric that gives more than one number, or a
+        ValueError: no prompt, no loop, none that acts on a prompt's tokens, an unknown `by` or `others`, a metric that gives more than one number, or a
             controller that does not fit the model.
 
     Source: leaving one out and its first-order estimate are attribution patching (arXiv 2310.10348), here with
@@ -235,7 +235,12 @@ def _one(
         with torch.enable_grad():
             ones = torch.ones(1, len(parts), requires_grad=True)
             steered = value(ones)
-            (estimate,) = torch.autograd.grad(steered.sum(), ones)
+            (estimate,) = torch.autograd.grad(steered.sum(), ones, allow_unused=True)
+        if estimate is None:
+            where = sorted({str(loop.where) for loop in controller.loops})
+            raise ValueError(
+                f"no loop acts on a token of the prompt (where: {', '.join(where)}); pass controller.at('last')"
+            )
         left_out = 1 - torch.eye(len(parts))
         conditions = torch.cat([torch.ones(1, len(parts)), torch.zeros(1, len(parts)), *([left_out] if exact else [])])
         with torch.no_grad():
