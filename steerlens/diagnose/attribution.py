@@ -149,8 +149,8 @@ def attribute(
         prepend_bos: As in `Pairs`.
 
     Raises:
-        ValueError: no prompt, no loop, none that acts on a prompt's tokens, an unknown `by` or `others`, a metric that gives more than one number, or a
-            controller that does not fit the model.
+        ValueError: no prompt, no loop, none that acts on a prompt's tokens, an unknown `by` or `others`, a metric that
+            gives more than one number, or a controller that does not fit the model.
 
     Source: leaving one out and its first-order estimate are attribution patching (arXiv 2310.10348), here with
     controls for the activations that are patched.
