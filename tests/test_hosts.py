@@ -244,25 +244,6 @@ def test_a_user_who_decodes_by_hand_is_followed(host, tiny_model):
     assert (norms[0] > 0).tolist() == [False] * 7 + [True]
 
 
-@pytest.mark.lens3
-def test_an_attached_sae_is_told_from_a_hook_point(tiny_model):
-    sae_lens = pytest.importorskip("sae_lens")
-    from transformer_lens import HookedTransformer
-
-    from steerlens.models import tiny
-
-    model = tiny(host="hooked")
-    model.__class__ = type("Spliced", (sae_lens.HookedSAETransformer,), {})
-    assert isinstance(model, HookedTransformer)
-    model._acts_to_saes = {}
-    config = sae_lens.StandardSAEConfig(d_in=32, d_sae=16, dtype="float32", device="cpu")
-    config.metadata.hook_name = "blocks.2.hook_resid_post"
-    sae = sae_lens.StandardSAE(config)
-    model.add_sae(sae)
-    with pytest.raises(ValueError, match="is an SAE attached there"):
-        sl.steer(model, push(model, sl.Site(2)))
-
-
 @pytest.mark.parametrize("host", [name for name in discover_hosts() if name != "nnsight"])
 def test_linearising_a_steered_model_is_refused(host, tiny_model):
     """Replayed blocks would be steered as if they were the pass before."""

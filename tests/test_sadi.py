@@ -88,7 +88,7 @@ def test_steering_multiplies_the_chosen_elements(host, family, component, device
     torch.testing.assert_close(share[0, -1].cpu(), (loop.law.mask * x).norm() / x.norm(), rtol=1e-5, atol=1e-7)
 
 
-def test_heads_are_query_heads_and_act_through_the_output_matrix(device):
+def test_heads_are_query_heads_and_act_through_the_head_writes(device):
     """Scaling a head adds delta z_h W_O to the attention output."""
     case = Case("sadi", "bridge", device=device)
     model = case.model

@@ -84,6 +84,10 @@ class Host(Dimensions):
         """The unsteered path of the last token through the blocks, its context frozen."""
         raise NotImplementedError
 
+    def head_writes(self, layer: int) -> Tensor:
+        """Of attention, `[head d_head d]`: head h adds `z_h @ W[h]` to its output, before any norm that follows it."""
+        raise NotImplementedError
+
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         """Activations of one right-padded batch in the order of `sites`, pooled as `pool` does."""
         raise NotImplementedError
@@ -157,6 +161,14 @@ class Host(Dimensions):
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
         return [rows[row] for row in range(len(tokens))]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits of rows without pads, `[batch pos] -> [batch pos vocab]`, steered by what is attached.
+
+        With a graph where gradients are enabled; no parameter gets a gradient by itself.
+        """
+        ids = ids.to(self.device)
+        return self._logits(ids, torch.ones_like(ids))
 
     def gradients(
         self,

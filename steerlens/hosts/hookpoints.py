@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from transformer_lens.hook_points import HookPoint
 from steerlens.core import POINTS, Pass, Site
 from steerlens.hosts.base import Attachment, Host
 from steerlens.hosts.graph import Place, pool
+from steerlens.hosts.seats import Change, Seat, place_of, spliced
+
+#: What is attached to a model, in the order of attachment.
+_ATTACHED: WeakKeyDictionary[Any, list[LensAttachment]] = WeakKeyDictionary()
 
 
 class LensHost(Host):
@@ -57,29 +62,42 @@ class LensHost(Host):
 
     def points(self) -> Sequence[str]:
         """Points of the last block that exist as hook points."""
-        hooks = self.model.hook_dict
-        return [point for point in POINTS if str(Site(self.n_layers - 1, point)) in hooks]
+        modules = self.modules()
+        return [point for point in POINTS if str(Site(self.n_layers - 1, point)) in modules]
 
-    def find(self, sites: Iterable[Site]) -> dict[Site, HookPoint]:
-        """The hook points of sites; names are checked here because TransformerBridge ignores unknown ones."""
-        hooks = self.model.hook_dict  # a Bridge makes it anew at each access, in some milliseconds
-        found = {site: hooks.get(str(site)) for site in sites}
-        for site, hook in found.items():
-            if not isinstance(hook, HookPoint):
-                raise ValueError(f"'{site}' is not a plain hook point of this model; is an SAE attached there?")
-        return found
+    def find(self, sites: Iterable[Site]) -> dict[Site, nn.Module]:
+        """What stands at sites, hook points or SAEs; checked here because TransformerBridge ignores unknown names."""
+        modules = self.modules()  # a Bridge makes it anew at each access, in some milliseconds
+        found = {site: modules.get(str(site)) for site in sites}
+        for site, module in found.items():
+            if not isinstance(module, HookPoint) and not spliced(module):
+                raise ValueError(f"'{site}' is not a hook point of this model, nor an SAE of sae-lens in its place")
+        return found  # type: ignore[return-value]
+
+    def seat(self, site: Site, module: nn.Module, change: Change, *, outgoing: bool = False) -> Seat:
+        """A function at a site, where `find` has found a module."""
+        find = self.address(site, module)
+        return Seat(find, change, self.shape(site), outgoing=outgoing)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Hook points, and SAEs in their place, by TransformerLens name."""
+        raise NotImplementedError
+
+    def address(self, site: Site, module: nn.Module) -> Callable[[], nn.Module | None]:
+        """What finds the module that stands at a site at any later time, in a microsecond."""
+        raise NotImplementedError
 
     def signal_taken(self, name: str) -> bool:
         """Whether a hook point of this name exists already."""
-        return name in self.registry()
-
-    def registry(self) -> dict[str, HookPoint]:
-        """The table in which the model looks up its hook points by name."""
         raise NotImplementedError
 
-    def tables(self) -> list[dict[str, HookPoint]]:
-        """Every table in which a new hook point must stand."""
-        return [self.registry()]
+    def publish(self, points: Mapping[str, HookPoint]) -> None:
+        """Make hook points of ours known to the model, once more where it has forgotten them."""
+        raise NotImplementedError
+
+    def withdraw(self, points: Mapping[str, HookPoint]) -> None:
+        """Take hook points of ours off again."""
+        raise NotImplementedError
 
     def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
         """Call `begin(**arguments of Pass.begin)`, a companion among them, as each pass enters; returns the handles."""
@@ -89,6 +107,10 @@ class LensHost(Host):
         """Whether writing `hook_resid_mid` changes the residual stream."""
         raise NotImplementedError
 
+    def head_writes(self, layer: int) -> Tensor:
+        """Of attention, `[head d_head d]`, as TransformerLens names it."""
+        return self.model.blocks[layer].attn.W_O.detach()
+
     def attach(self, run: Pass, *, payload_limit: int, timeout_s: float) -> Attachment:
         """Permanent hooks at the sites of the pass, and hook points for its signals."""
         return LensAttachment(self, run)
@@ -96,28 +118,30 @@ class LensHost(Host):
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         found: dict[Site, Tensor] = {}
 
-        def keep(site: Site) -> Callable[..., None]:
-            def hook(x: Tensor, hook: HookPoint) -> None:
+        def keep(site: Site) -> Change:
+            def note(x: Tensor) -> None:
                 found[site] = pool(x.detach(), weights).cpu()
 
-            return hook
+            return note
 
-        handles = []
+        seats = [self.seat(site, module, keep(site)) for site, module in self.find(sites).items()]
         try:
-            handles = [_hook(point, keep(site)) for site, point in self.find(sites).items()]
+            for seat in seats:
+                seat.take()
             with torch.inference_mode(False), torch.no_grad():
                 last = max(site.layer for site in sites)
                 self._forward(ids, mask, stop=None if last + 1 >= self.n_layers else last + 1)
         finally:
-            _unhook(handles)
+            for seat in seats:
+                seat.leave()
         return [found[site] for site in sites]
 
     def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
         start, mid = Site(0, "resid_pre"), self.writes_mid()
         # where the Bridge's resid_mid is a branch, the attention output, which is added to it, has the same gradient
         read = [Site(site.layer, "attn_out") if site.point == "resid_mid" and not mid else site for site in sites]
-        points = self.find({start, *read})
-        return points[start], [(points[site], "output") for site in read]
+        modules = self.find({start, *read})
+        return modules[start], [place_of(modules[site]) for site in read]
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         raise NotImplementedError
@@ -150,105 +174,107 @@ class LensAttachment(Attachment):
     """Hooks and signal points of one pass on one model."""
 
     def __init__(self, host: LensHost, run: Pass):
-        self._tables = host.tables()
+        self._host = host
         self._points: dict[str, HookPoint] = {}
-        self._lens_handles: list[Any] = []
+        self._seats: list[Seat] = []
         self._torch_handles: list[Any] = []
         self._run = run
         self._generation: Any = None
         try:
-            self._install(host)
+            self._install()
         except BaseException:
             self.detach()
             raise
 
-    def _install(self, host: LensHost) -> None:
-        run = self._run
+    def _install(self) -> None:
+        host, run = self._host, self._run
         if run.record is not None:
             for names in run.names.values():
                 for name in names.names():
                     self._points[name] = point = HookPoint()
                     point.name = name
             run.tap = self._tap
-            self._register(host)
+            host.publish(self._points)
         layers = sorted({site.layer for site in run.sites})
-        self._torch_handles = host.watch(lambda **call: self._begin(host, call), layers)
-        points = host.find({place for site in run.sites for place in (site, *self._around(host, site))})
+        self._torch_handles = host.watch(self._begin, layers)
+        modules = host.find({place for site in run.sites for place in (site, *self._around(site))})
+        self._check_transcoders(modules)
         for site in run.sites:
-            if self._around(host, site):
-                self._steer_mid(points, site)
+            if self._around(site):
+                self._steer_mid(modules, site)
             else:
-                self._lens_handles.append(_hook(points[site], _acting(run, site)))
+                self._sit(host.seat(site, modules[site], _acting(run, site)))
+        _ATTACHED.setdefault(host.model, []).append(self)
 
-    def _around(self, host: LensHost, site: Site) -> tuple[Site, ...]:
+    def _check_transcoders(self, modules: Mapping[Site, nn.Module]) -> None:
+        everything = self._host.modules()
+        read = [everything.get(name) for name in getattr(self._host.model, "_transcoder_output_hooks", ())]
+        for site, module in modules.items():
+            if site in self._run.names and any(module is other for other in read):
+                raise ValueError(
+                    f"a transcoder reads '{site}' before a control could be added there; splice it in after steer()"
+                )
+
+    def _sit(self, seat: Seat) -> None:
+        self._seats.append(seat)
+        seat.take()
+
+    def _around(self, site: Site) -> tuple[Site, ...]:
         """Where to hook for a control that cannot be written at its own site."""
-        if site.point != "resid_mid" or host.writes_mid() or site not in self._run.names:
+        if site.point != "resid_mid" or self._host.writes_mid() or site not in self._run.names:
             return ()
         return Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
 
-    def _steer_mid(self, points: dict[Site, HookPoint], site: Site) -> None:
+    def _steer_mid(self, modules: dict[Site, nn.Module], site: Site) -> None:
         """Adds to the attention output what a write to the Bridge's `hook_resid_mid` would lose."""
         before: list[Tensor] = []
 
-        def enter(x: Tensor, hook: HookPoint) -> None:
+        def enter(x: Tensor) -> None:
             before[:] = [x]
 
-        def act(x: Tensor, hook: HookPoint) -> Tensor:
+        def act(x: Tensor) -> Tensor:
             return self._run.at(site, before.pop() + x, carrier=x)
 
-        self._lens_handles.append(_hook(points[Site(site.layer, "resid_pre")], enter))
-        self._lens_handles.append(_hook(points[Site(site.layer, "attn_out")], act))
+        for place, change in zip(self._around(site), (enter, act), strict=True):
+            self._sit(self._host.seat(place, modules[place], change, outgoing=True))
 
-    def _begin(self, host: LensHost, call: dict[str, Any]) -> None:
-        if self._points and next(iter(self._points)) not in self._tables[0]:
-            self._register(host)  # HookedTransformer.setup() rebuilds its table
+    def _begin(self, **call: Any) -> None:
+        self._host.publish(self._points)  # HookedTransformer.setup() rebuilds its table
+        # all runs at once and the latest first, each before what is there: so they keep their order, and hooks of the
+        # user's that were set since an SAE came or went see steered states, as they would have without it
+        for attachment in reversed(_ATTACHED.get(self._host.model, [])):
+            for seat in reversed(attachment._seats):
+                seat.follow()
         generation = _generate_frame()
         continues = generation is not None and generation is self._generation
         # kept only where it can matter: the frame holds the locals of generate(), a KV cache among them
         self._generation = generation if call["past"] == 0 else None
         self._run.begin(continues=continues, **call)
 
-    def _register(self, host: LensHost) -> None:
-        self._tables = host.tables()
-        for table in self._tables:
-            table.update(self._points)
-
     def _tap(self, name: str, value: Tensor) -> Tensor:
         return self._points[name](value)
 
     def detach(self) -> None:
         """Take every hook and hook point off again."""
-        _unhook(self._lens_handles)
+        for seat in self._seats:
+            seat.leave()
         for handle in self._torch_handles:
             handle.remove()
-        for table in self._tables:
-            for name, point in self._points.items():
-                if table.get(name) is point:
-                    del table[name]
-        self._lens_handles, self._torch_handles, self._points = [], [], {}
+        self._host.withdraw(self._points)
+        self._seats, self._torch_handles, self._points = [], [], {}
+        attached = _ATTACHED.get(self._host.model, [])
+        if self in attached:
+            attached.remove(self)
         self._run.tap = None
         self._generation = None
 
 
-def _acting(run: Pass, site: Site) -> Callable[..., Tensor | None]:
-    def hook(x: Tensor, hook: HookPoint) -> Tensor | None:
+def _acting(run: Pass, site: Site) -> Change:
+    def act(x: Tensor) -> Tensor | None:
         steered = run.at(site, x)
         return None if steered is x else steered
 
-    return hook
-
-
-def _hook(point: HookPoint, function: Callable[..., Any]) -> tuple[HookPoint, Any]:
-    """A permanent hook, which `reset_hooks()` leaves alone, and what `_unhook` needs to remove just this one."""
-    point.add_hook(function, is_permanent=True)
-    return point, point.fwd_hooks[-1]
-
-
-def _unhook(handles: Sequence[tuple[HookPoint, Any]]) -> None:
-    for point, handle in handles:
-        handle.hook.remove()
-        if handle in point.fwd_hooks:
-            point.fwd_hooks.remove(handle)
+    return act
 
 
 def _generate_frame() -> Any:

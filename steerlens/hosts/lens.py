@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from steerlens.hosts.companion import BaseCompanion, Spot, gather, require_whole
 from steerlens.hosts.hookpoints import Bare, LensHost
 from steerlens.hosts.learning import Learner
 from steerlens.hosts.nominal import Capture, Nominal
+from steerlens.hosts.seats import place_of
 
 try:
     from transformer_lens import HookedTransformer
@@ -56,9 +57,30 @@ class BridgeHost(LensHost):
         # enable_compatibility_mode() leaves cfg.normalization_type as it was
         self.processed = bool(getattr(model, "_weights_processed", False)) or _folded(model.cfg)
 
-    def registry(self) -> dict[str, HookPoint]:
-        """The Bridge's own registry; `hook_dict` is a copy of it."""
-        return self.model._hook_registry
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The Bridge's registry with TransformerLens's names, which sae-lens's own Bridge leaves out."""
+        return TransformerBridge.hook_dict.fget(self.model)
+
+    def address(self, site: Site, module: nn.Module) -> Callable[[], nn.Module | None]:
+        """By the Bridge's own name, under which sae-lens registers what it splices in."""
+        model = self.model
+        name = next(name for name, entry in model._hook_registry.items() if entry is module)
+        return lambda: model._hook_registry.get(name)
+
+    def signal_taken(self, name: str) -> bool:
+        """Whether a hook point of this name exists already."""
+        return name in self.model._hook_registry
+
+    def publish(self, points: Mapping[str, HookPoint]) -> None:
+        """Into the Bridge's registry, of which `hook_dict` is a copy."""
+        if points and next(iter(points)) not in self.model._hook_registry:
+            self.model._hook_registry.update(points)
+
+    def withdraw(self, points: Mapping[str, HookPoint]) -> None:
+        """Out of the registry."""
+        for name, point in points.items():
+            if self.model._hook_registry.get(name) is point:
+                del self.model._hook_registry[name]
 
     def writes_mid(self) -> bool:
         """No: the Bridge's `hook_resid_mid` is the input of the MLP's norm only."""
@@ -85,7 +107,8 @@ class BridgeHost(LensHost):
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         heads = self.n_heads
-        return {site: (point, "output", heads if site.point == "z" else 0) for site, point in self.find(sites).items()}
+        found = self.find(sites)
+        return {site: (*place_of(found[site]), heads if site.point == "z" else 0) for site in sites}
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -111,13 +134,36 @@ class HookedHost(LensHost):
         super().__init__(model)
         self.processed = _folded(model.cfg)
 
-    def registry(self) -> dict[str, HookPoint]:
-        """HookedTransformer's table."""
-        return self.model.hook_dict
+    def modules(self) -> Mapping[str, nn.Module]:
+        """By name, hook points among them; `hook_dict` lacks one in whose place there is an SAE."""
+        return self.model.mod_dict
 
-    def tables(self) -> list[dict[str, HookPoint]]:
-        """HookedTransformer looks hook points up as modules, too."""
-        return [self.model.hook_dict, self.model.mod_dict]
+    def address(self, site: Site, module: nn.Module) -> Callable[[], nn.Module | None]:
+        """In the table, which `setup()` makes anew."""
+        model, name = self.model, str(site)
+        return lambda: model.mod_dict.get(name)
+
+    def signal_taken(self, name: str) -> bool:
+        """Whether a hook point of this name exists already."""
+        return name in self.model.hook_dict
+
+    def publish(self, points: Mapping[str, HookPoint]) -> None:
+        """As modules of their blocks, where `setup()`, which sae-lens calls for each SAE, finds them again."""
+        for name, point in points.items():
+            if self.model.hook_dict.get(name) is point:
+                return
+            block, _, last = name.rpartition(".")
+            self.model.get_submodule(block).add_module(last, point)
+            self.model.hook_dict[name] = self.model.mod_dict[name] = point
+
+    def withdraw(self, points: Mapping[str, HookPoint]) -> None:
+        """Off their blocks and out of the tables."""
+        for name, point in points.items():
+            block, _, last = name.rpartition(".")
+            modules = self.model.get_submodule(block)._modules
+            for table, key in ((modules, last), (self.model.hook_dict, name), (self.model.mod_dict, name)):
+                if table.get(key) is point:
+                    del table[key]
 
     def writes_mid(self) -> bool:
         """Yes."""
@@ -216,7 +262,7 @@ class BlocksCompanion(Companion):
                 state = block(state, *self.args[1:], **self.kwargs)
 
         with Bare(model), torch.no_grad():
-            return gather({site: (point, "output", 0) for site, point in self.host.find(sites).items()}, run)
+            return gather({site: (*place_of(module), 0) for site, module in self.host.find(sites).items()}, run)
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Raises NotImplementedError."""

@@ -10,7 +10,7 @@ import nnsight
 import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
 from steerlens.hosts import hf
@@ -74,6 +74,14 @@ class TracedHost(Anatomy, Host):
         module = self.model._module
         return hf.nominal(module, [layer._module for layer in self.layers], tokens)
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """Through a trace, which runs the edits; `_logits` calls the module below them."""
+        self.need_weights("running the model")
+        ids = ids.to(self.device)
+        with self.model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+            logits = self.model.output.logits.save()
+        return logits  # noqa: RET504 (bound by the trace)
+
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
         self.need_parameters()
@@ -81,6 +89,14 @@ class TracedHost(Anatomy, Host):
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         return spots_of([self.tap(site) for site in sites])
+
+    def head_writes(self, layer: int) -> Tensor:
+        """Of attention, `[head d_head d]`."""
+        self.need_weights("taking attention apart")
+        module = self.layers[layer]._module.get_submodule(self.paths["z"][0])
+        # a Linear keeps [out in], GPT-2's Conv1D [in out]
+        weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+        return weight.detach().unflatten(0, (self.n_heads, -1))
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:

@@ -359,7 +359,7 @@ def _activation(case: Case, ids: Tensor, site: Any) -> Tensor:
         name = str(site)
         _, cache = case.model.run_with_cache(ids, names_filter=lambda candidate: "steer" not in candidate)
         return cache[name].detach()
-    tap = host._tap(site)  # type: ignore[attr-defined]
+    tap = host.tap(site)  # type: ignore[attr-defined]
     with case.model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
         value = tap.value().save()
     return value.detach()

@@ -1,0 +1,119 @@
+"""Where a function of ours meets a state of a TransformerLens model: a hook point, or an SAE in its place.
+
+sae-lens splices an SAE in by *replacing* the hook point, and takes it out by putting a new hook point there. Hooks on
+the old one then never fire again. A seat therefore knows its place by name and moves to whatever stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from steerlens.hosts.graph import Place
+
+#: From the state `[batch pos ...]` to a new one, or None to leave it.
+Change = Callable[[Tensor], Tensor | None]
+
+
+def spliced(module: Any) -> bool:
+    """Whether sae-lens has put an SAE or a transcoder here; told without importing it."""
+    return isinstance(getattr(module, "hook_sae_output", None), HookPoint)
+
+
+def outlet(module: nn.Module) -> nn.Module:
+    """The hook point whose value flows on from here."""
+    return module.hook_sae_output if spliced(module) else module  # type: ignore[return-value]
+
+
+def transcodes(module: Any) -> bool:
+    """Whether what is spliced in here reads another place than it writes."""
+    metadata = module.sae.cfg.metadata
+    return metadata.hook_name_out not in (None, metadata.hook_name)
+
+
+def place_of(module: nn.Module) -> Place:
+    """Where the state that a seat's function gets can be read without one."""
+    spliced_in = spliced(module) and not transcodes(module)
+    return (module, "input") if spliced_in else (outlet(module), "output")
+
+
+class Seat:
+    """One function at one place of the model.
+
+    At a hook point it is a permanent hook, which `reset_hooks()` leaves alone. Where an SAE is spliced in, the function
+    gets the SAE's *input*: what it adds shows in the feature activations and reaches the model as far as the SAE passes
+    it on, wholly with the error term. What a transcoder puts out does not depend on what would have been here, so there
+    the function gets its *output*.
+
+    Args:
+        find: Gives the module that stands at the place, hook point or SAE.
+        change: The function.
+        shape: Shape of the state without batch and position, into which it is unfolded where TransformerLens has
+            flattened heads.
+        outgoing: Take what flows on from here, also behind an SAE.
+    """
+
+    def __init__(
+        self, find: Callable[[], nn.Module | None], change: Change, shape: tuple[int, ...], *, outgoing: bool = False
+    ):
+        self._find = find
+        self._change = change
+        self._shape = shape
+        self._outgoing = outgoing
+        self._remove: Callable[[], None] | None = None
+        self._there: Callable[[], bool] = lambda: False
+        self.module: nn.Module | None = None
+
+    def take(self, *, first: bool = False) -> None:
+        """Install the function, before all hooks that are there already with `first`."""
+        self.module = self._find()
+        assert self.module is not None
+        if not spliced(self.module) or self._outgoing or transcodes(self.module):
+            self._remove, self._there = _hook(outlet(self.module), self._act, first)
+        else:
+            handle = self.module.register_forward_pre_hook(self._enter, prepend=first)
+            self._remove, self._there = handle.remove, lambda: True
+
+    def follow(self) -> bool:
+        """Move, if something else stands at the place than before, or the hook was taken off; True where it was so."""
+        now = self._find()
+        if now is None or (now is self.module and self._there()):
+            return False
+        self.leave()
+        self.take(first=True)
+        return True
+
+    def leave(self) -> None:
+        """Take the function off; a second call does nothing."""
+        if self._remove is not None:
+            self._remove()
+        self._remove = self.module = None
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = self._act(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    def _act(self, x: Tensor) -> Tensor | None:
+        # a Bridge's hook point unfolds heads; neither an SAE nor the hook point that it leaves behind does
+        if len(self._shape) == 1 or x.ndim > 3:
+            return self._change(x)
+        changed = self._change(x.unflatten(-1, self._shape))
+        return None if changed is None else changed.flatten(-2)
+
+
+def _hook(point: nn.Module, act: Change, first: bool) -> tuple[Callable[[], None], Callable[[], bool]]:
+    """A permanent hook; returns what removes just this one, and what tells whether it is still there."""
+    assert isinstance(point, HookPoint)
+    point.add_hook(lambda x, hook: act(x), is_permanent=True, prepend=first)
+    handle = point.fwd_hooks[0 if first else -1]
+
+    def remove() -> None:
+        handle.hook.remove()
+        if handle in point.fwd_hooks:
+            point.fwd_hooks.remove(handle)
+
+    # taking a transcoder off takes all hooks of the hook point that it has read
+    return remove, lambda: handle.hook.id in point._forward_hooks
