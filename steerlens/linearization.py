@@ -34,6 +34,11 @@ class Plant:
     def __len__(self) -> int:
         return self.states.shape[0] - 1
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the Jacobians: float32, or the model's wider dtype."""
+        raise NotImplementedError
+
     def jacobian(self, t: int) -> Tensor:
         """`A_t`, `[d d]`, `A[i, j] = d out_i / d in_j`."""
         raise NotImplementedError
@@ -62,6 +67,11 @@ class Linearization(Plant):
         self.states = states
         self.model = model
         self.n_texts = n_texts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32."""
+        return self.jacobians.dtype
 
     def jacobian(self, t: int) -> Tensor:
         """`A_t`, `[d d]`."""
@@ -159,15 +169,22 @@ class Blocks(Plant):
     @cached_property
     def states(self) -> Tensor:  # type: ignore[override]
         """Mean path of the last token, `[layer+1 d]`, in float32 or the model's wider dtype."""
-        wide = torch.promote_types(self._host.dtype, torch.float32)
-        return _mean([torch.stack(nominal.states).to(wide) for nominal in self.nominals])
+        return _mean(torch.stack(nominal.states).to(self.dtype) for nominal in self.nominals)
 
     def __len__(self) -> int:
         return self._host.n_layers
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, or the model's wider dtype."""
+        return torch.promote_types(self._host.dtype, torch.float32)
+
     def jacobian(self, t: int) -> Tensor:
-        """`A_t`, `[d d]`, in the model's dtype: d gradients through one token and text."""
-        return _mean(nominal.jacobian(t) for nominal in self.nominals)
+        """`A_t`, `[d d]`: d gradients through one token and text, added up in one matrix."""
+        total = torch.zeros(self._host.d_model, self._host.d_model, dtype=self.dtype, device=self._host.device)
+        for nominal in self.nominals:
+            nominal.add_jacobian(t, total)
+        return total.div_(self.n_texts)
 
     def pull(self, t: int, rows: Tensor) -> Tensor:
         """`rows @ A_t`, by reverse mode."""

@@ -51,7 +51,7 @@ def nominal(model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int]
         cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
         # the tensors before the last token; appending makes new ones
         past = [(layer.keys, layer.values) for layer in cache.layers]
-        with Capture(blocks) as capture:
+        with Capture(blocks, len(tokens)) as capture:
             model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
     def freeze(layer: int, value: Any) -> Any:

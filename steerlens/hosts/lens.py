@@ -159,7 +159,7 @@ class HookedHost(LensHost):
             ones = torch.ones_like(ids)
             self.model(ids[:, :-1], return_type=None, past_kv_cache=cache, attention_mask=ones[:, :-1])
             past = [(entry.past_keys, entry.past_values) for entry in cache.entries]
-            with Capture(list(self.model.blocks)) as capture:
+            with Capture(list(self.model.blocks), len(tokens)) as capture:
                 self.model(ids[:, -1:], return_type=None, past_kv_cache=cache, attention_mask=ones[:, -1:])
         entries = {id(entry): index for index, entry in enumerate(cache.entries)}
 
