@@ -133,7 +133,7 @@ def linearize(
         progress: Show a progress bar over the layers.
 
     Raises:
-        ValueError: a text of fewer than 2 tokens.
+        ValueError: a text of fewer than 2 tokens, or a state that is not finite.
     """
     host = resolve(model)
     plant = Blocks(host, [tokenize(text, host, prepend_bos)[0] for text in texts])
@@ -163,8 +163,20 @@ class Blocks(Plant):
 
     @cached_property
     def nominals(self) -> list[Nominal]:
-        """One for each text."""
-        return [self._host.nominal(text) for text in self._tokens]
+        """One for each text.
+
+        Raises:
+            ValueError: a state is not finite.
+        """
+        found = [self._host.nominal(text) for text in self._tokens]
+        for nominal in found:
+            for t, state in enumerate(nominal.states):
+                if not state.isfinite().all():
+                    raise ValueError(
+                        f"the state before block {t} is not finite on a text to linearise on; are the weights, and is "
+                        f"the model's dtype {self._host.dtype} wide enough?"
+                    )
+        return found
 
     @cached_property
     def states(self) -> Tensor:  # type: ignore[override]
@@ -201,10 +213,13 @@ def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
 
 
 def check_plant(host: Host, linearization: Linearization) -> None:
-    """Raises ValueError for a linearization of another model."""
+    """Raises ValueError for a linearization of another model, or one that is not finite."""
     differences = host.differences(linearization.model)
     if differences:
         raise ValueError(f"the linearization is of another model: {'; '.join(differences)}")
+    broken = [t for t, A in enumerate(linearization.jacobians) if not A.isfinite().all()]
+    if broken:
+        raise ValueError(f"the linearization is not finite at blocks {broken}")
 
 
 def _mean(terms: Iterable[Tensor]) -> Tensor:

@@ -132,10 +132,12 @@ def test_dense_gains_are_the_optimum_also_for_some_layers(controlled):
         x = plant.jacobian(t) @ x + u
 
 
-@pytest.mark.parametrize("controlled", [range(5), [1, 3]])
-def test_preview_is_the_optimum_for_a_linear_plant(controlled):
+@pytest.mark.parametrize(("controlled", "blind"), [(range(5), []), ([1, 3], []), (range(5), [0, 3])])
+def test_preview_is_the_optimum_for_a_linear_plant(controlled, blind):
+    """Also at layers without a direction of their own, where it acts on what comes later."""
     plant, x = Linear(5, 6), randn(6, seed=8)
     v, levels = unit(randn(6, 1, 6, seed=5)), 3 * randn(6, 1, seed=6)
+    v[blind], levels[blind] = 0, 0
     targets = Targets([sl.Level(v[t, 0], float(levels[t, 0])) for t in range(6)], torch.ones(6, 1))
     expected = brute_force(plant, x, 0.3, 1.2, 0.8, controlled, v, levels)
     solved = solve("output", plant, Weights(0.3, 1.2, 0.8, 5), controlled, list(v), device=CPU, progress=False)
@@ -211,6 +213,14 @@ def test_a_recipe_names_what_was_solved(tiny_model):
     }
     expected = {"A-LQR", "output-weighted LQR", "output-weighted LQR with preview", "scalar approximation of A-LQR"}
     assert named == expected
+
+
+def test_preview_acts_where_reaction_has_no_direction(host, tiny_model):
+    one_last_token = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])
+    for preview, layers in ((False, [1, 2, 3]), (True, [0, 1, 2, 3])):
+        controller = sl.lqr(tiny_model(host), one_last_token, solver="output", preview=preview, progress=False)
+        assert controller.layers == layers
+        assert all(bool(loop.law.act(torch.zeros(1, 1, 32), {})[0].any()) for loop in controller.loops)
 
 
 def test_only_the_asked_layers_act(host, tiny_model):

@@ -114,7 +114,8 @@ def lqr(
 
     Source: arXiv 2604.19018. Differences from the authors' code: exact Jacobians of one token against its KV cache
     instead of the whole sequence (equal, an order of magnitude faster); S symmetric to the last bit and streamed
-    backwards, so that no [T d d] tensor exists, in float32 for a float32 model (gains agree with float64 to 1e-5); position 0 is left alone by `where="all"`; several concepts are joint.
+    backwards, so that no [T d d] tensor exists, in float32 for a float32 model (gains agree with float64 to 1e-5);
+    position 0 is left alone by `where="all"`; several concepts are joint.
     """
     aim = Aim(data, setpoint=setpoint, strength=strength, origin=origin, angle_deg=angle_deg, combine=combine)
     _check_solver(solver, preview, setpoint)
