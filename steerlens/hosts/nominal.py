@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from steerlens.hosts.context import FixedContext
+from steerlens.hosts.readout import Readout
+
 #: Floats that gradients may take together in a narrow model, 32 MB.
 SMALL = 1 << 23
-#: Gradients at a time, on a CPU (more do not stay in its caches) and elsewhere.
-MOST = (160, 1024)
+#: Gradients at a time, on a CPU and elsewhere.
+MOST = (300, 1024)
 
 
 class Nominal:
@@ -33,6 +36,7 @@ class Nominal:
         self.blocks = list(blocks)
         self.states = list(states)
         self.room = room
+        self._last_map = 0
 
     def jacobian(self, t: int) -> Tensor:
         """`A_t = d f_t / d x` at `x[t]`, `[d d]` with `A[i, j] = d out_i / d in_j`, in the model's dtype.
@@ -50,14 +54,19 @@ class Nominal:
         Beside the matrix it needs `2 d^2` floats, or 32 MB where that is more.
         """
         with _differentiable():
-            x, y = self._replay(t)
+            x, y, readout = self._replay_open(t)
             d = x.shape[-1]
             chunk = self._chunk(d)
             for start in range(0, d, chunk):
                 size = min(chunk, d - start)
                 cotangents = torch.zeros(size, d, dtype=y.dtype, device=y.device)
                 cotangents.diagonal(start).fill_(1)
-                total[start : start + size] += _pull(y, x, cotangents)
+                if readout is None or readout.hidden is None:
+                    total[start : start + size] += _pull(y, x, cotangents)
+                else:
+                    hidden = readout.hidden
+                    through = readout.weight[start : start + size].view(size, *hidden.shape)
+                    total[start : start + size] += _pull_all((y, hidden), x, (cotangents[:, None], through))
 
     def pull(self, t: int, rows: Tensor) -> Tensor:
         """Gradients through one block: `rows @ A_t` without A_t, `[k d] -> [k d]`, in the model's dtype.
@@ -91,7 +100,18 @@ class Nominal:
     def _replay(self, t: int) -> tuple[Tensor, Tensor]:
         """A block's input and output, `[1 d]` each, with the graph between them."""
         x = self.states[t].detach().clone()[None].requires_grad_()
-        return x, self.blocks[t](x)
+        with FixedContext():
+            return x, self.blocks[t](x)
+
+    def _replay_open(self, t: int) -> tuple[Tensor, Tensor, Readout | None]:
+        """As `_replay`, with the block's last linear map taken out of the graph where y is its output plus the rest."""
+        while True:
+            with Readout(self._last_map) as readout:
+                x, y = self._replay(t)
+            if readout.count in (0, self._last_map + 1):
+                break
+            self._last_map = readout.count - 1
+        return (x, y, readout) if readout.adds_to(y) else (*self._replay(t), None)
 
 
 @contextmanager
@@ -103,8 +123,16 @@ def _differentiable() -> Iterator[None]:
 
 def _pull(y: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
     """`[k d] -> [k d]` through a graph from x to y, `[1 d]` each, which stays usable."""
-    (gradient,) = torch.autograd.grad(y, x, cotangents[:, None], retain_graph=True, is_grads_batched=True)
-    return gradient[:, 0].detach()
+    return _pull_all((y,), x, (cotangents[:, None],))
+
+
+def _pull_all(outputs: tuple[Tensor, ...], x: Tensor, cotangents: tuple[Tensor, ...]) -> Tensor:
+    """The sum over several outputs, each with k cotangents of its own shape."""
+
+    def gradient(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.autograd.grad(outputs, x, parts, retain_graph=True)[0]
+
+    return torch.func.vmap(gradient)(cotangents)[:, 0].detach()
 
 
 class Capture:
@@ -112,12 +140,12 @@ class Capture:
 
     Args:
         blocks: The model's blocks, in order.
-        context: Number of tokens up to the one that runs.
+        carried: Number of tokens whose keys get a gradient: one, or all where `FixedContext` cannot follow attention.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], context: int):
+    def __init__(self, blocks: Sequence[nn.Module], *, carried: int = 1):
         self.modules = list(blocks)
-        self.context = context
+        self.carried = carried
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __enter__(self) -> Capture:
@@ -152,7 +180,7 @@ class Capture:
         """Floats of a gradient in the MLP or in attention, measured on the families' eager attention."""
         widest = max(max(weight.shape) for weight in self.modules[0].parameters() if weight.ndim)
         # quantised weights have odd shapes, and no MLP is wider
-        return 3 * d + max(5 * min(widest, 8 * d), 3 * (self.context + 1) * d)
+        return 3 * d + max(6 * min(widest, 8 * d), 3 * (self.carried + 1) * d)
 
     def _block(self, layer: int, freeze: Callable[[int, Any], Any]) -> Callable[[Tensor], Tensor]:
         module = self.modules[layer]
