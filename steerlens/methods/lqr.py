@@ -57,8 +57,8 @@ def lqr(
 
     - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text. Beside
       the model and what is kept it holds S, A_t and 2 d^2 floats (32 MB in narrow models) for the gradients, then S,
-      A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and layers, and
-      twice the bytes for a float64 model. `full_gain` keeps d^2 a layer on the CPU.
+      A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and
+      layers, and twice the bytes for a float64 model. `full_gain` keeps d^2 a layer on the CPU.
     - `"output"`, output-weighted LQR: the cost weighs the features alone, `Q_t = q v_t v_t'`, over the rows v of the
       setpoint's basis. Exact; T(T+1)/2 gradients a text, no [d d] matrix. Its control is weaker in early layers. With
       `preview` it answers the errors that the later layers are predicted to have,
