@@ -6,9 +6,12 @@ each in SOLVERS. Each fits the same gains for one text: SmolLM2, and one Llama b
 
     python benchmarks/lqr_fit.py [--lengths 12 24] [--width 2048] [--solvers dense]
 
+Seconds: the baseline runs once, in full; each solver before and after it, the mean of both counts.
+
 Memory is what torch allocates between entry and return beyond what was there, largest at any time, by its profiler: the
-weights are not in it, whatever is kept to the end is. Unit: d^2 floats of 4 bytes. A solver that works in float64 needs
-two for each of its matrices.
+weights are not in it, whatever is kept to the end is. Unit: d^2 floats of 4 bytes. In the baseline's memory run copies
+of the first block's Jacobian stand in for those of all blocks but the first and the last, which take the same memory.
+`output` and `scalar` are watched by operation: the run stops if one of them makes a d x d tensor.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import common
 import torch
 from fit import TEXT, full_sequence
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import steerlens as sl
 from steerlens.fitting import contrast_means
@@ -41,9 +45,19 @@ class Plant:
         self.layers = range(self.host.n_layers)
 
 
-def authors(plant: Plant) -> dict[int, Tensor]:
-    """`K_t v_t` by full-sequence Jacobians and a dense Riccati recursion over stacks."""
-    A = torch.stack(full_sequence(plant.hf, torch.tensor([plant.ids]), plant.layers))
+def authors(plant: Plant, *, copies: bool = False) -> dict[int, Tensor]:
+    """`K_t v_t` by full-sequence Jacobians and a dense Riccati recursion over stacks.
+
+    With copies, most Jacobians are copies of the first: wrong gains, the same allocations.
+    """
+    ids, T = torch.tensor([plant.ids]), len(plant.layers)
+    if copies and T > 2:
+        jacobians = full_sequence(plant.hf, ids, range(1))
+        jacobians += [jacobians[0].clone() for _ in range(T - 2)]
+        jacobians += full_sequence(plant.hf, ids, range(T - 1, T))
+    else:
+        jacobians = full_sequence(plant.hf, ids, plant.layers)
+    A = torch.stack(jacobians)
     T, d, _ = A.shape
     eye = torch.eye(d)
     Q, R = WEIGHTS["q"] * eye.repeat(T, 1, 1), WEIGHTS["r"] * eye.repeat(T, 1, 1)
@@ -100,20 +114,45 @@ def largest_difference(a: dict[int, Tensor], b: dict[int, Tensor]) -> float:
     return max(float((a[t] - b[t]).norm() / b[t].norm()) for t in a)
 
 
+class NoSquares(TorchDispatchMode):
+    """Stops at a new `[d d]` tensor; views of the model's weights are none."""
+
+    def __init__(self, model: Any, d: int):
+        super().__init__()
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.d = d
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, Tensor) and value.shape[-2:] == (self.d, self.d):
+                assert value.untyped_storage().data_ptr() in self.weights, f"{function} made a {list(value.shape)}"
+        return out
+
+
 def compare(name: str, plant: Plant, solvers: list[str]) -> None:
     d = plant.host.d_model
-    calls = {"authors": authors} | {solver: SOLVERS[solver] for solver in solvers}
-    reference: dict[int, Tensor] = {}
-    baseline = (0.0, 0.0)
-    for solver, call in calls.items():
-        kept: list[dict[int, Tensor]] = []
-        took = common.seconds(lambda call=call, kept=kept: kept.append(call(plant)))
-        bytes_ = peak(lambda call=call: call(plant))
-        if solver == "authors":
-            reference, baseline = kept[0], (took, bytes_)
+    gains: dict[str, dict[int, Tensor]] = {}
+    times: dict[str, list[float]] = {solver: [] for solver in ("authors", *solvers)}
+
+    def fit(solver: str) -> None:
+        call = authors if solver == "authors" else SOLVERS[solver]
+        times[solver].append(common.seconds(lambda: gains.update({solver: call(plant)})))
+
+    for solver in (*solvers, "authors", *solvers):
+        fit(solver)
+    took = {solver: sum(each) / len(each) for solver, each in times.items()}
+    held = {"authors": peak(lambda: authors(plant, copies=True))}
+    for solver in solvers:
+        held[solver] = peak(lambda solver=solver: SOLVERS[solver](plant))
+    for solver in took:
+        if solver in ("output", "scalar"):
+            with NoSquares(plant.bridge, d):
+                SOLVERS[solver](plant)
         print(
-            f"{name:22} {len(plant.ids):6} {solver:8} {took:8.2f} {baseline[0] / took:7.1f} {bytes_ / 1e6:9.0f} "
-            f"{bytes_ / (4 * d * d):8.1f} {baseline[1] / bytes_:7.1f} {largest_difference(kept[0], reference):10.1e}",
+            f"{name:18} {len(plant.ids):6} {solver:8} {took[solver]:8.2f} {took['authors'] / took[solver]:7.1f} "
+            f"{held[solver] / 1e6:9.1f} {held[solver] / (4 * d * d):8.2f} {held['authors'] / held[solver]:7.1f} "
+            f"{largest_difference(gains[solver], gains['authors']):10.1e}",
             flush=True,
         )
 
@@ -121,13 +160,13 @@ def compare(name: str, plant: Plant, solvers: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", type=int, nargs="+", default=[12, 24])
-    parser.add_argument("--width", type=int, default=2048, help="of the synthetic block; 0 leaves it out")
+    parser.add_argument("--width", type=int, default=2048, help="of the synthetic block; 0: none")
     parser.add_argument("--no-smollm2", action="store_true")
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
     arguments = parser.parse_args()
     print(f"{torch.get_num_threads()} thread, CPU seconds; peak memory beside the weights; ratios: authors / solver")
     print(
-        f"{'plant':22} {'tokens':>6} {'solver':8} {'seconds':>8} {'ratio':>7} {'MB':>9} {'d^2':>8} {'ratio':>7} "
+        f"{'plant':18} {'tokens':>6} {'solver':8} {'seconds':>8} {'ratio':>7} {'MB':>9} {'d^2':>8} {'ratio':>7} "
         f"{'difference':>10}"
     )
     if not arguments.no_smollm2:
@@ -140,8 +179,8 @@ def main() -> None:
         size = {"n_layers": 1, "d_model": arguments.width}
         hf, _ = tiny("llama", host="hf", **size)
         bridge = tiny("llama", **size)
-        for length in arguments.lengths:
-            compare(f"1 block, d = {arguments.width}", Plant(hf, bridge, list(range(1, length + 1))), arguments.solvers)
+        ids = list(range(1, arguments.lengths[0] + 1))
+        compare(f"1 block, d = {arguments.width}", Plant(hf, bridge, ids), arguments.solvers)
 
 
 if __name__ == "__main__":

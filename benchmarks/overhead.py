@@ -1,11 +1,16 @@
-"""Tokens per second of greedy decoding on SmolLM2, steered against unsteered, on each host.
+"""Tokens per second of greedy decoding on SmolLM2, steered against unsteered, for each law on each host.
 
-python benchmarks/overhead.py [--hosts bridge nnsight] [--tokens 24] [--rounds 10]
+Each round decodes once with every controller, in turning order, and compares within the round; attaching is not timed.
+"visited only" is `lqr * 0`: the host's own cost of going to 29 sensors and 29 actuators, with nothing computed there.
+
+    python benchmarks/overhead.py [--hosts bridge nnsight] [--tokens 24] [--rounds 10] [--controllers lqr]
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from typing import Any
 
 import common
 import torch
@@ -20,6 +25,7 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="+", default=discover_hosts())
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--controllers", nargs="+", help="first letters of those to measure; default all")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     unit = "wall" if arguments.device.startswith("cuda") else "CPU"
@@ -29,37 +35,44 @@ def main() -> None:
         measure(host, arguments)
 
 
+def controllers(model: Any) -> dict[str, tuple[sl.Controller, Any]]:
+    """By name, a controller and what is recorded."""
+    pairs = sl.shipped("sentiment")[:4]
+    lqr = sl.lqr(model, pairs, linearize_on=1, progress=False)
+    output = sl.lqr(model, pairs, solver="output", preview=True, linearize_on=1, progress=False)
+    return {
+        "caa, one layer": (sl.caa(model, pairs), None),
+        "visited only": (lqr * 0, None),
+        "lqr, 29 layers": (lqr, None),
+        "lqr, recording scalars": (lqr, "scalars"),
+        "lqr, recording everything": (lqr, "all"),
+        "lqr, preview": (output, None),
+        "pid, 29 layers": (sl.pid(model, pairs), None),
+        "ablation, 30 layers": (sl.ablation(model, pairs), None),
+    }
+
+
 def measure(host: str, arguments: argparse.Namespace) -> None:
     model = smollm2(host=host, device=arguments.device)
     case = Case("lqr", host, device=arguments.device, model=model)
-    pairs = sl.shipped("sentiment")[:4]
     prompt = torch.tensor([[57, 3514, 288, 260, 725, 15238, 1596, 3163, 284]])
-    caa, lqr = sl.caa(model, pairs), sl.lqr(model, pairs, linearize_on=1, progress=False)
-
-    def decode(controller=None, record=None):
-        def call():
-            # HookedTransformer decodes several times slower than the others
-            count = arguments.tokens // (3 if host == "hooked" else 1)
-            if controller is None:
-                return case.generate(prompt, count)
-            with sl.steer(model, controller, record=record):
-                return case.generate(prompt, count)
-
-        return call
-
-    calls = {
-        "unsteered": decode(),
-        "caa, one layer": decode(caa),
-        "lqr, 29 layers": decode(lqr),
-        "lqr, recording scalars": decode(lqr, "scalars"),
-        "lqr, recording everything": decode(lqr, "all"),
-    }
-    decode()()
-    times = common.paired(calls, arguments.rounds, arguments.device)
+    # HookedTransformer decodes several times slower than the others
     count = arguments.tokens // (3 if host == "hooked" else 1)
-    for name in calls:
+    attached = {"unsteered": None, **controllers(model)}
+    if arguments.controllers:
+        attached = {
+            name: entry for name, entry in attached.items() if name.startswith(("unst", *arguments.controllers))
+        }
+    names, times = list(attached), {name: [] for name in attached}
+    case.generate(prompt, count)
+    for turn in range(arguments.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            entry = attached[name]
+            with sl.steer(model, entry[0], record=entry[1]) if entry else nullcontext():
+                times[name].append(common.seconds(lambda: case.generate(prompt, count), arguments.device))
+    for name in names:
         cost = 100 * (common.ratio(times[name], times["unsteered"]) - 1)
-        print(f"{host:8} {name:28} {count / min(times[name]):8.1f} {cost:+6.1f}%")
+        print(f"{host:8} {name:28} {count / min(times[name]):8.1f} {cost:+6.1f}%", flush=True)
 
 
 if __name__ == "__main__":

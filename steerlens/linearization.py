@@ -34,6 +34,11 @@ class Plant:
     def __len__(self) -> int:
         return self.states.shape[0] - 1
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the Jacobians: float32, or the model's wider dtype."""
+        raise NotImplementedError
+
     def jacobian(self, t: int) -> Tensor:
         """`A_t`, `[d d]`, `A[i, j] = d out_i / d in_j`."""
         raise NotImplementedError
@@ -62,6 +67,11 @@ class Linearization(Plant):
         self.states = states
         self.model = model
         self.n_texts = n_texts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32."""
+        return self.jacobians.dtype
 
     def jacobian(self, t: int) -> Tensor:
         """`A_t`, `[d d]`."""
@@ -123,7 +133,7 @@ def linearize(
         progress: Show a progress bar over the layers.
 
     Raises:
-        ValueError: a text of fewer than 2 tokens.
+        ValueError: a text of fewer than 2 tokens, or a state that is not finite.
     """
     host = resolve(model)
     plant = Blocks(host, [tokenize(text, host, prepend_bos)[0] for text in texts])
@@ -153,21 +163,40 @@ class Blocks(Plant):
 
     @cached_property
     def nominals(self) -> list[Nominal]:
-        """One for each text."""
-        return [self._host.nominal(text) for text in self._tokens]
+        """One for each text.
+
+        Raises:
+            ValueError: a state is not finite.
+        """
+        found = [self._host.nominal(text) for text in self._tokens]
+        for nominal in found:
+            for t, state in enumerate(nominal.states):
+                if not state.isfinite().all():
+                    raise ValueError(
+                        f"the state before block {t} is not finite on a text to linearise on; are the weights, and is "
+                        f"the model's dtype {self._host.dtype} wide enough?"
+                    )
+        return found
 
     @cached_property
     def states(self) -> Tensor:  # type: ignore[override]
         """Mean path of the last token, `[layer+1 d]`, in float32 or the model's wider dtype."""
-        wide = torch.promote_types(self._host.dtype, torch.float32)
-        return _mean([torch.stack(nominal.states).to(wide) for nominal in self.nominals])
+        return _mean(torch.stack(nominal.states).to(self.dtype) for nominal in self.nominals)
 
     def __len__(self) -> int:
         return self._host.n_layers
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, or the model's wider dtype."""
+        return torch.promote_types(self._host.dtype, torch.float32)
+
     def jacobian(self, t: int) -> Tensor:
-        """`A_t`, `[d d]`, in the model's dtype: d gradients through one token and text."""
-        return _mean(nominal.jacobian(t) for nominal in self.nominals)
+        """`A_t`, `[d d]`: d gradients through one token and text, added up in one matrix."""
+        total = torch.zeros(self._host.d_model, self._host.d_model, dtype=self.dtype, device=self._host.device)
+        for nominal in self.nominals:
+            nominal.add_jacobian(t, total)
+        return total.div_(self.n_texts)
 
     def pull(self, t: int, rows: Tensor) -> Tensor:
         """`rows @ A_t`, by reverse mode."""
@@ -184,10 +213,13 @@ def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
 
 
 def check_plant(host: Host, linearization: Linearization) -> None:
-    """Raises ValueError for a linearization of another model."""
+    """Raises ValueError for a linearization of another model, or one that is not finite."""
     differences = host.differences(linearization.model)
     if differences:
         raise ValueError(f"the linearization is of another model: {'; '.join(differences)}")
+    broken = [t for t, A in enumerate(linearization.jacobians) if not A.isfinite().all()]
+    if broken:
+        raise ValueError(f"the linearization is not finite at blocks {broken}")
 
 
 def _mean(terms: Iterable[Tensor]) -> Tensor:

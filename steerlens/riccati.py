@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Row blocks in which the symmetric product is computed: 4 save three eighths of it, more make narrow products.
+BLOCKS = 4
+
 
 class CostToGo:
     """The matrix S of the optimal remaining cost `x' S x`, stepped backwards through a plant `x[t+1] = A x + u`.
@@ -12,26 +15,29 @@ class CostToGo:
         K_t = (S_{t+1} + R)^-1 S_{t+1} A_t,     S_t = Q + A_t' M A_t,     M = R (S_{t+1} + R)^-1 S_{t+1}
 
     minimises `x_T' Qf x_T + sum_t x_t' Q x_t + u_t' R u_t` with `u_t = -K_t x_t` (for an error e = r - x: `u = K e`).
-    S is symmetrised at every step: the antisymmetric part of the rounding errors would grow through A.
+    S is symmetric to the last bit at every step: the antisymmetric part of the rounding errors would grow through A.
+
+    Attributes:
+        S: Overwritten at every step; clone it to keep it.
 
     Args:
         final: S_T = Qf, `[d d]`, symmetric positive semi-definite. Its dtype is the dtype of all that follows.
     """
 
     def __init__(self, final: Tensor):
-        self.S = final
+        self.S = final.clone()  # every step overwrites it
 
     @classmethod
     def scalar(
         cls, qf: float, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | None = None
     ) -> CostToGo:
         """`S_T = qf I`."""
-        return cls(qf * torch.eye(d, dtype=dtype, device=device))
+        return cls(torch.eye(d, dtype=dtype, device=device).mul_(qf))
 
     def step(self, A: Tensor, Q: Tensor | float, R: Tensor | float) -> Tensor:
         """Go back one step and return the gain `K_t`, `[d d]`.
 
-        Besides A at most three more matrices of S's dtype exist at once.
+        At most four matrices exist at once, in S's dtype: S, A, and two to work with, of which one becomes the gain.
 
         Args:
             A: Jacobian of the step, `[d d]`.
@@ -43,26 +49,40 @@ class CostToGo:
         A = A.to(self.S)
         K = self._ratio(R) @ A
         # M A = R K
-        self._set(A.T @ (R.to(K) @ K) if isinstance(R, Tensor) else (A.T @ K).mul_(R), Q)
+        self._carry(A, R.to(K) @ K if isinstance(R, Tensor) else K, Q, 1.0 if isinstance(R, Tensor) else R)
         return K
 
     def coast(self, A: Tensor, Q: Tensor | float) -> None:
         """Go back one step at which there is no control: `S_t = Q + A' S_{t+1} A`."""
         A = A.to(self.S)
-        self._set(A.T @ (self.S @ A), Q)
+        self._carry(A, self.S @ A, Q, 1.0)
 
     def _ratio(self, R: Tensor | float) -> Tensor:
         """`(S + R)^-1 S`"""
-        factor, failed = torch.linalg.cholesky_ex(_plus(self.S, R))
+        factor = _plus(self.S, R)
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if failed:
             raise ValueError("S + R is not positive definite; R must be positive and the Jacobians finite")
-        return torch.cholesky_solve(self.S, factor)
+        # in place, where cholesky_solve copies both its arguments: at width 8192 a matrix is a quarter of a gigabyte
+        ratio = self.S.clone()
+        torch.linalg.solve_triangular(factor, ratio, upper=False, out=ratio)
+        return torch.linalg.solve_triangular(factor.T, ratio, upper=True, out=ratio)
 
-    def _set(self, carried: Tensor, Q: Tensor | float) -> None:
-        # the old S goes before the new one is symmetrised: at width 8192 a matrix is half a gigabyte
-        self.S = _plus(carried, Q) if isinstance(Q, Tensor) else carried
-        self.S = (self.S + self.S.T).div_(2)
-        if not isinstance(Q, Tensor):
+    def _carry(self, A: Tensor, MA: Tensor, Q: Tensor | float, scale: float) -> None:
+        """`S = Q + scale A' MA`, of which the upper half is computed, by blocks of rows, and mirrored."""
+        d = A.shape[0]
+        size = -(-d // BLOCKS)
+        for start in range(0, d, size):
+            stop = start + size
+            torch.mm(A[:, start:stop].T, MA[:, start:], out=self.S[start:stop, start:])
+            diagonal = self.S[start:stop, start:stop]
+            diagonal.copy_((diagonal + diagonal.T) / 2)
+            self.S[stop:, start:stop] = self.S[start:stop, stop:].T
+        self.S.mul_(scale)
+        if isinstance(Q, Tensor):
+            self.S.add_(Q.to(self.S))
+        else:
             self.S.diagonal().add_(Q)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.models import tiny
 from steerlens.testing import discover_hosts, snapshot
 
 PAIRS = sl.Pairs([[1, 2, 3]], [[4, 5, 6]])
@@ -326,3 +327,24 @@ class TestControl:
             assert sl.lqr(tiny_model(host), same, layers=[0, 2], progress=False).layers == [2]
         with pytest.raises(ValueError, match="the texts give no difference at any layer"):
             sl.lqr(tiny_model(host), same, layers=0, progress=False)
+
+    def test_a_model_whose_weights_are_not_finite(self, host):
+        broken = tiny("llama", host=host)
+        named = dict(getattr(broken, "_module", broken).named_parameters())
+        # of the MLP: TransformerBridge makes zeros of a NaN in attention's pattern
+        weight = next(named[name] for name in named if ".1." in name and "mlp" in name and named[name].ndim > 1)
+        with torch.no_grad():
+            weight[(0,) * weight.ndim] = torch.nan
+        for method in (sl.lqr, sl.pid):
+            with pytest.raises(ValueError, match=r"an activation at blocks.2.hook_resid_pre is not finite"):
+                method(broken, PAIRS)
+        for call in (sl.linearize, sl.track):
+            with pytest.raises(ValueError, match=r"the state before block 2 is not finite on a text to linearise on"):
+                call(broken, [[1, 2, 3]], progress=False)
+
+    def test_a_linearization_that_is_not_finite(self, model, host):
+        plant = sl.linearize(tiny("llama", host=host), [[1, 2, 3]], progress=False)
+        plant.jacobians[2, 0, 0] = torch.nan
+        for solver in ("dense", "output", "scalar"):
+            with pytest.raises(ValueError, match=r"the linearization is not finite at blocks \[2\]"):
+                sl.lqr(model, PAIRS, solver=solver, linearization=plant)

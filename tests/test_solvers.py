@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steerlens as sl
-from steerlens.hosts import host_of
+from steerlens.hosts import host_of, nominal
+from steerlens.hosts.nominal import SMALL
 from steerlens.lowrank import FeatureCostToGo
 from steerlens.methods.lqr import _foresee
+from steerlens.models import tiny
 from steerlens.regulator import Weights, solve
 from steerlens.riccati import CostToGo
 from steerlens.targets import Targets
@@ -130,10 +132,12 @@ def test_dense_gains_are_the_optimum_also_for_some_layers(controlled):
         x = plant.jacobian(t) @ x + u
 
 
-@pytest.mark.parametrize("controlled", [range(5), [1, 3]])
-def test_preview_is_the_optimum_for_a_linear_plant(controlled):
+@pytest.mark.parametrize(("controlled", "blind"), [(range(5), []), ([1, 3], []), (range(5), [0, 3])])
+def test_preview_is_the_optimum_for_a_linear_plant(controlled, blind):
+    """Also at layers without a direction of their own, where it acts on what comes later."""
     plant, x = Linear(5, 6), randn(6, seed=8)
     v, levels = unit(randn(6, 1, 6, seed=5)), 3 * randn(6, 1, seed=6)
+    v[blind], levels[blind] = 0, 0
     targets = Targets([sl.Level(v[t, 0], float(levels[t, 0])) for t in range(6)], torch.ones(6, 1))
     expected = brute_force(plant, x, 0.3, 1.2, 0.8, controlled, v, levels)
     solved = solve("output", plant, Weights(0.3, 1.2, 0.8, 5), controlled, list(v), device=CPU, progress=False)
@@ -162,19 +166,22 @@ def test_scalar_is_exact_where_jacobians_are_orthogonal():
 def test_products_with_a_block_equal_products_with_its_jacobian(host, family, tiny_model):
     if (family, host) == ("gemma", "hooked"):
         pytest.skip("HookedTransformer cannot build a small Gemma")
-    nominal = host_of(tiny_model(host, family)).nominal([3, 17, 25, 29, 41])
-    rows = torch.randn(5, nominal.states[0].shape[0], generator=torch.Generator().manual_seed(0)).to(nominal.states[0])
+    path = host_of(tiny_model(host, family)).nominal([3, 17, 25, 29, 41])
+    rows = torch.randn(5, path.states[0].shape[0], generator=torch.Generator().manual_seed(0)).to(path.states[0])
     for t in (0, 3):
-        A = nominal.jacobian(t)
-        torch.testing.assert_close(nominal.pull(t, rows, chunk=2), rows @ A, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(nominal.push(t, rows, chunk=2), rows @ A.T, rtol=1e-4, atol=1e-5)
+        A = path.jacobian(t)
+        for room in (path.room, SMALL // 2):  # all at once, and two at a time
+            path.room = room
+            torch.testing.assert_close(path.jacobian(t), A)
+            torch.testing.assert_close(path.pull(t, rows), rows @ A, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(path.push(t, rows), rows @ A.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LENS)
 def test_pulled_gradients_are_those_of_the_whole_model(name, tiny_model):
     model, ids = tiny_model(name), [3, 17, 25, 29, 41]
-    nominal = host_of(model).nominal(ids)
-    v = torch.randn(32, generator=torch.Generator().manual_seed(1)).to(nominal.states[0])
+    path = host_of(model).nominal(ids)
+    v = torch.randn(32, generator=torch.Generator().manual_seed(1)).to(path.states[0])
     states = {}
     hooks = [(f"blocks.{t}.hook_resid_pre", lambda x, hook, t=t: states.__setitem__(t, x)) for t in (0, 1, 3)]
     with torch.enable_grad():
@@ -183,7 +190,7 @@ def test_pulled_gradients_are_those_of_the_whole_model(name, tiny_model):
         whole = torch.autograd.grad(feature, [states[0], states[1]])
     z = {3: v[None]}
     for t in (2, 1, 0):
-        z[t] = nominal.pull(t, z[t + 1])
+        z[t] = path.pull(t, z[t + 1])
     for t, gradient in enumerate(whole):
         torch.testing.assert_close(z[t][0], gradient[0, -1], rtol=1e-4, atol=1e-5)
 
@@ -206,6 +213,14 @@ def test_a_recipe_names_what_was_solved(tiny_model):
     }
     expected = {"A-LQR", "output-weighted LQR", "output-weighted LQR with preview", "scalar approximation of A-LQR"}
     assert named == expected
+
+
+def test_preview_acts_where_reaction_has_no_direction(host, tiny_model):
+    one_last_token = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])
+    for preview, layers in ((False, [1, 2, 3]), (True, [0, 1, 2, 3])):
+        controller = sl.lqr(tiny_model(host), one_last_token, solver="output", preview=preview, progress=False)
+        assert controller.layers == layers
+        assert all(bool(loop.law.act(torch.zeros(1, 1, 32), {})[0].any()) for loop in controller.loops)
 
 
 def test_only_the_asked_layers_act(host, tiny_model):
@@ -240,6 +255,31 @@ def test_gradients_alone_need_no_square_matrix(tiny_model):
         counts[solver] = squares.count
     assert counts["dense"] > 0, "the counter sees nothing"
     assert counts["output"] == counts["scalar"] == 0
+
+
+def peak(call):
+    """Most bytes that torch's CPU allocator held at any time during a call beyond what it held before."""
+    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    with torch.profiler.profile(**options) as profile:
+        kept = call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    del kept
+    return most
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_dense_needs_fewer_than_six_matrices(texts, monkeypatch):
+    """The cost-to-go, one Jacobian and room for its rows; then two matrices to work with in place of that room."""
+    monkeypatch.setattr(nominal, "SMALL", 0)  # a narrow model may take more
+    d = 192
+    model = tiny("llama", n_layers=2, d_model=d)
+    pairs = sl.Pairs([[1, 2, 3, 4]] * 2, [[1, 2, 3]] * 2)
+    floats = peak(lambda: sl.lqr(model, pairs, linearize_on=texts, progress=False)) / 4
+    assert 3 * d * d < floats < 6 * d * d
 
 
 # -- against reference numbers ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 # A-LQR (arXiv 2604.19018) takes the blocks of a language model for a plant, linearises them, and designs feedback
 # for the linear model. Here you test each step of that on SmolLM2-135M: what feedback buys over adding a fixed
 # vector of the same size, how linear the blocks are, how well the linear model predicts the steered token, and
-# what the weights q and r trade. Two to three minutes on two cores; no GPU.
+# what the weights q and r trade. One to two minutes on two cores; no GPU.
 
 # %%
 import pandas as pd
@@ -193,15 +193,17 @@ loop.table().loc[[1, 10, 20, 29]].round(3)
 # ## What q and r trade
 #
 # Only the ratios of the weights matter. A large r makes control expensive: less energy, more error. The
-# linearization is at hand, so each point costs seconds. The divergence of the next token's distribution from the
-# unsteered one stands beside each point: it is what the user pays, and no term of the regulator's cost.
+# linearization is at hand, so each point costs seconds, most of them for reading the texts again. The divergence of
+# the next token's distribution from the unsteered one stands beside each point: it is what the user pays, and no
+# term of the regulator's cost.
 
 # %%
 with torch.no_grad():
     plain = [model(each)[0, -1].log_softmax(-1) for each in prompts]
 points = []
 for r in (0.1, 1.0, 10.0):
-    candidate = sl.lqr(model, pairs, q=0.1, r=r, qf=0.1, linearization=plant)
+    # the defaults are q = 0.1, r = 1: the controller at hand
+    candidate = controller if r == 1.0 else sl.lqr(model, pairs, q=0.1, r=r, qf=0.1, linearization=plant)
     energy, missed, divergence = [], [], []
     for each, logits in zip(prompts, plain, strict=True):
         with sl.steer(model, candidate) as run, torch.no_grad():

@@ -53,7 +53,7 @@ class Pass:
         self._states: dict[Site, Tensor] = {}
         self._memory: dict[int, Memory] = {}
         self._sequence: dict[int, Memory] = {}
-        self._cast: dict[tuple[Any, Any, bool], Any] = {}
+        self._cast: dict[tuple[Any, Any, Any], Any] = {}
         self.aside = Aside(self.loops)
 
     @property
@@ -166,9 +166,10 @@ class Pass:
                 **said,
                 "gate": decided[:, None] * signals.get("gate", torch.ones_like(u.flatten(2)[..., 0])),
             }
-        return _spread(u, selection, shape, 0.0), {
-            name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()
-        }
+        u = _spread(u, selection, shape, 0.0)
+        if self.record is None and self.tap is None:
+            return u, {}
+        return u, {name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()}
 
     def _decision(self, key: Any, gate: Gate, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A gate's decision, `[batch]`, and its signals, `[batch pos]`; made once for a prompt."""
@@ -182,10 +183,10 @@ class Pass:
 
     def _part(self, key: Any, part: Part, x: Tensor) -> Any:
         """A part of a loop on the state's device, in the dtype laws compute in."""
-        whole = (key, x.device, x.dtype == torch.float64)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        whole = (key, x.device, dtype)
         cast = self._cast.get(whole)
         if cast is None:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
             # later forward pass with gradients could not use
             with torch.inference_mode(False):

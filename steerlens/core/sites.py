@@ -22,9 +22,12 @@ class Site:
         ValueError: a negative layer, or a point that is not in `POINTS`.
 
     Sites sort in the order of the forward pass.
+
+    Attributes:
+        order: Sort key, earlier in the forward pass is smaller; kept, because every token asks for it at every site.
     """
 
-    __slots__ = ("layer", "point")
+    __slots__ = ("layer", "order", "point")
 
     def __init__(self, layer: int, point: str = "resid_post"):
         if point not in POINTS:
@@ -33,6 +36,7 @@ class Site:
             raise ValueError(f"layer {layer} is negative; count blocks from 0")
         self.layer = int(layer)
         self.point = point
+        self.order = self.layer, POINTS.index(point)
 
     @classmethod
     def parse(cls, name: str) -> Site:
@@ -43,11 +47,6 @@ class Site:
             if head == "blocks" and layer.isdigit() and hook == _hook(point):
                 return cls(int(layer), point)
         raise ValueError(f"{name!r} names no site; write blocks.<layer>.hook_<point>, as blocks.5.hook_resid_post")
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: earlier in the forward pass is smaller."""
-        return self.layer, POINTS.index(self.point)
 
     def __str__(self) -> str:
         return f"blocks.{self.layer}.{_hook(self.point)}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerlens.hosts.context import FixedContext
 from steerlens.hosts.nominal import Capture, Nominal
 
 
@@ -34,8 +35,7 @@ class FrozenCache:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Past and new keys and values, `[n head pos d_head]`."""
-        past = [side.expand(keys.shape[0], -1, -1, -1) for side in self._past]
-        return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        return FixedContext.join(self._past[0], keys, 2), FixedContext.join(self._past[1], values, 2)
 
     def get_seq_length(self, *_: Any) -> int:
         """Number of past tokens."""

@@ -15,6 +15,7 @@ from steerlens.core import Companion, Direction, Record, Site
 from steerlens.hosts import hf
 from steerlens.hosts.base import Host
 from steerlens.hosts.companion import BaseCompanion, Spot, gather, require_whole
+from steerlens.hosts.context import FixedContext
 from steerlens.hosts.hookpoints import Bare, LensHost
 from steerlens.hosts.learning import Learner
 from steerlens.hosts.nominal import Capture, Nominal
@@ -205,7 +206,7 @@ class HookedHost(LensHost):
             ones = torch.ones_like(ids)
             self.model(ids[:, :-1], return_type=None, past_kv_cache=cache, attention_mask=ones[:, :-1])
             past = [(entry.past_keys, entry.past_values) for entry in cache.entries]
-            with Capture(list(self.model.blocks)) as capture:
+            with Capture(list(self.model.blocks), carried=len(tokens)) as capture:
                 self.model(ids[:, -1:], return_type=None, past_kv_cache=cache, attention_mask=ones[:, -1:])
         entries = {id(entry): index for index, entry in enumerate(cache.entries)}
 
@@ -277,8 +278,7 @@ class FrozenEntry:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Past and new keys and values, `[n pos head d_head]`."""
-        past = [side.expand(keys.shape[0], -1, -1, -1) for side in (self.past_keys, self.past_values)]
-        return torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1)
+        return FixedContext.join(self.past_keys, keys, 1), FixedContext.join(self.past_values, values, 1)
 
 
 def _folded(cfg: Any) -> bool:

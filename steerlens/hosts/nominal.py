@@ -10,6 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from steerlens.hosts.context import FixedContext
+from steerlens.hosts.readout import Readout
+
+#: Floats that gradients may take together in a narrow model, 32 MB.
+SMALL = 1 << 23
+#: Gradients at a time, on a CPU and elsewhere.
+MOST = (300, 1024)
+
 
 class Nominal:
     """The last token's unsteered path `x[0] ... x[T]` and the blocks `x[t+1] = f_t(x[t])` around it.
@@ -20,29 +28,47 @@ class Nominal:
     Args:
         blocks: `f_t`, each `[n d] -> [n d]`.
         states: `x[t]`, `[d]` each, one more than there are blocks.
+        room: Most floats that a gradient needs at once on its way back through a block; it decides how many go
+            together.
     """
 
-    def __init__(self, blocks: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor]):
+    def __init__(self, blocks: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor], *, room: int = 1):
         self.blocks = list(blocks)
         self.states = list(states)
+        self.room = room
+        self._last_map = 0
 
-    def jacobian(self, t: int, *, chunk: int = 256) -> Tensor:
+    def jacobian(self, t: int) -> Tensor:
         """`A_t = d f_t / d x` at `x[t]`, `[d d]` with `A[i, j] = d out_i / d in_j`, in the model's dtype.
 
-        Exact, by reverse mode through one token: `d` cotangents, `chunk` at a time.
+        Exact, by reverse mode through one token: `d` cotangents, some at a time.
+        """
+        x = self.states[t]
+        A = torch.zeros(x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
+        self.add_jacobian(t, A)
+        return A
+
+    def add_jacobian(self, t: int, total: Tensor) -> None:
+        """Adds `A_t` to a matrix `[d d]`, some rows at a time, so that no second one exists.
+
+        Beside the matrix it needs `2 d^2` floats, or 32 MB where that is more.
         """
         with _differentiable():
-            x, y = self._replay(t)
+            x, y, readout = self._replay_open(t)
             d = x.shape[-1]
-            rows = torch.empty(d, d, dtype=x.dtype, device=x.device)
+            chunk = self._chunk(d)
             for start in range(0, d, chunk):
                 size = min(chunk, d - start)
                 cotangents = torch.zeros(size, d, dtype=y.dtype, device=y.device)
-                cotangents[torch.arange(size), torch.arange(start, start + size)] = 1
-                rows[start : start + size] = _pull(y, x, cotangents)
-        return rows
+                cotangents.diagonal(start).fill_(1)
+                if readout is None or readout.hidden is None:
+                    total[start : start + size] += _pull(y, x, cotangents)
+                else:
+                    hidden = readout.hidden
+                    through = readout.weight[start : start + size].view(size, *hidden.shape)
+                    total[start : start + size] += _pull_all((y, hidden), x, (cotangents[:, None], through))
 
-    def pull(self, t: int, rows: Tensor, *, chunk: int = 256) -> Tensor:
+    def pull(self, t: int, rows: Tensor) -> Tensor:
         """Gradients through one block: `rows @ A_t` without A_t, `[k d] -> [k d]`, in the model's dtype.
 
         Pulled back block by block, a direction v of the state before block s becomes the gradient of its feature with
@@ -50,9 +76,9 @@ class Nominal:
         """
         with _differentiable():
             x, y = self._replay(t)
-            return torch.cat([_pull(y, x, part.to(y)) for part in rows.split(chunk)])
+            return torch.cat([_pull(y, x, part.to(y)) for part in rows.split(self._chunk(len(rows)))])
 
-    def push(self, t: int, rows: Tensor, *, chunk: int = 256) -> Tensor:
+    def push(self, t: int, rows: Tensor) -> Tensor:
         """Tangents through one block: `rows @ A_t'` without A_t, `[k d] -> [k d]`, in the model's dtype.
 
         By differentiating the gradient, which is linear in its cotangent, so that a block needs no forward-mode
@@ -62,12 +88,30 @@ class Nominal:
             x, y = self._replay(t)
             cotangent = torch.zeros_like(y, requires_grad=True)
             (gradient,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
-            return torch.cat([_pull(gradient, cotangent, part.to(y)) for part in rows.split(chunk)])
+            return torch.cat([_pull(gradient, cotangent, part.to(y)) for part in rows.split(self._chunk(len(rows)))])
+
+    def _chunk(self, rows: int) -> int:
+        """How many gradients to take at once, so that all take equal parts."""
+        d = self.states[0].shape[-1]
+        most = min(MOST[self.states[0].device.type != "cpu"], max(2 * d * d, SMALL) // self.room)
+        parts = -(-rows // max(1, most))
+        return max(1, -(-rows // max(1, parts)))
 
     def _replay(self, t: int) -> tuple[Tensor, Tensor]:
         """A block's input and output, `[1 d]` each, with the graph between them."""
         x = self.states[t].detach().clone()[None].requires_grad_()
-        return x, self.blocks[t](x)
+        with FixedContext():
+            return x, self.blocks[t](x)
+
+    def _replay_open(self, t: int) -> tuple[Tensor, Tensor, Readout | None]:
+        """As `_replay`, with the block's last linear map taken out of the graph where y is its output plus the rest."""
+        while True:
+            with Readout(self._last_map) as readout:
+                x, y = self._replay(t)
+            if readout.count in (0, self._last_map + 1):
+                break
+            self._last_map = readout.count - 1
+        return (x, y, readout) if readout.adds_to(y) else (*self._replay(t), None)
 
 
 @contextmanager
@@ -79,8 +123,16 @@ def _differentiable() -> Iterator[None]:
 
 def _pull(y: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
     """`[k d] -> [k d]` through a graph from x to y, `[1 d]` each, which stays usable."""
-    (gradient,) = torch.autograd.grad(y, x, cotangents[:, None], retain_graph=True, is_grads_batched=True)
-    return gradient[:, 0].detach()
+    return _pull_all((y,), x, (cotangents[:, None],))
+
+
+def _pull_all(outputs: tuple[Tensor, ...], x: Tensor, cotangents: tuple[Tensor, ...]) -> Tensor:
+    """The sum over several outputs, each with k cotangents of its own shape."""
+
+    def gradient(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.autograd.grad(outputs, x, parts, retain_graph=True)[0]
+
+    return torch.func.vmap(gradient)(cotangents)[:, 0].detach()
 
 
 class Capture:
@@ -88,10 +140,12 @@ class Capture:
 
     Args:
         blocks: The model's blocks, in order.
+        carried: Number of tokens whose keys get a gradient: one, or all where `FixedContext` cannot follow attention.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]):
+    def __init__(self, blocks: Sequence[nn.Module], *, carried: int = 1):
         self.modules = list(blocks)
+        self.carried = carried
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __enter__(self) -> Capture:
@@ -120,7 +174,13 @@ class Capture:
             raise RuntimeError(f"the model ran {len(self.calls)} of its {len(self.modules)} blocks in one pass")
         states = [state_of(args, kwargs).detach()[0, -1] for args, kwargs in self.calls]
         blocks = [self._block(layer, freeze) for layer in range(len(self.modules))]
-        return Nominal(blocks, [*states, self.final.detach()[0, -1]])
+        return Nominal(blocks, [*states, self.final.detach()[0, -1]], room=self._room(states[0].shape[-1]))
+
+    def _room(self, d: int) -> int:
+        """Floats of a gradient in the MLP or in attention, measured on the families' eager attention."""
+        widest = max(max(weight.shape) for weight in self.modules[0].parameters() if weight.ndim)
+        # quantised weights have odd shapes, and no MLP is wider
+        return 3 * d + max(6 * min(widest, 8 * d), 3 * (self.carried + 1) * d)
 
     def _block(self, layer: int, freeze: Callable[[int, Any], Any]) -> Callable[[Tensor], Tensor]:
         module = self.modules[layer]

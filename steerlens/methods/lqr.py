@@ -55,8 +55,10 @@ def lqr(
 
     Three solvers, which are three controllers:
 
-    - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text, four
-      [d d] matrices in memory.
+    - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text. Beside
+      the model and what is kept it holds S, A_t and 2 d^2 floats (32 MB in narrow models) for the gradients, then S,
+      A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and
+      layers, and twice the bytes for a float64 model. `full_gain` keeps d^2 a layer on the CPU.
     - `"output"`, output-weighted LQR: the cost weighs the features alone, `Q_t = q v_t v_t'`, over the rows v of the
       setpoint's basis. Exact; T(T+1)/2 gradients a text, no [d d] matrix. Its control is weaker in early layers. With
       `preview` it answers the errors that the later layers are predicted to have,
@@ -111,8 +113,9 @@ def lqr(
             first; it names them.
 
     Source: arXiv 2604.19018. Differences from the authors' code: exact Jacobians of one token against its KV cache
-    instead of the whole sequence (equal, an order of magnitude faster); S symmetrised, in float64, and streamed
-    backwards, so that no [T d d] tensor exists; position 0 is left alone by `where="all"`; several concepts are joint.
+    instead of the whole sequence (equal, an order of magnitude faster); S symmetric to the last bit and streamed
+    backwards, so that no [T d d] tensor exists, in float32 for a float32 model (gains agree with float64 to 1e-5);
+    position 0 is left alone by `where="all"`; several concepts are joint.
     """
     aim = Aim(data, setpoint=setpoint, strength=strength, origin=origin, angle_deg=angle_deg, combine=combine)
     _check_solver(solver, preview, setpoint)

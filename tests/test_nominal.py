@@ -1,0 +1,58 @@
+"""Jacobians of blocks, taken without gradients for the context or for a block's last matrix."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from steerlens.hosts import host_of, nominal
+from steerlens.hosts.context import FixedContext
+from steerlens.models import tiny
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_neither_shortcut_changes_a_jacobian(host, family, monkeypatch):
+    if (family, host) == ("gemma", "hooked"):
+        pytest.skip("HookedTransformer cannot build a small Gemma")
+    path = host_of(tiny(family, host=host, dtype=torch.float64)).nominal([3, 17, 25, 29, 41])
+    quick = [path.jacobian(t) for t in (0, 3)]
+    monkeypatch.setattr(nominal, "FixedContext", nullcontext)
+    eye = torch.eye(32, dtype=torch.float64)
+    for t, A in zip((0, 3), quick, strict=True):
+        torch.testing.assert_close(path.pull(t, eye), A, rtol=0, atol=1e-12)
+
+
+def attention(q, k, v):
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def grouped(q, k, v):
+    k, v = (side[:, :, None].expand(1, 2, 1, 4, 3).reshape(1, 2, 4, 3) for side in (k, v))
+    return attention(q, k, v)
+
+
+def odd(q, k, v):
+    return attention(q, k.cumsum(2).flip(2), torch.cat([v, 2 * v], dim=-1)) * k.mean() + k.T.sum()
+
+
+def fused(q, k, v):
+    mask = torch.tensor([[True, False, True, True]])
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask) + scaled_dot_product_attention(q, k, v, scale=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:The use of `x.T`")
+@pytest.mark.parametrize("function", [attention, grouped, odd, fused])
+def test_a_fixed_context_gives_the_same_values_and_gradients(function):
+    generator = torch.Generator().manual_seed(0)
+    past = [torch.randn(1, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    own = [torch.randn(1, 2, 1, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    results = []
+    for context in (FixedContext(), nullcontext()):
+        with context:
+            y = function(own[0], *(FixedContext.join(a, b, 2) for a, b in zip(past, own[1:], strict=True)))
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), own)])
+    for quick, plain in zip(*results, strict=True):
+        torch.testing.assert_close(quick, plain, rtol=0, atol=1e-12)
