@@ -92,6 +92,10 @@ class Host(Dimensions):
         """Activations of one right-padded batch in the order of `sites`, pooled as `pool` does."""
         raise NotImplementedError
 
+    def entrance(self) -> nn.Module:
+        """A module that runs once in each forward pass."""
+        raise NotImplementedError
+
     def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
         """The module that the residual stream enters first, and where a change of each site's activation shows."""
         raise NotImplementedError

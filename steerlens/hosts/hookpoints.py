@@ -136,6 +136,10 @@ class LensHost(Host):
                 seat.leave()
         return [found[site] for site in sites]
 
+    def entrance(self) -> nn.Module:
+        """Where the residual stream begins."""
+        return self._places([])[0]
+
     def _places(self, sites: Sequence[Site]) -> tuple[nn.Module, list[Place]]:
         start, mid = Site(0, "resid_pre"), self.writes_mid()
         # where the Bridge's resid_mid is a branch, the attention output, which is added to it, has the same gradient

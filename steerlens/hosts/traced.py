@@ -82,6 +82,10 @@ class TracedHost(Anatomy, Host):
             logits = self.model.output.logits.save()
         return logits  # noqa: RET504 (bound by the trace)
 
+    def entrance(self) -> nn.Module:
+        """The first block."""
+        return self.layers[0]._module
+
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
         self.need_parameters()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from steerlens.testing import promises
+from steerlens.testing import declarations, promises
 from steerlens.testing.case import Case, discover_hosts, discover_methods, padding, snapshot
 from steerlens.testing.promises import check_runs_on_a_server
 
@@ -36,8 +36,9 @@ def exceptions(method: str) -> dict[str, str]:
 
 
 def checks() -> list[Callable[[Case], None]]:
-    """All checks that need no server, in the order of the promises."""
-    local = [function for name, function in vars(promises).items() if name.startswith("check_")]
+    """All checks that need no server."""
+    found = [*vars(promises).items(), *vars(declarations).items()]
+    local = [function for name, function in found if name.startswith("check_")]
     return [function for function in local if function is not check_runs_on_a_server]
 
 

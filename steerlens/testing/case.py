@@ -23,8 +23,8 @@ from steerlens.steering import Run, steer
 #: Prompts and completions below the tiny models' vocabulary; last tokens differ, so that layer 0 has a direction too.
 POSITIVE = [([5, 9], [12, 31]), ([5], [14, 7, 22, 33]), ([8], [9, 41, 35])]
 NEGATIVE = [([5, 9], [13, 40]), ([5], [15, 7, 23, 44]), ([8], [10, 41, 46])]
-#: Ends as a negative text does, so that methods which act only on such states have something to do.
-PROMPT = [3, 17, 25, 29, 41, 22, 46]
+#: One ends as a negative text does and one as a positive, since some methods act on one of the two only.
+PROMPTS = [3, 17, 25, 29, 41, 22, 46], [3, 17, 25, 29, 41, 22, 9]
 OTHER = [7, 30, 31, 32, 33]
 
 
@@ -109,6 +109,17 @@ class Case:
     def controller(self) -> Controller:
         """The method fitted with its defaults."""
         return self.fit()
+
+    @cached_property
+    def prompt(self) -> list[int]:
+        """The first of `PROMPTS` that the method changes, or the first where it changes none."""
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            plain = self.logits(ids)
+            with self.steer():
+                if (self.logits(ids) - plain).abs().max() > 1e-4:
+                    return prompt
+        return PROMPTS[0]
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of one forward pass `[batch pos vocab]`."""

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from steerlens.card import NEEDS, Card
-from steerlens.catalogue import method_card
-from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Site, map_tensors, tensors_of
+from steerlens.core import Controller, Law, map_tensors, tensors_of
 from steerlens.hosts import host_of
 from steerlens.testing.case import (
-    NEGATIVE,
     OTHER,
-    POSITIVE,
-    PROMPT,
     Case,
     discover_hosts,
-    discover_methods,
     padding,
     snapshot,
 )
@@ -35,7 +26,7 @@ def check_fits_with_defaults(case: Case) -> None:
     """1. The method fits with defaults alone, and its controller steers."""
     assert case.controller.loops
     assert case.controller.recipe["method"] == case.method
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([case.prompt])
     plain = case.logits(ids)
     with case.steer():
         steered = case.logits(ids)
@@ -44,7 +35,7 @@ def check_fits_with_defaults(case: Case) -> None:
 
 def check_equal_on_every_host(case: Case) -> None:
     """2. The same logits on every host, in float32 and in float64."""
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([case.prompt])
     # transformers computes RMS norms and rotary angles in float32 also in a float64 model; GPT-2 has neither
     for dtype, family in ((torch.float32, case.family), (torch.float64, "gpt2")):
         mine = case.other(dtype=dtype, family=family)
@@ -58,7 +49,7 @@ def check_equal_on_every_host(case: Case) -> None:
 
 def check_zero_is_no_steering(case: Case) -> None:
     """3. Factor 0 is bit-identical to no steering, with and without recording."""
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([case.prompt])
     plain = case.logits(ids)
     for record in ("all", None):
         with case.steer(strength=0.0, record=record):
@@ -67,7 +58,7 @@ def check_zero_is_no_steering(case: Case) -> None:
 
 def check_leaves_nothing_behind(case: Case) -> None:
     """4. After removal model, hooks, edits and hook table are what they were, also after errors; user hooks survive."""
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([case.prompt])
     plain = case.logits(ids)
     with _user_hook(case) as calls:
         before = snapshot(case.model)
@@ -97,7 +88,7 @@ def check_leaves_nothing_behind(case: Case) -> None:
 
 def check_record_is_what_was_added(case: Case) -> None:
     """5. What the site holds minus what it would have held equals the recorded control."""
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([case.prompt])
     site = case.controller.sites[0]  # later ones also feel what was added before them
     plain = _activation(case, ids, site)
     with case.steer(record="all") as run:
@@ -120,7 +111,7 @@ def check_saves_and_loads(case: Case) -> None:
         case.controller.save(path)
         loaded = Controller.load(path)
     _assert_same(case.controller, loaded, "the loaded controller")
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([case.prompt])
     with case.steer():
         a = case.logits(ids)
     with case.steer(controller=loaded):
@@ -130,7 +121,7 @@ def check_saves_and_loads(case: Case) -> None:
 
 def check_cache_on_equals_off(case: Case) -> None:
     """8. With a KV cache and without: the same tokens, the same control at each of them."""
-    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    ids = torch.tensor([case.prompt, case.prompt[::-1]])
     for where in (None, "all", "generated", slice(2, 9)):
         with case.steer(where=where, record="all") as run:
             on = case.generate(ids)
@@ -149,8 +140,8 @@ def check_cache_on_equals_off(case: Case) -> None:
 def check_batch_row_equals_row_alone(case: Case) -> None:
     """9. A row in a padded batch, left or right, is steered as it is alone; pads are never written."""
     pad = case.model.tokenizer.pad_token_id
-    missing = len(PROMPT) - len(OTHER)
-    long, short = torch.tensor([PROMPT]), torch.tensor([OTHER])
+    missing = len(case.prompt) - len(OTHER)
+    long, short = torch.tensor([case.prompt]), torch.tensor([OTHER])
     for where in ("last", "all", slice(0, None), "prompt"):
         with case.steer(where=where, record="all") as run:
             alone = case.logits(short)
@@ -179,7 +170,7 @@ def check_dtype_is_kept(case: Case) -> None:
     """10. A half-precision model stays one, and its laws compute in float32."""
     for dtype in (torch.float16, torch.bfloat16):
         half = case.other(dtype=dtype)
-        ids = torch.tensor([PROMPT])
+        ids = torch.tensor([case.prompt])
         with half.steer(controller=case.controller, trust=True, record="all") as run:
             logits = half.logits(ids)
             states = [run.record[name] for name in run.record if name.endswith("steer_u")]
@@ -190,7 +181,7 @@ def check_dtype_is_kept(case: Case) -> None:
 
 def check_composes_in_order(case: Case) -> None:
     """11. A sum of controllers steers as the nested contexts do, and they come off in any order."""
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([case.prompt])
     a, b = case.controller, case.controller * 0.5
     plain = case.logits(ids)
     with case.steer(controller=a):
@@ -206,27 +197,6 @@ def check_composes_in_order(case: Case) -> None:
     assert torch.equal(case.logits(ids), plain)
 
 
-def check_signals_are_recorded(case: Case) -> None:
-    """13. Every signal that a loop's law and the method's docstring name is recorded with its shape."""
-    document = inspect.getdoc(discover_methods()[case.method]) or ""
-    ids = torch.tensor([PROMPT, PROMPT[::-1]])
-    with case.steer(record="all") as run:
-        case.logits(ids)
-    for site, names in run._pass.names.items():
-        for loop_names in names.own:
-            for signal, name in loop_names.items():
-                assert f"`{signal}`" in document, f"the docstring of {case.method} does not name the signal {signal}"
-                assert run.record[name].shape[:2] == ids.shape, f"{name} has shape {tuple(run.record[name].shape)}"
-            assert run.record[loop_names["u"]].shape == (*ids.shape, *host_of(case.model).shape(site))
-
-
-def check_docstring(case: Case) -> None:
-    """14. The docstring carries an equation, shapes or units, what is raised, the signals and the source."""
-    document = inspect.getdoc(discover_methods()[case.method]) or ""
-    for needed in (" = ", "Args:", "Returns:", "Raises:", "Recorded signals:", "Source:", "arXiv"):
-        assert needed in document, f"the docstring of {case.method} lacks {needed!r}"
-
-
 def check_gradients_flow(case: Case) -> None:
     """15. Gradients flow through a steered pass, to the controller's tensors where they are asked for."""
     leaves: list[Tensor] = []
@@ -239,47 +209,12 @@ def check_gradients_flow(case: Case) -> None:
 
     loops = [loop.replace(law=map_tensors(loop.law, track)) for loop in case.controller.loops]
     with torch.enable_grad(), case.steer(controller=Controller(loops, case.controller.recipe)):
-        logits = case.logits(torch.tensor([PROMPT]))
+        logits = case.logits(torch.tensor([case.prompt]))
         loss = logits[0, -1].square().mean()
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     reached = any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     assert reached, "no gradient reaches the controller's tensors"
     assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
-
-
-def check_card(case: Case) -> None:
-    """16. What the method's `CARD` declares is so: data, points, derivatives, passes."""
-    card = method_card(case.method)
-    if case.family != "llama":
-        return  # no family changes these facts, and finding them takes a dozen fits
-    _check_data(case, card)
-    _check_points(case, card)
-    host = host_of(case.model)
-    for kind, verb in (("activations", "gradients"), ("blocks", "nominal")):
-        with patch.object(type(host), verb, side_effect=RuntimeError(f"{verb} was used")):
-            used = False
-            try:
-                case.fit()
-            except RuntimeError as error:
-                used = f"{verb} was used" in str(error)
-        assert used == (card.derivatives == kind), f"derivatives={card.derivatives!r}, but {verb}: {used}"
-    ids, count = torch.tensor([PROMPT]), 5
-    entrance, _ = host._places([Site(0)])
-    calls: list[int] = []
-
-    def counted(*args: Any, forward: Any = entrance.forward, **kwargs: Any) -> Any:
-        calls.append(1)
-        return forward(*args, **kwargs)
-
-    # not by a hook: a pass beside the user's own runs without hooks
-    with patch.object(entrance, "forward", counted):
-        case.generate(ids, count)
-        plain = len(calls)
-        calls.clear()
-        with case.steer():
-            case.generate(ids, count)
-    extra = card.prompt_passes - 1 + (card.token_passes - 1) * (count - 1)
-    assert len(calls) == plain + extra, f"{len(calls) - plain} passes more than unsteered, the card says {extra}"
 
 
 def check_runs_on_a_server(case: Case, server: Case, *, exact: bool = True) -> None:
@@ -290,7 +225,7 @@ def check_runs_on_a_server(case: Case, server: Case, *, exact: bool = True) -> N
         server: The same model without weights, with `remote=`.
         exact: Equal to the last bit; otherwise tokens are not compared, and records to bfloat16's accuracy.
     """
-    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    ids = torch.tensor([case.prompt, case.prompt[::-1]])
     for where in (None, "all"):
         with case.steer(where=where, record="all") as run:
             tokens, expected = case.generate(ids), run.record.copy()
@@ -309,47 +244,6 @@ def check_runs_on_a_server(case: Case, server: Case, *, exact: bool = True) -> N
                 error = float((theirs - value)[:, :first].nan_to_num().abs().max())
                 assert error <= 0.1 * scale, f"{name} differs by {error:.2e} of {scale:.2e} for where={where!r}"
     assert "generate" not in vars(server.model), "a remote form is left behind"
-
-
-def _check_data(case: Case, card: Card) -> None:
-    """The method takes the data that its card names, and no less."""
-    bare = [prompt + completion for prompt, completion in POSITIVE]
-    trials = {
-        "texts": bare,
-        "sets": Pairs(bare, [prompt + completion for prompt, completion in NEGATIVE[:2]]),
-        "pairs": Pairs(bare, [prompt + completion for prompt, completion in NEGATIVE]),
-        "completions": Pairs(POSITIVE, NEGATIVE),
-    }
-    order = list(NEEDS)
-    enough = order.index(card.needs)
-    for kind, data in trials.items():
-        if order.index(kind) > enough + 1:
-            continue  # what takes sets of texts takes any richer form of them
-        said = None
-        try:
-            case.fit(data=data)
-        except (TypeError, ValueError) as error:
-            said = str(error)
-        taken = order.index(kind) >= enough
-        assert (said is None) == taken, f"the card says needs={card.needs!r}; with {kind}: {said or 'it fits'}"
-
-
-def _check_points(case: Case, card: Card) -> None:
-    """It acts where its card says, and nowhere else."""
-    acts = {site.point for site in case.controller.sites}
-    assert acts <= set(card.points), f"it acts at {acts}, the card says {card.points}"
-    parameters = inspect.signature(discover_methods()[case.method]).parameters
-    # where there are components, they decide the point, and one alone does not do
-    if "point" not in parameters or "component" in parameters:
-        return
-    for point in host_of(case.model).points():
-        said = None
-        try:
-            fitted = case.fit(point=point)
-            assert {site.point for site in fitted.sites} == {point}
-        except ValueError as error:
-            said = str(error)
-        assert (said is None) == (point in card.points), f"{point}: {said or 'not on the card, but it fits'}"
 
 
 def _activation(case: Case, ids: Tensor, site: Any) -> Tensor:
@@ -389,7 +283,7 @@ def _user_hook(case: Case) -> Iterator[list[int]]:
 
 def _raise_inside(case: Case) -> None:
     with case.steer():
-        case.logits(torch.tensor([PROMPT]))
+        case.logits(torch.tensor([case.prompt]))
         raise RuntimeError("an error in the body")
 
 
