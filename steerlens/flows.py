@@ -56,7 +56,10 @@ class Flow(Law):
         """`u = x(T) - x`"""
         start, outside = self.field.enter(x)
         end = self.follow(start)
-        return self.field.leave(start, end, outside), {
+        u = self.field.leave(start, end, outside)
+        if not memory.get("observed", True):
+            return u, {}
+        return u, {
             "barrier_before": self.field.level(start),
             "barrier_after": self.field.level(end),
             "angle_rad": angle(start, end),

@@ -15,7 +15,8 @@ from steerlens.core.law import Loop, Part, tensors_of
 from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
 
-FORMAT = 1
+#: Of the files; 1 was that of the days before the first release.
+FORMAT = 2
 
 
 class Controller:
@@ -129,8 +130,8 @@ class Controller:
             # cloned: a file's tensors begin at any byte, and a BLAS rounds unaligned ones differently
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         header = json.loads(text)
-        if header["format"] > FORMAT:
-            raise ValueError(f"{path} has format {header['format']}, this version of steerlens reads up to {FORMAT}")
+        if header["format"] != FORMAT:
+            raise ValueError(f"{path} has format {header['format']}, this version of steerlens reads format {FORMAT}")
         known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in laws}
         return cls([_unpack_loop(entry, tensors, known) for entry in header["loops"]], header["recipe"])
 

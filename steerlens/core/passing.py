@@ -81,7 +81,8 @@ class Pass:
             self._sequence = {loop.group: {} for loop in self.loops}
         if self.record is not None:
             self.log.begin(fresh=fresh, column=past)
-        self._memory = {group: {"sequence": kept} for group, kept in self._sequence.items()}
+        observed = self.record is not None or self.tap is not None
+        self._memory = {group: {"sequence": kept, "observed": observed} for group, kept in self._sequence.items()}
         self._selection = [self.positions.select(where) for where in self._where]
         self._states = {}
         self._reached = (-1, -1)
@@ -161,13 +162,10 @@ class Pass:
         for number, gate in enumerate(loop.gates):
             decided, said = self._decision((index, "gate", number), gate, seen)
             u = u * _over(decided[:, None], u)
-            signals = {
-                **signals,
-                **said,
-                "gate": decided[:, None] * signals.get("gate", torch.ones_like(u.flatten(2)[..., 0])),
-            }
+            before = signals.get("gate", torch.ones(u.shape[:2], dtype=u.dtype, device=u.device))
+            signals = {**signals, **said, "gate": decided[:, None] * before}
         u = _spread(u, selection, shape, 0.0)
-        if self.record is None and self.tap is None:
+        if not memory["observed"]:
             return u, {}
         return u, {name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()}
 

@@ -156,6 +156,8 @@ class Drift(Law):
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = -n dx`"""
         u = -self.norm * memory["tangent"]
+        if not memory.get("observed", True):
+            return u, {}
         whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
         return u, {"relative": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
 

@@ -140,6 +140,8 @@ class Scale(Law):
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = m * x`"""
         u = self.mask * x
+        if not memory.get("observed", True):
+            return u, {}
         # a zero state has no share; the smallest normal number keeps the quotient finite
         whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
         return u, {"share": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
