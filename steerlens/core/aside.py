@@ -122,7 +122,7 @@ def _after_prompt(loop: Loop) -> bool:
 def _required(companion: Companion | None) -> Companion:
     if companion is None:
         raise RuntimeError(
-            "a loop needs the unsteered state of the prompt, for which a second forward pass is run beside the first, "
-            "and this host cannot do that"
+            "a loop needs a second forward pass beside the steered one, which cannot be run here: a server runs it "
+            "for trusted requests only"
         )
     return companion

@@ -53,10 +53,6 @@ class Anatomy(Dimensions):
         if self.away:
             raise NotImplementedError(f"{what} needs the weights here: build the model with dispatch=True{instead}")
 
-    def need_parameters(self) -> None:
-        """Raises NotImplementedError where they are not here."""
-        self.need_weights("differentiating the parameters")
-
     def points(self) -> Sequence[str]:
         """All of them, in every family that is known."""
         return POINTS

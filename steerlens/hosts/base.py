@@ -72,10 +72,6 @@ class Host(Dimensions):
         """
         raise NotImplementedError
 
-    def need_parameters(self) -> None:
-        """Raises NotImplementedError where there is no `learner`."""
-        self.learner()
-
     def signal_taken(self, name: str) -> bool:
         """Whether a hook point of this name exists already."""
         return False

@@ -58,8 +58,7 @@ class Dimensions:
         return [round(float(value), 6) for value in row.detach().float()]
 
     def need_parameters(self) -> None:
-        """Raises NotImplementedError where the parameters are not here, or not those of the published model."""
-        raise NotImplementedError
+        """Raises NotImplementedError where the parameters are not those of the published model."""
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Shape of the state at a site, without batch and position."""

@@ -133,14 +133,16 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
     kept_apart: dict[int, Any] = {}
     for step in Iterations()[:]:
         try:
-            inputs = base.inputs if step == 0 or first is None else None
+            whole = step == 0 or first is None or run.aside.differentiates
+            inputs = base.inputs if whole else None
             call = later_shape(first.input, run) if inputs is None else call_shape(*inputs)
         except OutOfOrderError:
             if step == 0:
                 raise
             return  # the generation is over: the loop asked for a pass that never came
         companion = None
-        if apart and inputs is not None:
+        # a sandbox has the modules' names, not the modules
+        if apart and inputs is not None and base._module is not None:
             args, kwargs = inputs
             companion = BaseCompanion(
                 base._module, lambda: StoodDown(base), lambda _: spots_of(apart), args, kwargs, call["past"], kept_apart

@@ -215,6 +215,10 @@ class HookedHost(LensHost):
 
         return capture.nominal(freeze)
 
+    def need_parameters(self) -> None:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(_OTHER_PARAMETERS)
+
     def learner(self) -> Learner:
         """Raises NotImplementedError."""
         raise NotImplementedError(_OTHER_PARAMETERS)

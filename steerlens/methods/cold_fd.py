@@ -18,12 +18,8 @@ from steerlens.objectives import Labelled, Objective, labelled, objective
 
 CARD = Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2)
 
-EXCEPTIONS = {
-    # a parameter gradient is as large as the model: it stays where the model is
-    "check_runs_on_a_server": "differentiating the parameters needs the weights here",
-    # a gradient step depends on how a function is parametrised
-    "hooked": "a HookedTransformer's parameters are not the model's",
-}
+# a gradient step depends on how a function is parametrised
+EXCEPTIONS = {"hooked": "a HookedTransformer's parameters are not the model's"}
 ESTIMATORS = ("auto", "jvp", "fd")
 EMBEDDINGS = ("tied", "untied", None)
 SCALES = ("relative", "absolute")
@@ -79,7 +75,8 @@ def cold_fd(
         batch: Pairs in one forward and backward pass of the fit.
 
     Returns:
-        One loop per layer; all share g, which has the size of the blocks up to the last of them and of the embedding.
+        One loop per layer; all share g, which has the size of the blocks up to the last of them and of the embedding:
+        a server, which must trust the request, gets it only with a `payload_limit` of that size.
         Recorded signals: `u`, `u_norm`, `relative` (norm of u over norm of x for strength 1, no unit: the expansion
         holds while it is small).
 

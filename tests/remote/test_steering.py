@@ -10,6 +10,7 @@ from pathlib import Path
 import nnsight
 import pytest
 import torch
+from nnsight.intervention.backends.remote import RemoteError
 
 import steerlens as sl
 from remote.expect import IDS, OPTIONS, clean, same
@@ -41,6 +42,37 @@ def test_a_sum_of_two(client, local):
 @pytest.mark.parametrize("method", ["lqr", "caa", "ablation"])
 def test_untrusted_requests(method, client, local, untrusted):
     check_runs_on_a_server(local(method), Case(method, "nnsight", model=client, remote=True))
+
+
+def test_what_needs_a_second_pass(client, local):
+    """A gate behind the steered layer, frozen states, and tangents while decoding: the server runs the pass."""
+    case = local("caa")
+    prompts = sl.Pairs([[3, 17, 25, 29, 41], [7, 17, 26, 30, 42]], [[50, 60, 70, 80, 90], [51, 61, 71, 81, 91]])
+    behind = sl.when(case.fit(layers=1, where="all", strength=3.0), sl.gate(case.model, prompts, layers=2))
+    early = sl.schedule(behind, [1.0, 0.5], prompt=0.5)
+    for method, controller in (
+        ("caa", early),
+        ("sadi", local("sadi").fit(mode="frozen", component="neuron")),
+        ("cold_fd", local("cold_fd").fit(where="all", layers=[0, 2])),
+    ):
+        held = Case(method, "nnsight", model=case.model)
+        held.controller = controller
+        check_runs_on_a_server(held, Case(method, "nnsight", model=client, remote=True))
+    assert clean(client)
+
+
+def test_an_untrusted_request_cannot_have_a_second_pass(client, local, untrusted):
+    case = local("caa")
+    prompts = sl.Pairs([[3, 17, 25, 29, 41]], [[50, 60, 70, 80, 90]])
+    before = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, layers=0))
+    held = Case("caa", "nnsight", model=case.model)
+    held.controller = before
+    check_runs_on_a_server(held, Case("caa", "nnsight", model=client, remote=True))
+    behind = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, layers=2))
+    with pytest.raises(RemoteError, match="a loop needs a second forward pass beside the steered one"):
+        with sl.steer(client, behind):
+            client.generate(IDS, max_new_tokens=2, remote=True)
+    assert clean(client)
 
 
 def test_a_bfloat16_server(client, model_dir, local, monkeypatch):
