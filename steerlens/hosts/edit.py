@@ -141,8 +141,7 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
                 raise
             return  # the generation is over: the loop asked for a pass that never came
         companion = None
-        # a sandbox has the modules' names, not the modules
-        if apart and inputs is not None and base._module is not None:
+        if apart and inputs is not None and not _weightless(base._module):
             args, kwargs = inputs
             companion = BaseCompanion(
                 base._module, lambda: StoodDown(base), lambda _: spots_of(apart), args, kwargs, call["past"], kept_apart
@@ -152,6 +151,11 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
         kept: dict[str, Tensor] = {}
         for tap in taps:
             tap.visit(run, kept, carried)
+
+
+def _weightless(module: Any) -> bool:
+    """Whether this is a sandbox's copy of the model, which has the modules and not their weights."""
+    return module is None or any(value.is_meta for value in module.parameters())
 
 
 def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:
