@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.conditions import Side
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Gate, Schedule, Site, Summary, check_where
-from steerlens.fitting import every_layer, resolve
+from steerlens.fitting import check_contrast, check_finite, every_layer, resolve
 from steerlens.hosts import Host
 
 #: How a prompt is pooled -> the tokens whose mean it is.
@@ -105,17 +105,13 @@ def prompt_states(host: Host, data: Pairs, sites: Sequence[Site], pool: str) -> 
     """Positive and negative texts, read as a gate reads prompts: `[text d]` each."""
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r}; it is one of {', '.join(POOLS)}")
-    if not isinstance(data, Pairs):
-        raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
+    check_contrast(data)
     read = []
     for side in data.sides(host):
         weights = [_weights(len(tokens), pool) for tokens in side.tokens]
         read.append(host.read(side.tokens, weights, sites))
         for site, values in read[-1].items():
-            if not torch.isfinite(values).all():
-                raise ValueError(
-                    f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?"
-                )
+            check_finite(values, site, host)
     return {site: (read[0][site].flatten(1), read[1][site].flatten(1)) for site in sites}
 
 

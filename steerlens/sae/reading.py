@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerlens.contrast import Pairs, Reading, Text, tokenize
 from steerlens.core import Site
-from steerlens.fitting import resolve
+from steerlens.fitting import check_finite, resolve
 from steerlens.hosts import Host
 from steerlens.sae.slices import Origin, architecture, check_indices, site_of
 
@@ -27,8 +27,8 @@ def states_of(host: Host, tokens: Sequence[Sequence[int]], site: Site) -> list[T
     if not tokens or not all(tokens):
         raise ValueError("no text to read; give at least one, of one token or more")
     found = host.states(tokens, [site])[site]
-    if not all(bool(torch.isfinite(x).all()) for x in found):
-        raise ValueError(f"an activation at {site} is not finite; is the model's dtype {host.dtype} too narrow?")
+    for x in found:
+        check_finite(x, site, host)
     return found
 
 
