@@ -38,8 +38,11 @@ def run_demo(
     pairs = shipped(concept)
     console.print(f"Fitting A-LQR on {len(pairs)} contrast pairs about {concept!r}.")
     plant = linearize(model, pairs.positive[:4])
+    # all texts end in a full stop, which is all that layer 0 sees of them
+    layers = range(1, model.cfg.n_layers)
     controllers = {
-        strength: lqr(model, pairs, strength=strength, linearization=plant, progress=False) for strength in STRENGTHS
+        strength: lqr(model, pairs, strength=strength, layers=layers, linearization=plant, progress=False)
+        for strength in STRENGTHS
     }
     texts = Table("strength", *PROMPTS, title="Greedy continuations, unsteered and steered", show_lines=True)
     texts.add_row("-", *(_continue(model, prompt, tokens)[0] for prompt in PROMPTS))

@@ -109,8 +109,7 @@ def lqr(
             unknown word, texts that give no difference at any layer, a linearization of another model.
 
     Warns:
-        UserWarning: texts that give no difference at a layer that was asked for, or, with all layers, at one after the
-            first; it names them.
+        UserWarning: texts that give no difference at some layers; it names them.
 
     Source: arXiv 2604.19018. Differences from the authors' code: exact Jacobians of one token against its KV cache
     instead of the whole sequence (equal, an order of magnitude faster); S symmetric to the last bit and streamed
@@ -130,7 +129,7 @@ def lqr(
         plant = linearization
     targets = aim.targets(host)
     controlled = asked if preview else [t for t in asked if targets.asks(t)]
-    _check_directions(asked if layers is not None else asked[1:], controlled, targets)
+    _check_directions(asked, controlled, targets)
     features = [target.basis for target in targets.setpoints]
     loops = []
     for t, gain in solve(solver, plant, weights, controlled, features, device=host.device, progress=progress):
@@ -199,4 +198,5 @@ def _check_directions(expected: Collection[int], controlled: Collection[int], ta
         raise ValueError("the texts give no difference at any layer; are both sides the same?")
     zero = [t for t in expected if not targets.asks(t)]
     if zero:
-        warnings.warn(f"the texts give no difference at layers {zero}: they are not controlled", stacklevel=3)
+        same = " (at layer 0 whenever all end in the same token)" if zero[0] == 0 else ""
+        warnings.warn(f"the texts give no difference at layers {zero}{same}: they are not controlled", stacklevel=3)
