@@ -333,11 +333,12 @@ class TestControl:
             with pytest.raises(ValueError, match="the linearization is of another model: the weights differ"):
                 fit()
 
-    def test_a_layer_without_direction_is_told_where_it_was_asked_for(self, host, tiny_model, recwarn):
+    def test_a_layer_without_direction_is_told(self, host, tiny_model):
         same = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])  # one last token
-        assert sl.lqr(tiny_model(host), same, progress=False).layers == [1, 2, 3]
-        assert not [entry for entry in recwarn if entry.category is UserWarning]
-        with pytest.warns(UserWarning, match=r"no difference at layers \[0\]: they are not controlled"):
+        words = r"no difference at layers \[0\] \(at layer 0 whenever all end in the same token\): they are not"
+        with pytest.warns(UserWarning, match=words):
+            assert sl.lqr(tiny_model(host), same, progress=False).layers == [1, 2, 3]
+        with pytest.warns(UserWarning, match=words):
             assert sl.lqr(tiny_model(host), same, layers=[0, 2], progress=False).layers == [2]
         with pytest.raises(ValueError, match="the texts give no difference at any layer"):
             sl.lqr(tiny_model(host), same, layers=0, progress=False)
