@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 
 import steerlens as sl
+from steerlens.core import Direction
 from steerlens.hosts import host_of
 from steerlens.testing import Case, discover_hosts, padding, snapshot
 
@@ -254,3 +255,23 @@ def test_reference_steps(real, cold_sadi, loss, runs):
             logits = real.logits(torch.tensor([prompts[1]]))[0, -1].float().cpu()
         assert (logits[ids] - values[f"{key}/sub"][1]).abs().max() < 5e-3, key
         assert abs(float(logits.logsumexp(-1) - values[f"{key}/lse"][1])) < 5e-3, key
+
+
+@pytest.mark.real_model
+def test_reference_tangents_of_parts_of_the_parameters(real, cold_sadi):
+    """The embedding's input use alone, no embedding, and every position of a prompt, position 0 included."""
+    values, texts = cold_sadi
+    controller = fit(real, layers=14, loss="dpo", embedding="untied")
+    whole, norm = controller.loops[0].tangent, float(controller.loops[0].law.norm)
+    inner = [(name, value) for name, value in zip(whole.names, whole.values, strict=True) if "embed" not in name]
+    learner, site = host_of(real.model).learner(), sl.Site(14)
+    prompts = texts["cold/test_ids"]
+    last = [[float(position == len(prompt) - 1) for position in range(len(prompt))] for prompt in prompts]
+    for name, direction in (("untied", whole), ("blocks", Direction(*zip(*inner, strict=True)))):
+        dz = norm * learner.tangents(prompts, last, [site], direction)[site]
+        assert relative(dz, values[f"cold/ab/dpo/dz_l15/{name}"]) < 1e-3, name
+    rows = range(0, len(prompts[0]), 5)
+    each = [[float(position == row) for position in range(len(prompts[0]))] for row in rows]
+    dz = norm * learner.tangents([prompts[0]] * len(each), each, [site], whole, batch=12)[site]
+    for row, expected in zip(dz, values["cold/ab/dpo/dz_l15/every5"], strict=True):
+        assert relative(row, expected) < 1e-3
