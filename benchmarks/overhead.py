@@ -2,6 +2,8 @@
 
 Each round decodes once with every controller, in turning order, and compares within the round; attaching is not timed.
 "visited only" is `lqr * 0`: the host's own cost of going to 29 sensors and 29 actuators, with nothing computed there.
+"floor: an edit by hand" is nnsight's own cost of the same reads and writes, without steerlens: every block's output is
+read and written back unchanged.
 
     python benchmarks/overhead.py [--hosts bridge nnsight] [--tokens 24] [--rounds 10] [--controllers lqr]
 """
@@ -9,7 +11,8 @@ Each round decodes once with every controller, in turning order, and compares wi
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import common
@@ -52,6 +55,29 @@ def controllers(model: Any) -> dict[str, tuple[sl.Controller, Any]]:
     }
 
 
+@contextmanager
+def by_hand(model: Any) -> Iterator[None]:
+    """An nnsight edit that reads the first block's input and reads and rewrites the outputs of the 29 blocks."""
+    layers = list(model.model.layers)[:29]
+    norm, before = layers[0].input_layernorm, list(model._edits)
+    with model.edit(inplace=True) as tracer:
+        for _ in tracer.iter[:]:
+            norm.input  # noqa: B018 (a read)
+            for layer in layers:
+                layer.output = layer.output
+    try:
+        yield
+    finally:
+        model._edits = before
+
+
+def attach(model: Any, entry: Any) -> Any:
+    """A context in which the model runs with an entry of `controllers`, unsteered for None."""
+    if entry is None:
+        return nullcontext()
+    return by_hand(model) if entry == "by hand" else sl.steer(model, entry[0], record=entry[1])
+
+
 def measure(host: str, arguments: argparse.Namespace) -> None:
     model = smollm2(host=host, device=arguments.device)
     case = Case("lqr", host, device=arguments.device, model=model)
@@ -59,6 +85,8 @@ def measure(host: str, arguments: argparse.Namespace) -> None:
     # HookedTransformer decodes several times slower than the others
     count = arguments.tokens // (3 if host == "hooked" else 1)
     attached = {"unsteered": None, **controllers(model)}
+    if host == "nnsight":
+        attached["floor: an edit by hand"] = "by hand"
     if arguments.controllers:
         attached = {
             name: entry for name, entry in attached.items() if name.startswith(("unst", *arguments.controllers))
@@ -67,8 +95,7 @@ def measure(host: str, arguments: argparse.Namespace) -> None:
     case.generate(prompt, count)
     for turn in range(arguments.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            entry = attached[name]
-            with sl.steer(model, entry[0], record=entry[1]) if entry else nullcontext():
+            with attach(model, attached[name]):
                 times[name].append(common.seconds(lambda: case.generate(prompt, count), arguments.device))
     for name in names:
         cost = 100 * (common.ratio(times[name], times["unsteered"]) - 1)

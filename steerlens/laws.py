@@ -37,7 +37,8 @@ class Feedback(Law):
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = c @ gains`"""
         c, signals = self.setpoint.measure(x, memory)
-        return c @ self.gains, signals
+        # one direction: the same numbers from a product element by element, at half the price of a matrix product
+        return (c * self.gains if self.gains.shape[0] == 1 else c @ self.gains), signals
 
 
 class FactoredFeedback(Law):

@@ -37,6 +37,8 @@ class Level(Setpoint):
         """`[... d] -> ([... 1], signals)`"""
         projection = linear(x, self.basis)
         c = self.level - projection
+        if not memory.get("observed", True):
+            return c, {}
         return c, {"error": c[..., 0].abs(), "projection": projection[..., 0]}
 
 

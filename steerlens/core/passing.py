@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,13 +46,15 @@ class Pass:
         }
         self._sensed_later = {loop.sense for loop in self.loops if loop.sense != loop.act}
         self._spent = _last_uses(self.loops)
+        # what would be asked anew at every site and token
+        self._here = [loop.sense == loop.act for loop in self.loops]
         self._where: list[Any] = []
         self._which = [_index(self._where, loop.where) for loop in self.loops]
         self._selection: list[Any] = []
         self._states: dict[Site, Tensor] = {}
         self._memory: dict[int, Memory] = {}
         self._sequence: dict[int, Memory] = {}
-        self._cast: dict[tuple[Any, Any, Any], Any] = {}
+        self._cast: dict[Any, tuple[Any, Any, Any]] = {}  # device, dtype, part
         self.aside = Aside(self.loops)
 
     @property
@@ -123,9 +124,10 @@ class Pass:
             selection = self._selection[self._which[index]]
             if not observed and (selection is None or loop.strength == 0):
                 continue
-            state = x if loop.sense == site else self._states[loop.sense]
+            state = x if self._here[index] else self._states[loop.sense]
             u, signals = self._control(index, state, selection, carrier)
-            u = u.to(dtype=carrier.dtype, device=carrier.device)
+            if u.dtype != carrier.dtype or u.device != carrier.device:
+                u = u.to(dtype=carrier.dtype, device=carrier.device)
             if observed:
                 u = self._publish(own, u, signals)
                 squares = _add(squares, signals["error"].square() if "error" in signals else None)
@@ -146,14 +148,20 @@ class Pass:
         whole = not isinstance(selection, slice) or selection.stop - selection.start == shape[1]
         seen = state if whole else state[:, selection]
         dtype = torch.float64 if seen.dtype == torch.float64 else torch.float32
+        exact = seen if seen.dtype == dtype else seen.to(dtype)
         memory = self._memory[loop.group]
         if loop.summary is not None:
             memory["summary"] = self.aside.summary(loop.summary).to(seen.device, dtype)
         if loop.tangent is not None:
             tangent = self.aside.tangent(index, loop.act)
             memory["tangent"] = (tangent if whole else tangent[:, selection]).to(dtype)
-        with _exact(seen.device.type):
-            u, signals = self._part(index, loop.law, seen).act(seen.to(dtype), memory)
+        law, device = self._part(index, loop.law, seen), seen.device.type
+        # NDIF runs every request to a half-precision GPU model under autocast
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                u, signals = law.act(exact, memory)
+        else:
+            u, signals = law.act(exact, memory)
         if loop.strength != 1:
             u = u * loop.strength if loop.strength else torch.zeros_like(u)
         for number, schedule in enumerate(loop.schedules):
@@ -164,7 +172,8 @@ class Pass:
             u = u * _over(decided[:, None], u)
             before = signals.get("gate", torch.ones(u.shape[:2], dtype=u.dtype, device=u.device))
             signals = {**signals, **said, "gate": decided[:, None] * before}
-        u = _spread(u, selection, shape, 0.0)
+        if u.shape[1] != shape[1] or not isinstance(selection, slice):
+            u = _spread(u, selection, shape, 0.0)
         if not memory["observed"]:
             return u, {}
         return u, {name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()}
@@ -182,14 +191,13 @@ class Pass:
     def _part(self, key: Any, part: Part, x: Tensor) -> Any:
         """A part of a loop on the state's device, in the dtype laws compute in."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        whole = (key, x.device, dtype)
-        cast = self._cast.get(whole)
-        if cast is None:
+        device, kind, cast = self._cast.get(key, (None, None, None))
+        if device != x.device or kind is not dtype:
             # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
             # later forward pass with gradients could not use
             with torch.inference_mode(False):
                 cast = map_tensors(part, lambda t: t.to(x.device, dtype if t.is_floating_point() else t.dtype))
-            self._cast[whole] = cast
+            self._cast[key] = x.device, dtype, cast
         return cast
 
     def _publish(self, names: dict[str, str], u: Tensor, signals: dict[str, Tensor]) -> Tensor:
@@ -208,11 +216,6 @@ class Pass:
         if self.record is not None and _keeps(self.record, signal, value):
             self.log.put(name, value)
         return value
-
-
-def _exact(device: str) -> Any:
-    """A context without autocast: NDIF runs every request to a half-precision GPU model under it."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _last_uses(loops: Sequence[Loop]) -> dict[Site, list[Site]]:

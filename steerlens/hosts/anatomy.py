@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -76,7 +77,13 @@ class Anatomy(Dimensions):
                 taps += [self.tap(pre, Tap.ENTER, site), self.tap(branch, Tap.CARRY)]
             else:
                 taps.append(self.tap(site, Tap.PLAIN, site))
-        return sorted(taps, key=lambda tap: tap.order)
+        taps.sort(key=lambda tap: tap.order)
+        for before, tap in pairwise(taps):
+            left, here = before.read, tap.read
+            follows = (left.point, here.point, here.layer) == ("resid_post", "resid_pre", left.layer + 1)
+            if follows and before.role == tap.role == Tap.PLAIN:
+                tap.way = (before.envoy, self.layers[here.layer], tap.envoy)
+        return taps
 
     def tap(self, read: Site, role: int = Tap.PLAIN, steers: Site | None = None) -> Tap:
         """One location; arguments as in `Tap`."""
