@@ -68,12 +68,12 @@ fitted = torch.arange(len(texts)) < 2 * len(pairs)
 methods = {"cold_kernel": kernel, "cold_fd": exact, "cold_fd, differences": difference, "caa": contrast}
 controls, states = {}, {}
 with torch.no_grad():
-    _, cache = model.run_with_cache(ids, names_filter=lambda name: name.endswith("hook_resid_post"))
+    _, cache = model.run_with_cache(ids)
     for layer in layers:
         states[layer] = cache[f"blocks.{layer}.hook_resid_post"]
     for name, controller in methods.items():
         with sl.steer(model, controller.at(slice(0, None)), record="all") as run:
-            model(ids)
+            model(ids, stop_at_layer=15)
         controls[name] = run.record.layers("u")
 
 # %%
@@ -133,61 +133,58 @@ direction, norm = exact.loops[-1].tangent, float(exact.loops[-1].law.norm)
 copy, _ = smollm2(host="hf")
 parameters = [copy.base_model.get_parameter(name) for name in direction.names]
 rate = exact.loops[-1].strength  # the learning rate that eta=0.1 became
-etas = [0.0, 0.025, 0.05, 0.1, 0.2, 0.4]
+etas = [0.05, 0.1, 0.2, 0.4]
 site = "blocks.14.hook_resid_post"
 
 
 def mean_loss(logits):
-    # a loss for each pair: the texts alternate
-    losses = aim(logits, texts)
-    return {"ten examples": float(losses[: len(pairs)].mean()), "held-out": float(losses[len(pairs) :].mean())}
+    each = aim(logits, texts)  # one for each pair
+    return {"ten examples": float(each[: len(pairs)].mean()), "held-out": float(each[len(pairs) :].mean())}
 
 
 rows, remainders = [], []
 with torch.no_grad():
-    before = 0.0
+    plain = mean_loss(model(ids))
+    done = 0.0
     for eta in etas:
         for parameter, value in zip(parameters, direction.values, strict=True):
-            parameter.sub_((eta - before) / 0.1 * rate * norm * value)
-        before = eta
+            parameter.sub_((eta - done) / 0.1 * rate * norm * value)
+        done = eta
         out = copy(ids, output_hidden_states=True)
-        rows.append({"eta": eta, "what": "real step"} | mean_loss(out.logits))
-        if eta == 0:
-            plain = rows[-1]
-        moved = out.hidden_states[15] - states[14]
+        rows.append({"eta": eta, "what": "gradient step on the parameters"} | mean_loss(out.logits))
         predicted = eta / 0.1 * controls["cold_fd"][14]
-        if eta:
-            gap = (moved - predicted)[in_prompt].norm() / predicted[in_prompt].norm()
-            remainders.append({"eta": eta, "learning rate": eta / 0.1 * rate, "remainder": float(gap)})
-    for name in ("cold_kernel", "cold_fd"):
-        rows.append(plain | {"what": name})
-        scale = 0.1 / float(relative[name][14][in_prompt].mean())
-        for eta in etas[1:]:
-            push = eta / 0.1 * scale * controls[name][14] * in_prompt[..., None]
+        gaps = ((out.hidden_states[15] - states[14] - predicted).norm(dim=-1) / predicted.norm(dim=-1))[in_prompt]
+        row = {"eta": eta, "learning rate": eta / 0.1 * rate, "median": float(gaps.median())}
+        remainders.append(row | {"largest tenth begins at": float(gaps.quantile(0.9)), "largest": float(gaps.max())})
+    everything = torch.ones_like(in_prompt)
+    for what, name, chosen in [
+        ("cold_kernel, prompt", "cold_kernel", in_prompt),
+        ("cold_fd, prompt", "cold_fd", in_prompt),
+        ("cold_fd, every token of the text", "cold_fd", everything),
+    ]:
+        for eta in etas:
+            push = eta / 0.1 * controls[name][14] * chosen[..., None]
             logits = model.run_with_hooks(ids, fwd_hooks=[(site, lambda x, hook, push=push: x + push)])
-            rows.append({"eta": eta, "what": name} | mean_loss(logits))
+            rows.append({"eta": eta, "what": what} | mean_loss(logits))
 losses = pd.DataFrame(rows)
 print(losses)
 pd.DataFrame(remainders).set_index("eta").round(5)
 # %%
-figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=["ten examples", "four held-out pairs"])
-colours = {"real step": "black", "cold_fd": "#d62728", "cold_kernel": "#1f77b4"}
-for column, which in enumerate(["ten examples", "held-out"], start=1):
+colours = dict(zip(losses["what"].unique(), ["black", "#1f77b4", "#d62728", "#ff9896"], strict=True))
+figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=["the ten examples", "four held-out pairs"])
+for column, which in enumerate(plain, start=1):
     for what, part in losses.groupby("what", sort=False):
-        change = part[which] - plain[which]
-        figure.add_scatter(
-            x=part["eta"], y=change, name=what, line_color=colours[what], showlegend=column == 1, row=1, col=column
-        )
+        x, y = [0, *part["eta"]], [0, *(part[which] - plain[which])]
+        line = {"color": colours[what]}
+        figure.add_scatter(x=x, y=y, name=what, line=line, showlegend=column == 1, row=1, col=column)
 slope = -rate * norm**2 / 0.1
+line = {"dash": "dot", "color": "black"}
 figure.add_scatter(
-    x=etas[:4],
-    y=[slope * eta for eta in etas[:4]],
-    name="real step, first order",
-    line={"dash": "dot", "color": "black"},
+    x=[0, 0.2], y=[0, 0.2 * slope], name="its first order, -(learning rate) |g|²", line=line, mode="lines"
 )
 figure.update_xaxes(title_text="eta (mean |u| / |x|, no unit)")
 figure.update_yaxes(title_text="change of the dpo loss (nats)", col=1)
-figure.update_layout(title="What a step does to the loss", template="simple_white", width=900, height=420)
+figure.update_layout(title="What a step does to the loss", template="simple_white", width=1000, height=420)
 
 # %% [markdown]
 # ## SADI
@@ -234,84 +231,100 @@ figure.update_layout(title="Where SADI acts", template="simple_white", width=100
 
 # %%
 prompt = unseen[1][0]
-live = {
-    "head": sl.sadi(model, pairs, component="head"),
-    "neuron": sl.sadi(model, pairs, component="neuron"),
-    "hidden": sl.sadi(model, pairs, component="hidden"),
-}
+live = {component: sl.sadi(model, pairs, component=component) for component in counts}
 rows = []
 for component, controller in live.items():
     with sl.steer(model, controller) as run, torch.no_grad():
         model(prompt)
-    share = run.record.layers("share")
-    for layer, values in share.items():
-        rows.append(
-            {
-                "component": component,
-                "block": layer,
-                "share": float(values[0, -1]),
-                "|u|": float(run.record.layers("u_norm")[layer][0, -1]),
-            }
-        )
-pd.DataFrame(rows).pivot(index="block", columns="component", values="share").round(3)
+    for layer, share in run.record.layers("share").items():
+        rows.append({"component": component, "block": layer, "share": float(share[0, -1])})
+pd.DataFrame(rows).pivot(index="component", columns="block", values="share").round(2).fillna("")
+
 
 # %%
-component = "neuron"
-controllers = {"live": live[component], "frozen": sl.sadi(model, pairs, component=component, mode="frozen")}
-with torch.no_grad():
-    logits, cache = model.run_with_cache(prompt)
-    plain_logits = logits[0, -1].log_softmax(-1)
-    plain_state = torch.stack([cache[f"blocks.{layer}.hook_resid_post"][0, -1] for layer in range(host.n_layers)])
-    changes, outputs = {}, {}
-    for name, controller in controllers.items():
-        with sl.steer(model, controller, record=None):
-            logits, cache = model.run_with_cache(prompt)
-        outputs[name] = logits[0, -1].log_softmax(-1)
-        state = torch.stack([cache[f"blocks.{layer}.hook_resid_post"][0, -1] for layer in range(host.n_layers)])
-        changes[name] = (state - plain_state).norm(dim=-1) / plain_state.norm(dim=-1)
+def last(controller):
+    """The next token's log probabilities, and the state of the last prompt token after each block."""
+    with sl.steer(model, controller, record=None), torch.no_grad():
+        logits, cache = model.run_with_cache(prompt)
+    state = torch.stack([cache[f"blocks.{layer}.hook_resid_post"][0, -1] for layer in range(host.n_layers)])
+    return logits[0, -1].log_softmax(-1), state
 
 
-def kl(p, q):
+def divergence(p, q):
     return float((p.exp() * (p - q)).sum())
 
 
-for name in outputs:
-    print(f"KL({name} || unsteered) = {kl(outputs[name], plain_logits):.4f} nats")
-print(f"KL(live || frozen) = {kl(outputs['live'], outputs['frozen']):.4f} nats")
-print({name: len(controller.loops) for name, controller in controllers.items()})
+plain_output, plain_state = last(live["head"] * 0)
+rows, changes = [], {}
+for component, strength in [("head", 4.0), ("neuron", 1.0), ("neuron", 4.0)]:
+    kinds = {
+        "live": live[component] * (strength / 4),
+        "frozen": sl.sadi(model, pairs, component=component, strength=strength, mode="frozen"),
+    }
+    found = {name: last(controller) for name, controller in kinds.items()}
+    row = {"component": component, "strength": strength}
+    for name, (output, state) in found.items():
+        row[f"loops, {name}"] = len(kinds[name].loops)
+        row[f"KL({name}, unsteered)"] = divergence(output, plain_output)
+        changes[component, strength, name] = (state - plain_state).norm(dim=-1) / plain_state.norm(dim=-1)
+    row["KL(live, frozen)"] = divergence(found["live"][0], found["frozen"][0])
+    rows.append(row)
+pd.DataFrame(rows).set_index(["component", "strength"]).round(3)
+
+# %%
 figure = go.Figure()
-for name, change in changes.items():
-    figure.add_scatter(x=list(range(host.n_layers)), y=change, name=name, mode="lines+markers")
+for (component, strength, name), change in changes.items():
+    if component == "head":
+        figure.add_scatter(x=list(range(host.n_layers)), y=change, name=name, mode="lines+markers")
 figure.update_xaxes(title_text="block")
-figure.update_yaxes(title_text="|x - x0| / |x0| at the last prompt token (no unit)")
-figure.update_layout(title="Live and frozen SADI", template="simple_white", width=900, height=400)
+figure.update_yaxes(title_text="|x - x0| / |x0|, last prompt token (no unit)")
+figure.update_layout(title="Four heads scaled, live and frozen", template="simple_white", width=900, height=400)
 
 # %% [markdown]
 # ## gates
 
 # %%
-complaints = [prompt for prompt, _, _ in exchanges if "?" not in prompt] + [
+prompts = [prompt for prompt, _, _ in exchanges] + [
     "Guest: The lift is broken again.\nClerk:",
     "Guest: My tea has gone cold.\nClerk:",
 ]
-questions = [prompt for prompt, _, _ in exchanges if "?" in prompt]
-opened = sl.gate(model, sl.Pairs(complaints, questions), layers=range(14))
-print(opened.summaries[0].site, len(complaints), len(questions))
-kind = sl.cold_kernel(model, pairs, layers=14, eta=0.2, where="last")
-controller = sl.when(kind, opened)
-new = [prompt for prompt, _, _ in unseen]
-with sl.steer(model, controller) as run, torch.no_grad():
-    for p in new:
-        model(p)
-        print(p, run.record.stack("score")[0, 0, -1].item(), run.record.stack("gate")[0, 0, -1].item())
+complaints = [prompt for prompt in prompts if "?" not in prompt]
+questions = [prompt for prompt in prompts if "?" in prompt]
+complains = sl.gate(model, sl.Pairs(complaints, questions), layers=range(14))
+print(f"{len(complaints)} complaints, {len(questions)} questions; decides at {complains.summaries[0].site}")
+
+steady = sl.cold_kernel(model, pairs, layers=14, eta=0.2, where="last")
+gated = sl.when(steady, complains)
+with sl.steer(model, gated) as run, torch.no_grad():
+    for prompt, _, _ in unseen:
+        model(prompt)
+        gate, score = (float(run.record.stack(signal)[0, 0, -1]) for signal in ("gate", "score"))
+        print(f"{prompt.splitlines()[0]:36} score {score:+5.1f}, gate {gate:.0f}")
 
 # %%
-batch = [new[1], new[2]]
-ids2 = model.to_tokens(batch, padding_side="left")
-print(ids2.shape)
-options = {"max_new_tokens": 10, "do_sample": False, "verbose": False, "stop_at_eos": False}
-print(model.generate(batch, **options))
-for c in (kind, controller, sl.when(kind, ~opened), sl.schedule(controller, [1, 1, 1, 0.5, 0.25, 0])):
-    with sl.steer(model, c) as run:
-        print(model.generate(batch, **options))
-    print(run.record.stack("u_norm")[0])
+batch = [unseen[1][0], unseen[2][0]]
+fading = sl.schedule(gated, [1, 1, 1, 0.5, 0.25, 0])
+answers, norms = {"unsteered": model.generate(batch, max_new_tokens=10, do_sample=False, verbose=False)}, {}
+for name, controller in {"steered": steady, "gated": gated, "gated, fading": fading}.items():
+    with sl.steer(model, controller) as run:
+        answers[name] = model.generate(batch, max_new_tokens=10, do_sample=False, verbose=False)
+    norms[name] = run.record.stack("u_norm")[0]
+for row, prompt in enumerate(batch):
+    print(prompt.splitlines()[0])
+    for name, texts_out in answers.items():
+        print(f"    {name:14}", texts_out[row].removeprefix(prompt).replace("\n", " "))
+print("the closed row equals the unsteered one:", answers["gated"][1] == answers["unsteered"][1])
+
+# %%
+figure = go.Figure()
+for name, dash in {"gated": "solid", "gated, fading": "dot"}.items():
+    for row, colour in enumerate(["#d62728", "#1f77b4"]):
+        last_prompt = norms[name].shape[1] - 10
+        x = [i - last_prompt for i in range(norms[name].shape[1])]
+        label = f"{name}: {batch[row].splitlines()[0]}"
+        figure.add_scatter(
+            x=x, y=norms[name][row], name=label, mode="lines+markers", line={"dash": dash, "color": colour}
+        )
+figure.update_xaxes(title_text="token (0 is the last of the prompt)")
+figure.update_yaxes(title_text="|u| (activation units)")
+figure.update_layout(title="A gate and a schedule, two rows of a batch", template="simple_white", width=900, height=400)
