@@ -103,8 +103,8 @@ with torch.no_grad():
 # %% [markdown]
 # ### Do they point the same way?
 #
-# Cosines of the controls at the token before the reply, the mean over the texts. Then the same for vectors from halves of
-# the examples; and how far finite differences are from forward mode, on a prompt and two pairs.
+# Cosines of the controls at the token before the reply, the mean over the texts. Then the same for vectors from
+# halves of the examples; and how far finite differences are from forward mode, on a prompt and two pairs.
 
 # %%
 rows = []
@@ -137,11 +137,11 @@ print(
 
 # %% [markdown]
 # The kernel keeps little of the step that it stands for: a cosine of 0.13 to 0.16. (In 576 dimensions two random
-# directions have about 0.04, so that this is not nothing.) The contrast vector has nearly nothing to do with the exact
-# step and, but for block 14, with the kernel. These are three methods, not three estimates of one direction. Nor do five
-# pairs agree with five others, the kernel's less than the contrast vector's: ten examples give a direction, and cannot
-# say how much of it is the tone they share. Finite differences agree with forward mode, with a step of 3e-6 of the
-# parameters' norm; the absolute 1e-6 of the authors' code is below what float32 resolves.
+# directions have about 0.04, so that this is not nothing.) The contrast vector has nearly nothing to do with the
+# exact step and, but for block 14, with the kernel. These are three methods, not three estimates of one direction.
+# Nor do five pairs agree with five others, the kernel's less than the contrast vector's: ten examples give a
+# direction, and cannot say how much of it is the tone they share. Finite differences agree with forward mode, with a
+# step of 3e-6 of the parameters' norm; the absolute 1e-6 of the authors' code is below what float32 resolves.
 #
 # ### How large, and at which tokens?
 
@@ -347,7 +347,7 @@ pd.DataFrame(rows).pivot(index="component", columns="block", values="share").rou
 #
 # The paper's equation scales the elements of the state at hand (`"live"`). The authors' code overwrites the points of
 # *all* layers, at the last prompt token, by those of an unsteered pass with the chosen elements multiplied
-# (`"frozen"`): a scaled element cannot reach the next one through the heads or neurons between. That needs the
+# (`"frozen"`), so that a scaled element cannot reach the next one through the heads or neurons between. That needs the
 # unsteered pass, a second one for each prompt. KL is the divergence of the next token's distribution (nats).
 
 
