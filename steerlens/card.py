@@ -20,6 +20,7 @@ DERIVATIVES = {
     "activations": "of a loss, to activations",
     "blocks": "Jacobians of the blocks",
     "parameters": "of a loss, to parameters",
+    "weights": "no, but reads weights",
 }
 
 
@@ -30,8 +31,8 @@ class Card:
     Args:
         needs: The data, a key of `NEEDS`, for the method's defaults.
         points: Points of a block at which it acts, by default or on request.
-        derivatives: What fitting differentiates, a key of `DERIVATIVES`. Without, a fit needs no weights on this
-            machine.
+        derivatives: What fitting differentiates, or else needs of the weights, a key of `DERIVATIVES`. With `"none"` a
+            fit needs no weights on this machine.
         prompt_passes: Forward passes of a steered model at a prompt.
         token_passes: Forward passes at each generated token.
         also: What else it needs, in words.

@@ -32,18 +32,24 @@ def gate(
         open where <x, s> > b,   s = d / |d|,   d = mean_i x(p_i+) - mean_i x(p_i-),   b half way between the means
 
     Decided once for each row, on the unsteered prompt, and kept while tokens are generated. `~gate` is open where the
-    gate is closed. Texts are read as prompts are when the gate decides, not as `Pairs.read` says.
+    gate is closed. Texts are read as prompts are when the gate decides, not as `Pairs.read` says; a prompt of one token
+    counts as zero.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Prompts for which the gate shall be open (positive) and closed (negative).
         layers: Layers to choose from; of several, the one that separates the examples best in units of their spread is
-            taken. Default all. A layer behind the first controlled one costs a second pass over each prompt.
+            taken. Default all. A layer behind the first controlled one costs a second pass over each prompt:
+            `layers=range(first)` avoids it.
         point: Point of the block, see `Site`.
         pool: `"mean"` over the prompt's tokens but the one at position 0, or `"last"`: its last token.
         threshold: b, in activation units.
 
+    Returns:
+        What `when` takes. Its `condition` is a `Side`, its summary says which layer was chosen.
+
     Raises:
+        TypeError: data that are not `Pairs`.
         ValueError: an unknown pool, a layer or point the model does not have, texts that give no difference.
     """
     host = resolve(model)
@@ -61,7 +67,8 @@ def when(controller: Controller, *gates: Gate) -> Controller:
         with steer(model, when(caa(model, pairs), gate(model, harmful_and_harmless))): ...
 
     Decided row by row on the unsteered prompt, and kept while tokens are generated. Besides the signals of its method
-    each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured.
+    each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured: of two conditions of
+    one kind the last one's, and for an inverted gate what the gate itself measured.
 
     Raises:
         TypeError: not a controller, or something that is not a gate.
@@ -81,7 +88,8 @@ def schedule(controller: Controller, factors: Sequence[float] | Tensor, *, promp
 
         u_i <- factors[i] u_i   in the pass that produces generated token i; the last factor holds from then on
 
-    For i = 0 that is the last token of the prompt. Two schedules multiply.
+    For i = 0 that is the last token of the prompt. Two schedules multiply. Factors do not extend `where`: a controller
+    that acts on the prompt alone needs `.at("last")` or another position to act later.
 
     Args:
         controller: Of any method.
@@ -90,12 +98,18 @@ def schedule(controller: Controller, factors: Sequence[float] | Tensor, *, promp
 
     Raises:
         TypeError: not a controller.
-        ValueError: no factors, or one that is not finite.
+        ValueError: no factors, or one that is not finite; several for a controller that acts on the prompt alone.
     """
     _need_controller("schedule", controller)
     values = torch.as_tensor(factors, dtype=torch.float32).detach().clone()
     if values.ndim != 1 or not len(values) or not torch.isfinite(values).all():
         raise ValueError(f"factors={factors!r}; give one finite number for each generated token, at least one")
+    early = {loop.where for loop in controller.loops if isinstance(loop.where, str)} & {"prompt", "last_prompt"}
+    if len(values) > 1 and early:
+        raise ValueError(
+            f"where={min(early)!r} ends with the prompt, so that the factors after the first do nothing; move the "
+            "controller to later tokens first, for example with .at('last')"
+        )
     added = Schedule(values, float(prompt))
     loops = [loop.replace(schedules=(*loop.schedules, added)) for loop in controller.loops]
     return Controller(loops, controller.recipe | {"schedules": len(loops[0].schedules) if loops else 0})

@@ -65,6 +65,24 @@ def test_an_open_row_is_steered_and_a_closed_one_is_not(case, prompts, layer, po
     case.close(inverted[1], always[1], "the other row")
 
 
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_a_gate_sees_the_prompt_as_no_run_has_steered_it(case, prompts, outer_first):
+    """Also where another run, which the gate's own does not know, steers before the layer at which it looks."""
+    gated = sl.when(sl.caa(case.model, case.data, layers=3, where="all"), sl.gate(case.model, prompts, layers=2))
+    other = sl.caa(case.model, case.data, layers=1, strength=20.0, where="all")
+    expected = run(case, gated, IDS)[1].layers("score")[3]
+    first = case.steer(controller=other) if outer_first else case.steer(controller=gated, record="all")
+    second = case.steer(controller=gated, record="all") if outer_first else case.steer(controller=other)
+    try:
+        case.logits(IDS)
+        score = (second if outer_first else first).record
+        score = next(value for name, value in score.items() if name.endswith("_score"))
+    finally:
+        first.remove()
+        second.remove()
+    case.close(score.nan_to_num(), expected.nan_to_num(), "the score", factor=5)
+
+
 def test_gates_multiply(case, prompts):
     gate = sl.gate(case.model, prompts, layers=0)
     controller = sl.caa(case.model, case.data, layers=1, where="all")
@@ -177,6 +195,9 @@ def test_bad_input_is_told(case, prompts):
     for factors in ([], [float("nan")], [[1.0]]):
         with pytest.raises(ValueError, match="one finite number for each generated token"):
             sl.schedule(controller, factors)
+    with pytest.raises(ValueError, match="where='last_prompt' ends with the prompt"):
+        sl.schedule(controller.at("last_prompt"), [1.0, 0.5])
+    assert sl.schedule(controller.at("last_prompt"), [0.5]).loops[0].schedules
     with pytest.raises(ValueError, match="pool='max'"):
         sl.gate(case.model, prompts, pool="max")
     with pytest.raises(ValueError, match="no layer 99"):

@@ -63,25 +63,26 @@ class Aside:
 
     @property
     def apart(self) -> list[Site]:
-        """Sites whose unsteered states or tangents are asked of a companion; where there are none, none is needed."""
+        """Sites whose unsteered states or tangents a companion may be asked for; without any, none is needed."""
         bent = {loop.act for loops in self._bent for loop in loops}
-        return sorted({*bent, *(summary.site for summary in self._clean)})
+        return sorted({*bent, *(summary.site for summary in self._asked)})
 
     @property
     def differentiates(self) -> bool:
         """Whether any loop asks for a tangent."""
         return bool(self._directions)
 
-    def begin(self, positions: Positions, fresh: bool, companion: Companion | None) -> None:
-        """Enter a forward pass."""
+    def begin(self, positions: Positions, fresh: bool, companion: Companion | None, alone: bool) -> None:
+        """Enter a forward pass; `alone`: no other run steers it."""
         self._fresh = fresh
         self._tangents = {}
         if fresh:
             self.decisions.clear()
             self._pooled = {}
-        if fresh and self._clean:
-            states = _required(companion).states(sorted({summary.site for summary in self._clean}))
-            for summary in self._clean:
+        clean = self._clean if alone else self._asked
+        if fresh and clean:
+            states = _required(companion).states(sorted({summary.site for summary in clean}))
+            for summary in clean:
                 self._pooled[id(summary)] = summary.of(states[summary.site], positions.select(summary.where))
         for index, (direction, loops) in enumerate(zip(self._directions, self._bent, strict=True)):
             goes_on = any(not (isinstance(loop.where, str) and loop.where in _PROMPT_ONLY) for loop in loops)
@@ -103,7 +104,7 @@ class Aside:
         """Take a state of the pass itself, before any control has reached it."""
         if self._fresh:
             for summary in self._own:
-                if summary.site == site:
+                if summary.site == site and id(summary) not in self._pooled:
                     self._pooled[id(summary)] = summary.of(x, positions.select(summary.where))
 
     def summary(self, summary: Summary) -> Tensor:

@@ -71,11 +71,13 @@ class Pass:
         continues: bool = False,
         device: Any = None,
         companion: Any = None,
+        alone: bool = True,
     ) -> None:
         """Enter a forward pass; arguments as in `Positions.begin`.
 
         Args:
             companion: Runs the model beside this pass, unsteered, see `Companion`; None where the host cannot.
+            alone: No other run steers the model meanwhile.
         """
         fresh = self.positions.begin(shape, past, mask, continues=continues, device=device)
         if fresh:
@@ -87,7 +89,7 @@ class Pass:
         self._selection = [self.positions.select(where) for where in self._where]
         self._states = {}
         self._reached = (-1, -1)
-        self.aside.begin(self.positions, fresh, companion)
+        self.aside.begin(self.positions, fresh, companion, alone)
 
     def at(self, site: Site, x: Tensor, carrier: Tensor | None = None) -> Tensor:
         """Sense and act at a site.

@@ -19,8 +19,9 @@ class Summary(Part):
 
         mean: (1/n) sum_t x_t        rms: sqrt((1/n) sum_t x_t^2), element by element
 
-    Unsteered: where a loop of the same run acts before the site, the state comes from a pass of its own over the
-    prompt. A prompt that has none of the tokens asked for counts as zero.
+    Unsteered: where a loop of the same run acts before the site, or another run is attached, the state comes from a
+    pass of its own over the prompt. A prompt that has none of the tokens asked for, as one of a single token has none
+    but that at position 0, counts as zero.
 
     Args:
         site: Where the state is.

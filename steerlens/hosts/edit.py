@@ -162,7 +162,7 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
             companion = BaseCompanion(
                 base._module, lambda: StoodDown(base), lambda _: spots_of(apart), args, kwargs, call["past"], kept_apart
             )
-        run.begin(**call, continues=step > 0, companion=companion)
+        run.begin(**call, continues=step > 0, companion=companion, alone=not apart or only_run(base))
         carried.clear()
         kept: dict[str, Tensor] = {}
         left: Tensor | None = None
@@ -188,9 +188,15 @@ def alone(base: Any) -> bool:
     return all(pending is None or pending.provider == "result" for pending in waiting)
 
 
+def only_run(base: Any) -> bool:
+    """Whether no other edit or `apply` of ours is at work in this pass; a sandbox does not show them."""
+    workers = getattr(base.interleaver, "mediators", [])
+    return sum(isinstance((getattr(worker, "lcls", None) or {}).get("run"), Pass) for worker in workers) < 2
+
+
 def _weightless(module: Any) -> bool:
     """Whether this is a sandbox's copy of the model, which has the modules and not their weights."""
-    return module is None or any(value.is_meta for value in module.parameters())
+    return module is None or next(module.parameters()).is_meta
 
 
 def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:

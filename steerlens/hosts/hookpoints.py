@@ -199,7 +199,8 @@ class LensAttachment(Attachment):
                     point.name = name
             run.tap = self._tap
             host.publish(self._points)
-        layers = sorted({site.layer for site in run.sites})
+        # an unsteered pass begins where no other run can have steered yet
+        layers = sorted({site.layer for site in run.sites} | ({0} if run.aside.apart else set()))
         self._torch_handles = host.watch(self._begin, layers)
         modules = host.find({place for site in run.sites for place in (site, *self._around(site))})
         self._check_transcoders(modules)
@@ -253,7 +254,7 @@ class LensAttachment(Attachment):
         continues = generation is not None and generation is self._generation
         # kept only where it can matter: the frame holds the locals of generate(), a KV cache among them
         self._generation = generation if call["past"] == 0 else None
-        self._run.begin(continues=continues, **call)
+        self._run.begin(continues=continues, alone=len(_ATTACHED[self._host.model]) == 1, **call)
 
     def _tap(self, name: str, value: Tensor) -> Tensor:
         return self._points[name](value)

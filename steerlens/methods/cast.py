@@ -38,8 +38,9 @@ def cast(
         u = g s v,   g = 1 if any_j sim(x_j, c_j) > b, else 0   (or < b, whichever the examples ask for)
         sim(x, c) = cos(x, tanh(c <c, x> / <c, c>)),   x_j the unsteered prompt's mean at condition layer j
 
-    v and c are first principal components of the differences within pairs, of unit length, turned to the side on which
-    most positive texts lie. The decision is made once for each row of a prompt and kept while tokens are generated.
+    v and c are first principal components of the differences within pairs, of unit length, turned so that in most pairs
+    the positive text lies beyond its negative. The decision is made once for each row of a prompt and kept while tokens
+    are generated.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -51,12 +52,14 @@ def cast(
             One behind the first of `layers` costs a second pass over each prompt.
         point: Point of the block, see `Site`.
         pool: What of the prompt is looked at: `"mean"` over its tokens but that at position 0, or `"last"`.
-        threshold: b. Default: with its side, the one of highest F1 score on `condition`, in the widest gap.
-        strength: s, in activation units.
+        threshold: b. Default: the one of highest F1 score on `condition`, in the widest gap. Whether the gate is open
+            above or below is in both cases chosen by the score.
+        strength: s, in activation units; v has unit length, so that 1 is little where states are large.
         where: Token positions, see `Loop`. The paper adds to every token.
 
     Returns:
-        One loop per layer. Recorded signals: `u`, `u_norm`, `gate` (0 or 1), `similarity` (no unit).
+        One loop per layer. The recipe holds the threshold, its side and its F1 score: look at it before trusting the
+        gate. Recorded signals: `u`, `u_norm`, `gate` (0 or 1), `similarity` (no unit).
 
     Raises:
         ValueError: sides of different number; pairs that do not differ; a layer or point the model does not have; an

@@ -32,7 +32,8 @@ def inferaligner(
         u = g s theta,   theta = mean_i y(p_i+) - mean_i y(p_i-),   y the aligned model's activation
         g = 1 if <x, d> > b, else 0,   d = (mean_i x(p_i+) - mean_i x(p_i-)) / |.|,   b half way between the means
 
-    x is the unsteered state of the prompt's last token in the model that is steered. The decision is made once for each
+    x is the unsteered state of the prompt's last token in the model that is steered, y the aligned model's at the
+    tokens that `Pairs.read` says. Without an aligned model this is a gated `caa`. The decision is made once for each
     row of a prompt and kept while tokens are generated; one layer's serves all.
 
     Args:

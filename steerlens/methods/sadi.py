@@ -58,7 +58,8 @@ def sadi(
         select: `"max"` (largest D), `"min"` (most negative D) or `"abs"`.
         normalize: None, as in the paper, which favours late layers, where activations are large; `"layer_std"` divides
             D by its standard deviation over the elements of its layer before ranking.
-        mode: `"live"`, or `"frozen"` as in the authors' code, which costs a second pass over each prompt.
+        mode: `"live"`, or `"frozen"` as in the authors' code, which costs a second pass over each prompt. A frozen
+            controller times a factor goes that part of the way to the frozen state; s is in it.
         layers: Layers to choose from; default all.
         point: For `"hidden"`: `"mlp_out"` (default) or `"resid_post"`.
         where: Token positions, see `Loop`; default the last prompt token, as the authors' code has it, and the only one

@@ -13,7 +13,7 @@ from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, Summary
 from steerlens.fitting import contrast_states, every_layer, recipe, resolve
 
-CARD = Card(needs="sets", points=("mlp_post",))
+CARD = Card(needs="sets", points=("mlp_post",), derivatives="weights")
 
 EXCEPTIONS = {
     # it acts on generated tokens only, and these checks look at a prompt
@@ -49,7 +49,8 @@ def tda(
             paper).
         layers: Default all.
         strength: s; 1 switches off.
-        where: Token positions, see `Loop`; default the generated tokens.
+        where: Token positions, see `Loop`; default the generated tokens as they are read, so that the first of them is
+            still produced with all neurons.
 
     Returns:
         One loop per layer. The recipe holds each layer's threshold and the share of neurons below it on the texts.
