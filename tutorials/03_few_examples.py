@@ -191,10 +191,10 @@ pd.DataFrame(
 
 # %%
 aim = objective("dpo", beta=0.1, reference=None)
-direction, norm = exact.loops[-1].tangent, float(exact.loops[-1].law.norm)
+direction, step = exact.loops[-1].tangent, float(exact.loops[-1].law.norm)  # step: the learning rate times |g|
 copy, _ = smollm2(host="hf")
 parameters = [copy.base_model.get_parameter(name) for name in direction.names]
-rate = exact.loops[-1].strength  # the learning rate that eta=0.1 became
+rate = exact.recipe["arguments"]["rates"][-1]  # the learning rate that eta=0.1 became
 etas = [0.05, 0.1, 0.3]
 site = "blocks.14.hook_resid_post"
 
@@ -210,7 +210,7 @@ with torch.no_grad():
     done = 0.0
     for eta in etas:
         for parameter, value in zip(parameters, direction.values, strict=True):
-            parameter.sub_((eta - done) / 0.1 * rate * norm * value)
+            parameter.sub_((eta - done) / 0.1 * step * value)
         done = eta
         out = copy(ids, output_hidden_states=True)
         rows.append({"eta": eta, "what": "gradient step on the parameters"} | mean_loss(out.logits))
@@ -248,7 +248,7 @@ for column, which in enumerate(plain, start=1):
         x, y = [0, *part["eta"]], [0, *(part[which] - plain[which])]
         line = {"color": colours[what]}
         figure.add_scatter(x=x, y=y, name=what, line=line, showlegend=column == 1, row=1, col=column)
-slope = -rate * norm**2 / 0.1
+slope = -(step**2) / rate / 0.1
 change = losses.loc[0, "ten examples"] - plain["ten examples"]
 print(f"at eta = {etas[0]}: first order {etas[0] * slope:+.4f} nats, the step {change:+.4f} nats")
 line = {"dash": "dot", "color": "black"}
