@@ -49,7 +49,8 @@ def method_table() -> str:
         "passes at each generated token, and at a prompt where that differs. Cost: of decoding with the defaults and "
         "nothing recorded against unsteered decoding, the median over the rounds of one run and half the distance of "
         f"its quartiles, and seconds of CPU time to fit {run['pairs']} pairs; `python benchmarks/methods.py`, "
-        f"{run['model']}, {run['machine']}, {run['date']}."
+        f"{run['model']}, {run['machine']}, {run['date']}"
+        f"{'; ' + run['note'] if 'note' in run else ''}."
     )
 
 
