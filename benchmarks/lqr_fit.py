@@ -30,6 +30,7 @@ import steerlens as sl
 from steerlens.fitting import contrast_means
 from steerlens.hosts import host_of
 from steerlens.models import smollm2, tiny
+from steerlens.testing import peak
 
 WEIGHTS = {"q": 0.1, "r": 1.0, "qf": 0.1}
 
@@ -94,20 +95,6 @@ def _gains(controller: sl.Controller) -> dict[int, Tensor]:
 SOLVERS: dict[str, Callable[[Plant], dict[int, Tensor]]] = {
     name: solver(name) for name in ("dense", "output", "scalar")
 }
-
-
-def peak(call: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator held at any time during a call beyond what it held before."""
-    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
-    with torch.profiler.profile(**options) as profile:
-        kept = call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    del kept
-    return most
 
 
 def largest_difference(a: dict[int, Tensor], b: dict[int, Tensor]) -> float:

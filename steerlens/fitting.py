@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,17 @@ def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict
         {site: pair[side].double().mean(0).to(pair[side].dtype) for site, pair in states.items()} for side in (0, 1)
     ]
     return means[0], means[1]
+
+
+def check_option(name: str, value: Any, known: Collection[Any]) -> None:
+    """Raises ValueError unless an argument is one of its known values; the message lists them."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r}; it is one of {', '.join(map(str, known))}")
+
+
+def mean_norm(x: Tensor) -> float:
+    """Mean over the texts of the norms of their states, `[text ...] -> number`."""
+    return float(torch.linalg.vector_norm(x.flatten(1), dim=-1).mean())
 
 
 def check_finite(values: Tensor, where: Any, host: Host) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steerlens.conditions import Side
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Gate, Schedule, Site, Summary, check_where
-from steerlens.fitting import check_contrast, check_finite, every_layer, resolve
+from steerlens.core import PROMPT_ONLY, Controller, Gate, Schedule, Site, Summary, check_where
+from steerlens.fitting import check_contrast, check_finite, check_option, every_layer, resolve
 from steerlens.hosts import Host
 
 #: How a prompt is pooled -> the tokens whose mean it is.
@@ -104,7 +104,7 @@ def schedule(controller: Controller, factors: Sequence[float] | Tensor, *, promp
     values = torch.as_tensor(factors, dtype=torch.float32).detach().clone()
     if values.ndim != 1 or not len(values) or not torch.isfinite(values).all():
         raise ValueError(f"factors={factors!r}; give one finite number for each generated token, at least one")
-    early = {loop.where for loop in controller.loops if isinstance(loop.where, str)} & {"prompt", "last_prompt"}
+    early = {loop.where for loop in controller.loops if isinstance(loop.where, str)} & {*PROMPT_ONLY}
     if len(values) > 1 and early:
         raise ValueError(
             f"where={min(early)!r} ends with the prompt, so that the factors after the first do nothing; move the "
@@ -117,8 +117,7 @@ def schedule(controller: Controller, factors: Sequence[float] | Tensor, *, promp
 
 def prompt_states(host: Host, data: Pairs, sites: Sequence[Site], pool: str) -> dict[Site, tuple[Tensor, Tensor]]:
     """Positive and negative texts, read as a gate reads prompts: `[text d]` each."""
-    if pool not in POOLS:
-        raise ValueError(f"pool={pool!r}; it is one of {', '.join(POOLS)}")
+    check_option("pool", pool, POOLS)
     check_contrast(data)
     read = []
     for side in data.sides(host):

@@ -18,7 +18,7 @@ from steerlens.models import tiny
 from steerlens.regulator import Weights, solve
 from steerlens.riccati import CostToGo
 from steerlens.targets import Targets
-from steerlens.testing import Case, discover_hosts
+from steerlens.testing import Case, discover_hosts, peak
 
 CPU = torch.device("cpu")
 LENS = [name for name in discover_hosts() if name != "nnsight"]
@@ -255,20 +255,6 @@ def test_gradients_alone_need_no_square_matrix(tiny_model):
         counts[solver] = squares.count
     assert counts["dense"] > 0, "the counter sees nothing"
     assert counts["output"] == counts["scalar"] == 0
-
-
-def peak(call):
-    """Most bytes that torch's CPU allocator held at any time during a call beyond what it held before."""
-    options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
-    with torch.profiler.profile(**options) as profile:
-        kept = call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    del kept
-    return most
 
 
 @pytest.mark.parametrize("texts", [1, 2])

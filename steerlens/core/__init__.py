@@ -6,7 +6,7 @@ from steerlens.core.aside import Companion
 from steerlens.core.controller import Controller
 from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors, tensors_of
 from steerlens.core.passing import Pass
-from steerlens.core.positions import Positions, check_where
+from steerlens.core.positions import PROMPT_ONLY, Positions, check_where
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.record import Record
 from steerlens.core.signals import name_signals
@@ -14,6 +14,7 @@ from steerlens.core.sites import POINTS, Site
 
 __all__ = [
     "POINTS",
+    "PROMPT_ONLY",
     "Companion",
     "Condition",
     "Controller",

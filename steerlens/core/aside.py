@@ -8,12 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from steerlens.core.law import Loop
-from steerlens.core.positions import Positions
+from steerlens.core.positions import PROMPT_ONLY, Positions
 from steerlens.core.prompt import Direction, Summary
 from steerlens.core.sites import Site
-
-#: Positions that no pass after the first can have.
-_PROMPT_ONLY = ("prompt", "last_prompt")
 
 
 class Companion:
@@ -85,7 +82,7 @@ class Aside:
             for summary in clean:
                 self._pooled[id(summary)] = summary.of(states[summary.site], positions.select(summary.where))
         for index, (direction, loops) in enumerate(zip(self._directions, self._bent, strict=True)):
-            goes_on = any(not (isinstance(loop.where, str) and loop.where in _PROMPT_ONLY) for loop in loops)
+            goes_on = any(not (isinstance(loop.where, str) and loop.where in PROMPT_ONLY) for loop in loops)
             if goes_on or any(positions.select(loop.where) is not None for loop in loops):
                 sites = sorted({loop.act for loop in loops})
                 found = _required(companion).tangents(sites, direction, goes_on=goes_on)

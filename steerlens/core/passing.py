@@ -149,7 +149,7 @@ class Pass:
             return torch.zeros_like(carrier), dict.fromkeys(loop.signals, blank)
         whole = not isinstance(selection, slice) or selection.stop - selection.start == shape[1]
         seen = state if whole else state[:, selection]
-        dtype = torch.float64 if seen.dtype == torch.float64 else torch.float32
+        dtype = _wide(seen)
         exact = seen if seen.dtype == dtype else seen.to(dtype)
         memory = self._memory[loop.group]
         if loop.summary is not None:
@@ -184,7 +184,7 @@ class Pass:
         """A gate's decision, `[batch]`, and its signals, `[batch pos]`; made once for a prompt."""
         held = self.aside.decisions.get(key)
         if held is None:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            dtype = _wide(x)
             pooled = [self.aside.summary(summary).to(x.device, dtype) for summary in gate.summaries]
             held = self.aside.decisions[key] = self._part(key, gate, x).decide(pooled)
         decided, said = held
@@ -192,7 +192,7 @@ class Pass:
 
     def _part(self, key: Any, part: Part, x: Tensor) -> Any:
         """A part of a loop on the state's device, in the dtype laws compute in."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = _wide(x)
         device, kind, cast = self._cast.get(key, (None, None, None))
         if device != x.device or kind is not dtype:
             # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
@@ -218,6 +218,11 @@ class Pass:
         if self.record is not None and _keeps(self.record, signal, value):
             self.log.put(name, value)
         return value
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype in which laws and conditions see a state."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _last_uses(loops: Sequence[Loop]) -> dict[Site, list[Site]]:

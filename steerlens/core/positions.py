@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 NAMES = ("last", "last_prompt", "generated", "prompt", "all")
+#: Names of positions that no pass after the first of a sequence has.
+PROMPT_ONLY = ("prompt", "last_prompt")
 _END = 1 << 60
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from steerlens.core import Companion, Direction, Site
-from steerlens.hosts.nominal import first, state_of
+from steerlens.hosts.graph import watch
 
 #: A module, whether the state is its `"input"` or its `"output"`, and into how many heads it is to be split (0: none).
 Spot = tuple[nn.Module, str, int]
@@ -23,7 +24,7 @@ class BaseCompanion(Companion):
     Args:
         base: The base model.
         aside: Makes a context in which a call of `base` is plain: neither steered nor seen by hooks.
-        spots: Where each site's state is; it may tell of more sites than it is asked for.
+        spots: Where each site's state is.
         args, kwargs: Of the call; a KV cache among them is neither read nor written.
         past: Number of tokens that it holds.
         kept: What earlier calls of the same attachment left: by direction the KV caches of its own.
@@ -43,9 +44,7 @@ class BaseCompanion(Companion):
         self.aside = aside
         self.spots = spots
         self.args = args
-        self.kwargs = {
-            name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache", "return_dict")
-        }
+        self.kwargs = kwargs
         self.past = past
         self.kept = kept
 
@@ -53,7 +52,7 @@ class BaseCompanion(Companion):
         """The unsteered states of a prompt."""
         require_whole(self.past)
         with self.aside(), torch.no_grad():
-            return gather(self._spots(sites), lambda: self.base(*self.args, **self.kwargs, use_cache=False))
+            return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False))
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Forward-mode derivatives, or central differences where the direction carries a step.
@@ -99,16 +98,18 @@ class BaseCompanion(Companion):
             for name, value in zip(direction.names, direction.values, strict=True)
         ]
 
-    def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
-        return {site: spot for site, spot in self.spots(sites).items() if site in sites}
+    def _own(self) -> dict[str, Any]:
+        """The call's keyword arguments but for what a pass of its own settles by itself."""
+        settled = ("past_key_values", "use_cache", "return_dict")
+        return {name: value for name, value in self.kwargs.items() if name not in settled}
 
     def _run(self, sites: Sequence[Site], changed: dict[str, Tensor], track: _Kept | None) -> dict[Site, Tensor]:
         """States with other parameters."""
-        args, kwargs = _fresh(self.args), {name: _fresh(value) for name, value in self.kwargs.items()}
+        args, kwargs = _fresh(self.args), {name: _fresh(value) for name, value in self._own().items()}
         kwargs["use_cache"] = track is not None
         if track is not None:
             kwargs["past_key_values"] = track.cache(self.base)
-        found = gather(self._spots(sites), lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False))
+        found = gather(self.spots(sites), lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False))
         if track is not None:
             track.keep()
         return found
@@ -170,31 +171,16 @@ def gather(spots: dict[Site, Spot], forward: Callable[[], Any]) -> dict[Site, Te
     """States at some spots of a forward pass, which ends at the last of them."""
     found: dict[Site, Tensor] = {}
 
-    def note(site: Site, value: Tensor, heads: int) -> None:
+    def note(site: Site, heads: int, value: Tensor) -> None:
         # TransformerBridge shows heads split in some families and in one piece in others
         found[site] = value.unflatten(-1, (heads, -1)) if heads and value.ndim == 3 else value
         if len(found) == len(spots):
             raise _EnoughError
 
-    def before(site: Site, heads: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            note(site, state_of(args, kwargs), heads)
-
-        return hook
-
-    def after(site: Site, heads: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            note(site, first(output), heads)
-
-        return hook
-
     handles = []
     try:
         for site, (module, side, heads) in spots.items():
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(before(site, heads), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(after(site, heads)))
+            handles.append(watch((module, side), partial(note, site, heads)))
         forward()
     except _EnoughError:
         pass

@@ -160,7 +160,13 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
         if apart and inputs is not None and not _weightless(base._module):
             args, kwargs = inputs
             companion = BaseCompanion(
-                base._module, lambda: StoodDown(base), lambda _: spots_of(apart), args, kwargs, call["past"], kept_apart
+                base._module,
+                lambda: StoodDown(base),
+                lambda sites: spots_of([tap for tap in apart if tap.read in sites]),
+                args,
+                kwargs,
+                call["past"],
+                kept_apart,
             )
         run.begin(**call, continues=step > 0, companion=companion, alone=not apart or only_run(base))
         carried.clear()
@@ -190,8 +196,12 @@ def alone(base: Any) -> bool:
 
 def only_run(base: Any) -> bool:
     """Whether no other edit or `apply` of ours is at work in this pass; a sandbox does not show them."""
-    workers = getattr(base.interleaver, "mediators", [])
-    return sum(isinstance((getattr(worker, "lcls", None) or {}).get("run"), Pass) for worker in workers) < 2
+    return sum(steers(worker) for worker in getattr(base.interleaver, "mediators", [])) < 2
+
+
+def steers(worker: Any) -> bool:
+    """Whether an edit, or a worker of a run, is one of ours."""
+    return isinstance((getattr(worker, "lcls", None) or {}).get("run"), Pass)
 
 
 def _weightless(module: Any) -> bool:

@@ -10,7 +10,7 @@ from nnsight.intervention.interleaver import Mediator
 
 from steerlens.core import Controller, Pass, Record
 from steerlens.hosts.anatomy import Anatomy
-from steerlens.hosts.edit import follow
+from steerlens.hosts.edit import follow, steers
 
 
 class Applied:
@@ -66,7 +66,7 @@ def apply_here(
     anatomy = Anatomy(model)
     run = Pass(prepare(anatomy, controller, record=record, **options).loops, record=record)
     # what the edits of a `with steer` have added to attention's outputs, if there are any, see `Tap.visit`
-    edits = [edit for edit in model._edits if isinstance(edit.lcls.get("run"), Pass)]
+    edits = [edit for edit in model._edits if steers(edit)]
     carried = edits[0].lcls["carried"] if edits else {}
     worker = Mediator(
         compile("follow(base, first, taps, apart, run, carried)", "<steerlens.apply>", "exec"),

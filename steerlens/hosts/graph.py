@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,31 +33,31 @@ def differentiate(
             return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs
 
-    def before(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states[index] = state_of(args, kwargs)
-
-        return hook
-
-    def after(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states[index] = first(output)
-
-        return hook
-
     handles = []
     try:
         handles.append(entry.register_forward_pre_hook(enter, with_kwargs=True))
-        for index, (module, side) in enumerate(places):
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(before(index), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(after(index)))
+        for index, place in enumerate(places):
+            handles.append(watch(place, partial(states.__setitem__, index)))
         value = loss(forward())
     finally:
         for handle in handles:
             handle.remove()
     return list(torch.autograd.grad(value, [states[index] for index in range(len(places))]))
+
+
+def watch(place: Place, note: Callable[[Tensor], None]) -> Any:
+    """Call `note` with the tensor at a place in every forward pass; returns the handle."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(state_of(args, kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        note(first(output))
+
+    module, side = place
+    if side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
 
 
 def pooled_gradients(

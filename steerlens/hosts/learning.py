@@ -15,7 +15,6 @@ from steerlens.hosts.base import pad
 from steerlens.hosts.companion import BaseCompanion, Spot, everywhere, named_parameters
 from steerlens.hosts.graph import pool
 
-EMBEDDINGS = ("tied", "untied", None)
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
 #: Llama's and Gemma's token embedding, GPT-2's of tokens and of positions.
 _EMBEDDING = re.compile(r"embed_tokens|wte|wpe")

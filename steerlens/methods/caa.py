@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Law, Loop, Memory
-from steerlens.fitting import contrast_means, pick_layers, recipe, resolve, unit
+from steerlens.fitting import check_option, contrast_means, pick_layers, recipe, resolve, unit
 from steerlens.laws import Add
 
 CARD = Card(needs="sets", points=POINTS)
@@ -58,8 +58,7 @@ def caa(
     COLD-Steer (arXiv 2603.06495), whose code divides the projection by the norm of all states of a batch together, so
     that a token's control depends on the length of the text and of the other texts; here it is the token's own norm.
     """
-    if form not in FORMS:
-        raise ValueError(f"form={form!r}; it is one of {', '.join(FORMS)}")
+    check_option("form", form, FORMS)
     host = resolve(model)
     sites = pick_layers(host, layers, point, default="middle")
     positive, negative = contrast_means(host, data, sites)

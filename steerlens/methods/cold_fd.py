@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Direction, Law, Loop, Memory
-from steerlens.fitting import pick_layers, recipe, resolve
+from steerlens.fitting import check_option, mean_norm, pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
 from steerlens.objectives import Labelled, Objective, labelled, objective
@@ -97,28 +97,28 @@ def cold_fd(
         ("embedding", embedding, EMBEDDINGS),
         ("scale", scale, SCALES),
     ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}; it is one of {', '.join(map(str, known))}")
+        check_option(name, value, known)
     learner = host.learner()
     aim = objective(loss, beta=beta, reference=reference)
     sites = pick_layers(host, layers, point, default="middle")
     texts = labelled(data, host, aim.sides)
     direction, norm = learner.gradient(_losses(host, aim, texts, batch), max(site.layer for site in sites), embedding)
-    step = RELATIVE_STEP * learner.norm(direction.names)
-    if estimator == "fd":
-        direction = Direction(direction.names, direction.values, step)
+    differences = Direction(direction.names, direction.values, RELATIVE_STEP * learner.norm(direction.names))
+    if scale == "absolute":
+        texts = texts[:1]  # no more than shows whether the model can be differentiated
     tokens, weights = [text.tokens for text in texts], [text.weights() for text in texts]
+    direction = differences if estimator == "fd" else direction
     try:
         moved = learner.tangents(tokens, weights, sites, direction)
     except NotImplementedError:
         if estimator != "auto":
             raise
-        direction = Direction(direction.names, direction.values, step)
+        direction = differences
         moved = learner.tangents(tokens, weights, sites, direction)
     states = host.read(tokens, weights, sites) if scale == "relative" else {}
     loops, rates = [], []
     for site in sites:
-        rate = eta if scale == "absolute" else eta * _norm(states[site]) / (norm * _norm(moved[site]))
+        rate = eta if scale == "absolute" else eta * mean_norm(states[site]) / (norm * mean_norm(moved[site]))
         loops.append(Loop(Drift(torch.tensor(rate * norm)), site, where=where, name="cold_fd", tangent=direction))
         rates.append(rate)
     arguments = {
@@ -180,7 +180,3 @@ def _losses(
             return aim(logits(ids, mask), chosen).sum() / count
 
         yield loss
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.flatten(1), dim=-1).mean())

@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Law, Loop, Memory, Site
-from steerlens.fitting import pick_layers, recipe, resolve
+from steerlens.fitting import check_option, mean_norm, pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.laws import Add
 from steerlens.objectives import Labelled, Objective, labelled, objective
@@ -88,8 +88,7 @@ def cold_kernel(
     """
     host = resolve(model)
     for name, value, known in (("pairs", pairs, RUNS), ("kernel", kernel, KERNELS), ("scale", scale, SCALES)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}; it is one of {', '.join(known)}")
+        check_option(name, value, known)
     aim = objective(loss, beta=beta, reference=reference)
     if pairs == "rejected_only" and aim.sides != "both":
         raise ValueError(f"pairs='rejected_only' reproduces a defect of dpo; loss={loss!r} has no rejected run to keep")
@@ -101,7 +100,7 @@ def cold_kernel(
     for site in sites:
         x, g = states[site], gradients[site]
         law: Law = Add(-(g.sum(0) / count)) if kernel == "unit" else Kernel(x, g, count)
-        rate = eta if scale == "absolute" else eta * _norm(x) / _moved(law, x, site)
+        rate = eta if scale == "absolute" else eta * mean_norm(x) / _moved(law, x, site)
         loops.append(Loop(law, site, where=where, strength=rate, name="cold_kernel"))
     arguments = {
         "loss": aim.name,
@@ -173,13 +172,9 @@ def example_gradients(
     return read, rows, len(texts) // per
 
 
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.flatten(1), dim=-1).mean())
-
-
 def _moved(law: Law, x: Tensor, site: Site) -> float:
     """Mean norm of the control at the fitting states."""
-    moved = _norm(law.act(x[:, None], {})[0][:, 0])
+    moved = mean_norm(law.act(x[:, None], {})[0][:, 0])
     if moved == 0:
         raise ValueError(f"the loss has no gradient at {site}; do its labels depend on what comes before them?")
     return moved

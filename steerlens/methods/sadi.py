@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.card import Card
 from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, Summary
-from steerlens.fitting import contrast_means, every_layer, recipe, resolve
+from steerlens.fitting import check_option, contrast_means, every_layer, recipe, resolve
 
 #: Component -> points of the block where its elements are; the first is the default.
 POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
@@ -81,12 +81,10 @@ def sadi(
     """
     host = resolve(model)
     chosen_point = _point(component, point)
-    if select not in SELECT:
-        raise ValueError(f"select={select!r}; it is one of {', '.join(SELECT)}")
+    check_option("select", select, SELECT)
     if normalize not in (None, "layer_std"):
         raise ValueError(f"normalize={normalize!r}; it is None or 'layer_std'")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}; it is one of {', '.join(MODES)}")
+    check_option("mode", mode, MODES)
     if mode == "frozen" and where != "last_prompt":
         raise ValueError(f"where={where!r}; frozen states are those of the last prompt token, where='last_prompt'")
     sites = [Site(layer, chosen_point) for layer in every_layer(host, layers)]
@@ -178,8 +176,7 @@ def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None 
 
 
 def _point(component: str, point: str | None) -> str:
-    if component not in POINTS:
-        raise ValueError(f"component={component!r}; it is one of {', '.join(POINTS)}")
+    check_option("component", component, POINTS)
     points = POINTS[component]
     if point is not None and point not in points:
         raise ValueError(f"point={point!r}; for component={component!r} it is one of {', '.join(points)}")

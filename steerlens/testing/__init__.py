@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from steerlens.testing import declarations, promises
 from steerlens.testing.case import Case, discover_hosts, discover_methods, padding, snapshot
+from steerlens.testing.memory import peak
 from steerlens.testing.promises import check_runs_on_a_server
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "discover_methods",
     "exceptions",
     "padding",
+    "peak",
     "run_check",
     "snapshot",
 ]
