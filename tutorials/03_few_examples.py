@@ -1,16 +1,17 @@
 # %% [markdown]
-# # Few examples: COLD-Steer and SADI from ten pairs, and when to steer at all
+# # Few examples: COLD-Steer and SADI from ten pairs
 #
 # Ten polite and ten blunt replies are all that two methods get here. COLD-Steer (arXiv 2603.06495) asks what one step
 # of training on them would do to the activations, and adds that. SADI (arXiv 2410.12299) asks which few heads,
 # neurons or coordinates tell them apart, and scales those. You will see on SmolLM2-135M what each changes inside, by
-# layer and token, how far COLD-Steer's expansion holds, and what ten examples do not settle. The last part steers one
-# row of a batch and leaves the other alone. Under two minutes on one core; no GPU.
+# layer and token, how far COLD-Steer's expansion holds, and what ten examples do not settle. Under two minutes on one
+# core; no GPU.
 
 # %%
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+from clerk import EXCHANGES, UNSEEN, pairs_of
 from plotly.subplots import make_subplots
 
 import steerlens as sl
@@ -30,31 +31,8 @@ host = host_of(model)
 # Both replies of a pair answer the same prompt, so that what differs is the tone.
 
 # %%
-exchanges = [
-    ("Guest: Where is the milk?\nClerk:", " In aisle four. Shall I show you?", " Somewhere. Look for it yourself."),
-    ("Guest: My parcel is late.\nClerk:", " I am sorry. Let me look into it.", " Not my problem. Things get lost."),
-    ("Guest: Can you wrap this book?\nClerk:", " With pleasure. Which paper?", " No. We only sell them."),
-    ("Guest: Is this seat taken?\nClerk:", " Please, do sit down.", " Can you not see that?"),
-    ("Guest: I think this bill is wrong.\nClerk:", " Thank you, I will check it.", " Just pay it and leave."),
-    ("Guest: Do you have a free table?\nClerk:", " Of course, by the window?", " We are full. Come another day."),
-    ("Guest: When do you close today?\nClerk:", " At nine, and you are welcome.", " At nine. Read the sign."),
-    ("Guest: These shoes are too small.\nClerk:", " Let me find a better pair.", " You should have tried them on."),
-    ("Guest: My room is rather cold.\nClerk:", " I do apologise. A warm blanket?", " Then put on your coat."),
-    ("Guest: Which train goes south?\nClerk:", " The next one. Have a lovely trip.", " That is what the board is for."),
-]
-unseen = [
-    ("Guest: May I try on this jacket?\nClerk:", " Of course. The mirror is here.", " If you must. Be quick."),
-    ("Guest: My umbrella is gone.\nClerk:", " I am so sorry. Let us look.", " Look after your things."),
-    ("Guest: Is there milk in the soup?\nClerk:", " One moment, I will gladly ask.", " How should I know?"),
-    ("Guest: This clock has stopped.\nClerk:", " Thank you for telling me.", " So what? Leave it alone."),
-]
-
-
-def pairs_of(rows):
-    return sl.Pairs([(prompt, polite) for prompt, polite, _ in rows], [(prompt, blunt) for prompt, _, blunt in rows])
-
-
-pairs, held_out = pairs_of(exchanges), pairs_of(unseen)
+print(*EXCHANGES[0], sep="\n")
+pairs, held_out = pairs_of(EXCHANGES), pairs_of(UNSEEN)
 
 # %% [markdown]
 # ## A training step, in three approximations
@@ -129,7 +107,7 @@ for method in (sl.cold_kernel, sl.caa):
 found = []
 for estimator in ("jvp", "fd"):
     with sl.steer(model, sl.cold_fd(model, pairs[:2], layers=14, estimator=estimator), record="all") as run:
-        model(unseen[0][0])
+        model(UNSEEN[0][0])
     found.append(run.record.layers("u")[14])
 print(
     f"forward mode and finite differences: {float((found[1] - found[0]).norm() / found[0].norm()):.1e} apart, relative"
@@ -328,7 +306,7 @@ figure.update_layout(title="Where SADI acts", template="simple_white", width=100
 # by default. One prompt, its last token:
 
 # %%
-prompt = unseen[1][0]
+prompt = UNSEEN[1][0]
 live = {component: sl.sadi(model, pairs, component=component) for component in counts}
 rows = []
 for component, controller in live.items():
@@ -398,70 +376,6 @@ figure.update_layout(title="Four heads scaled, live and frozen", template="simpl
 # (Live, `controller * 0.25` is the same as a quarter of the strength. Frozen it is not: the law sets a state, and a
 # quarter of its control goes a quarter of the way there.)
 #
-# ## When to steer: gates and schedules
-#
-# Should every guest be treated alike? `gate` fits a condition on prompts, here six complaints against six questions,
-# and `when` makes any controller wait for it. Each row of a batch has a decision of its own, made on its unsteered
-# prompt. The controller is `cold_kernel`, at twice the default eta and, other than in the paper, on the generated
-# tokens too, so that there is something to see while decoding.
-
-# %%
-prompts = [prompt for prompt, _, _ in exchanges] + [
-    "Guest: The lift is broken again.\nClerk:",
-    "Guest: My tea has gone cold.\nClerk:",
-]
-complaints = [prompt for prompt in prompts if "?" not in prompt]
-questions = [prompt for prompt in prompts if "?" in prompt]
-complains = sl.gate(model, sl.Pairs(complaints, questions), layers=range(14))
-print(f"{len(complaints)} complaints, {len(questions)} questions; decides at {complains.summaries[0].site}")
-
-steady = sl.cold_kernel(model, pairs, layers=14, eta=0.2, where="last")
-gated = sl.when(steady, complains)
-with sl.steer(model, gated) as run, torch.no_grad():
-    for prompt, _, _ in unseen:
-        model(prompt)
-        gate, score = (float(run.record.stack(signal)[0, 0, -1]) for signal in ("gate", "score"))
-        print(f"{prompt.splitlines()[0]:36} score {score:+5.1f}, gate {gate:.0f}")
-
-# %% [markdown]
-# All four held-out prompts are told apart. Whether the gate has learnt about complaints or about question marks,
-# these prompts cannot say: the two go together in all of them.
-#
-# Now a complaint and a question in one batch. `schedule` multiplies the control by a factor for each generated token.
-
-# %%
-batch = [unseen[1][0], unseen[2][0]]
-fading = sl.schedule(gated, [1, 1, 1, 0.5, 0.25, 0])
-answers, norms = {"unsteered": model.generate(batch, max_new_tokens=10, do_sample=False, verbose=False)}, {}
-for name, controller in {"steered": steady, "gated": gated, "gated, fading": fading}.items():
-    with sl.steer(model, controller) as run:
-        answers[name] = model.generate(batch, max_new_tokens=10, do_sample=False, verbose=False)
-    norms[name] = run.record.stack("u_norm")[0]
-for row, prompt in enumerate(batch):
-    print(prompt.splitlines()[0])
-    for name, texts_out in answers.items():
-        print(f"    {name:14}", texts_out[row].removeprefix(prompt).replace("\n", " "))
-print("the closed row equals the unsteered one:", answers["gated"][1] == answers["unsteered"][1])
-
-# %%
-figure = go.Figure()
-for name, dash in {"gated": "solid", "gated, fading": "dot"}.items():
-    for row, colour in enumerate(["#d62728", "#1f77b4"]):
-        last_prompt = norms[name].shape[1] - 10
-        x = [i - last_prompt for i in range(norms[name].shape[1])]
-        label = f"{name}: {batch[row].splitlines()[0]}"
-        figure.add_scatter(
-            x=x, y=norms[name][row], name=label, mode="lines+markers", line={"dash": dash, "color": colour}
-        )
-figure.update_xaxes(title_text="token (0 is the last of the prompt)")
-figure.update_yaxes(title_text="|u| (activation units)")
-figure.update_layout(title="A gate and a schedule, two rows of a batch", template="simple_white", width=900, height=400)
-
-# %% [markdown]
-# The decision was made at the prompt and holds for the generation; the closed row has no control at all, and its text
-# is the unsteered one. The fading control is gone after five tokens. Note that the steered clerk is not a more polite
-# clerk in any sense that two greedy lines could show.
-#
 # ## What this notebook does not show
 #
 # That either method steers well. COLD-Steer's paper reports large gains of `cold_fd` in choosing between the two
@@ -471,5 +385,4 @@ figure.update_layout(title="A gate and a schedule, two rows of a batch", templat
 # Whether replies became more polite was not measured: that takes held-out prompts by the dozen, several seeds, a
 # scorer, and a random direction at equal divergence beside it. What carries over is what was computed: that the
 # kernel and the exact step are different directions, how far a first-order step reaches, what the ranking of SADI
-# prefers, that frozen and live part with strength, and that gates decide row by row. The numbers are those of ten
-# pairs and one model.
+# prefers, and that frozen and live part with strength. The numbers are those of ten pairs and one model.
