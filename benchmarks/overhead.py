@@ -1,6 +1,8 @@
 """Tokens per second of greedy decoding on SmolLM2, steered against unsteered, for each law on each host.
 
-Each round decodes once with every controller, in turning order, and compares within the round; attaching is not timed.
+Every method with its defaults, and the control suite once more in its other forms. Each round decodes once with every
+controller, in turning order, and compares within the round; cost is the median over the rounds, with the quartiles
+beside it. Attaching is not timed.
 "visited only" is `lqr * 0`: the host's own cost of going to 29 sensors and 29 actuators, with nothing computed there.
 "floor: an edit by hand" is nnsight's own cost of the same reads and writes, without steerlens: every block's output is
 read and written back unchanged.
@@ -11,6 +13,7 @@ read and written back unchanged.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,39 +23,47 @@ import torch
 
 import steerlens as sl
 from steerlens.models import smollm2
-from steerlens.testing import Case, discover_hosts
+from steerlens.testing import Case, discover_hosts, discover_methods, exceptions
+
+#: A rank-one controller at all layers is to cost at most this many percent.
+BAR = {"lqr": 4.0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", nargs="+", default=discover_hosts())
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=24, help="a third of them on HookedTransformer")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--controllers", nargs="+", help="first letters of those to measure; default all")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     unit = "wall" if arguments.device.startswith("cuda") else "CPU"
     print(f"SmolLM2-135M, batch 1, {arguments.tokens} tokens after 9, {torch.get_num_threads()} thread, {unit} time")
-    print(f"{'host':8} {'controller':28} {'tokens/s':>8} {'cost':>7}")
+    print(f"{'host':8} {'controller':26} {'loops':>5} {'tokens/s':>8} {'cost':>7} {'quartiles':>15}")
     for host in arguments.hosts:
         measure(host, arguments)
 
 
-def controllers(model: Any) -> dict[str, tuple[sl.Controller, Any]]:
+def controllers(case: Case) -> dict[str, tuple[sl.Controller, Any]]:
     """By name, a controller and what is recorded."""
-    pairs = sl.shipped("sentiment")[:4]
-    lqr = sl.lqr(model, pairs, linearize_on=1, progress=False)
-    output = sl.lqr(model, pairs, solver="output", preview=True, linearize_on=1, progress=False)
-    return {
-        "caa, one layer": (sl.caa(model, pairs), None),
+    shipped = sl.shipped("sentiment")[:4]
+    prompt = "The review says: "
+    completed = sl.Pairs(*([(prompt, text) for text in side] for side in (shipped.positive, shipped.negative)))
+    lqr = sl.lqr(case.model, shipped, linearize_on=1, progress=False)
+    found = {
         "visited only": (lqr * 0, None),
-        "lqr, 29 layers": (lqr, None),
+        "lqr": (lqr, None),
         "lqr, recording scalars": (lqr, "scalars"),
         "lqr, recording everything": (lqr, "all"),
-        "lqr, preview": (output, None),
-        "pid, 29 layers": (sl.pid(model, pairs), None),
-        "ablation, 30 layers": (sl.ablation(model, pairs), None),
     }
+    for solver, preview in (("output", False), ("output", True), ("scalar", False)):
+        other = sl.lqr(case.model, shipped, solver=solver, preview=preview, linearize_on=1, progress=False)
+        found[f"lqr, {solver}" + (", preview" if preview else "")] = other, None
+    for method in discover_methods():
+        if method != "lqr" and case.host not in exceptions(method):
+            case.method = method
+            found[method] = case.fit(completed if method.startswith("cold") else shipped), None
+    return found
 
 
 @contextmanager
@@ -79,12 +90,13 @@ def attach(model: Any, entry: Any) -> Any:
 
 
 def measure(host: str, arguments: argparse.Namespace) -> None:
+    """Prints the rows of a host."""
     model = smollm2(host=host, device=arguments.device)
     case = Case("lqr", host, device=arguments.device, model=model)
     prompt = torch.tensor([[57, 3514, 288, 260, 725, 15238, 1596, 3163, 284]])
     # HookedTransformer decodes several times slower than the others
     count = arguments.tokens // (3 if host == "hooked" else 1)
-    attached = {"unsteered": None, **controllers(model)}
+    attached = {"unsteered": None, **controllers(case)}
     if host == "nnsight":
         attached["floor: an edit by hand"] = "by hand"
     if arguments.controllers:
@@ -97,9 +109,16 @@ def measure(host: str, arguments: argparse.Namespace) -> None:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with attach(model, attached[name]):
                 times[name].append(common.seconds(lambda: case.generate(prompt, count), arguments.device))
-    for name in names:
-        cost = 100 * (common.ratio(times[name], times["unsteered"]) - 1)
-        print(f"{host:8} {name:28} {count / min(times[name]):8.1f} {cost:+6.1f}%", flush=True)
+    for name, entry in attached.items():
+        ratios = [a / b for a, b in zip(times[name], times["unsteered"], strict=True)]
+        low, middle, high = (100 * (value - 1) for value in statistics.quantiles(ratios, n=4))
+        loops = len(entry[0].loops) if isinstance(entry, tuple) else ""
+        verdict = f"  bar {BAR[name]:.0f} %: {'met' if middle <= BAR[name] else 'MISSED'}" if name in BAR else ""
+        print(
+            f"{host:8} {name:26} {loops:>5} {count / min(times[name]):8.1f} "
+            f"{middle:+6.1f}% {low:+6.1f}% {high:+6.1f}%{verdict}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

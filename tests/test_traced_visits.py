@@ -110,3 +110,42 @@ def test_a_generation_is_the_same_with_a_second_edit_that_does_nothing(tiny_mode
     for name, value in run.record.items():
         if name in beside.record:
             torch.testing.assert_close(beside.record[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_breaks_off_between_two_visits_leaves_nothing_behind(tiny_model, error):
+    case = Case("lqr", "nnsight", model=tiny_model("nnsight"))
+    case.controller = case.fit()
+    block = case.model.model.layers[LAYER]._module
+
+    def fail(*_):
+        raise error("in the middle of the blocks")
+
+    with case.steer() as run:
+        before = case.logits(IDS)
+        handle = block.register_forward_pre_hook(fail)
+        with hooked(handle), pytest.raises(error, match="in the middle"):
+            case.generate(IDS)
+        assert all("handle" not in vars(edit) for edit in case.model._edits)
+        assert torch.equal(case.logits(IDS), before)
+        assert run.record["blocks.1.hook_steer_u_norm"].shape == IDS.shape
+
+
+def test_a_law_that_raises_is_told_in_its_own_words(tiny_model):
+    case = Case("caa", "nnsight", model=tiny_model("nnsight"))
+    plain = case.logits(IDS)
+    loop = sl.Loop(Late(), sl.Site(1), where="all")
+    with sl.steer(case.model, sl.Controller([loop])):
+        with pytest.raises(ZeroDivisionError, match="this law"):
+            case.logits(IDS)
+        assert all("handle" not in vars(edit) for edit in case.model._edits)
+    assert torch.equal(case.logits(IDS), plain)
+
+
+class Late(sl.Law):
+    """Fails on more than the one token that `steer` tries it on."""
+
+    def act(self, x, memory):
+        if x.shape[1] > 1:
+            raise ZeroDivisionError("this law cannot divide")
+        return torch.zeros_like(x), {}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from steerlens.core.aside import Aside
-from steerlens.core.law import Loop, Memory, Part, map_tensors
+from steerlens.core.law import Loop, Memory
 from steerlens.core.positions import Positions
 from steerlens.core.prompt import Gate
 from steerlens.core.record import Record
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import Site
+from steerlens.core.stops import Fitted, Turn, stops_of, wide_of
 
 Tap = Callable[[str, Tensor], Tensor]
 
@@ -40,27 +41,20 @@ class Pass:
         self.positions = Positions()
         self.log = Record()
         self.tap: Tap | None = None
-        self._reached: tuple[int, int] = (-1, -1)
-        self._acting = {
-            site: [index for index, loop in enumerate(self.loops) if loop.act == site] for site in self.names
-        }
-        self._sensed_later = {loop.sense for loop in self.loops if loop.sense != loop.act}
-        self._spent = _last_uses(self.loops)
+        self.aside = Aside(self.loops)
         # what would be asked anew at every site and token
-        self._here = [loop.sense == loop.act for loop in self.loops]
-        self._where: list[Any] = []
-        self._which = [_index(self._where, loop.where) for loop in self.loops]
-        self._selection: list[Any] = []
+        self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.watched)
+        self._reached: tuple[int, int] = (-1, -1)
+        self._observed = False
+        self._selection: list[tuple[Any, bool]] = []
         self._states: dict[Site, Tensor] = {}
         self._memory: dict[int, Memory] = {}
         self._sequence: dict[int, Memory] = {}
-        self._cast: dict[Any, tuple[Any, Any, Any]] = {}  # device, dtype, part
-        self.aside = Aside(self.loops)
 
     @property
     def sites(self) -> list[Site]:
         """Where the host must call `at`, in the order of the forward pass."""
-        return sorted({*self._acting, *self._sensed_later, *self.aside.watched})
+        return list(self._stops)
 
     def begin(
         self,
@@ -84,9 +78,10 @@ class Pass:
             self._sequence = {loop.group: {} for loop in self.loops}
         if self.record is not None:
             self.log.begin(fresh=fresh, column=past)
-        observed = self.record is not None or self.tap is not None
+        self._observed = observed = self.record is not None or self.tap is not None
         self._memory = {group: {"sequence": kept, "observed": observed} for group, kept in self._sequence.items()}
-        self._selection = [self.positions.select(where) for where in self._where]
+        selections = [self.positions.select(where) for where in self._wheres]
+        self._selection = [(selection, _whole(selection, shape[1])) for selection in selections]
         self._states = {}
         self._reached = (-1, -1)
         self.aside.begin(self.positions, fresh, companion, alone)
@@ -99,108 +94,105 @@ class Pass:
             carrier: The tensor to which the control is added where that is not `x` itself.
 
         Returns:
-            `carrier + u`, in its dtype; the same object where nothing acts.
+            `carrier + u`, in its dtype; the same object where nothing acts, as at sites not in `sites`.
 
         Raises:
             RuntimeError: a site comes twice in one pass. What is known of its tokens would be wrong.
         """
-        if site.order <= self._reached:
+        stop = self._stops.get(site)
+        if carrier is None:
+            carrier = x
+        if stop is None:
+            return carrier
+        if stop.order <= self._reached:
             raise RuntimeError(
                 f"{site} was run outside a forward pass of the model while it is steered; linearise or call single "
                 "blocks before steering"
             )
-        self._reached = site.order
-        carrier = x if carrier is None else carrier
-        if site in self._sensed_later:
+        self._reached = stop.order
+        if stop.kept:
             self._states[site] = x
-        if site in self.aside.watched:
+        if stop.watched:
             self.aside.see(site, x, self.positions)
-        acting = self._acting.get(site)
-        if not acting:
+        if not stop.turns:
             return carrier
-        names = self.names[site]
-        observed = self.record is not None or self.tap is not None
+        observed = self._observed
         total, squares = None, None
-        for index, own in zip(acting, names.own, strict=True):
-            loop = self.loops[index]
-            selection = self._selection[self._which[index]]
-            if not observed and (selection is None or loop.strength == 0):
+        for turn in stop.turns:
+            selection, whole = self._selection[turn.where]
+            if not observed and (selection is None or turn.strength == 0):
                 continue
-            state = x if self._here[index] else self._states[loop.sense]
-            u, signals = self._control(index, state, selection, carrier)
+            state = x if turn.sense is None else self._states[turn.sense]
+            if whole and turn.plain:
+                u, signals = self._law(turn, state)
+            else:
+                u, signals = self._control(turn, state, selection, whole, carrier)
             if u.dtype != carrier.dtype or u.device != carrier.device:
                 u = u.to(dtype=carrier.dtype, device=carrier.device)
             if observed:
-                u = self._publish(own, u, signals)
+                u = self._publish(turn.names, u, signals)
                 squares = _add(squares, signals["error"].square() if "error" in signals else None)
-            total = _add(total, u)
-            x = x + u if len(acting) > 1 else x
-        if observed and names.total and total is not None:
-            total = self._publish(names.total, total, {} if squares is None else {"error": squares.sqrt()})
-        for sensed in self._spent.get(site, ()):  # a long prompt's states at all layers would fill a GPU
+            total = u if total is None else total + u
+            if len(stop.turns) > 1:
+                x = x + u
+        if observed and stop.total and total is not None:
+            total = self._publish(stop.total, total, {} if squares is None else {"error": squares.sqrt()})
+        for sensed in stop.spent:
             self._states.pop(sensed, None)
         return carrier if total is None else carrier + total
 
-    def _control(self, index: int, state: Tensor, selection: Any, carrier: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The control in full shape, zero at unselected tokens, and the signals, NaN there."""
-        loop, shape = self.loops[index], state.shape[:2]
-        if selection is None:
-            blank = torch.full(shape, torch.nan, device=state.device)
-            return torch.zeros_like(carrier), dict.fromkeys(loop.signals, blank)
-        whole = not isinstance(selection, slice) or selection.stop - selection.start == shape[1]
-        seen = state if whole else state[:, selection]
-        dtype = _wide(seen)
-        exact = seen if seen.dtype == dtype else seen.to(dtype)
-        memory = self._memory[loop.group]
-        if loop.summary is not None:
-            memory["summary"] = self.aside.summary(loop.summary).to(seen.device, dtype)
-        if loop.tangent is not None:
-            tangent = self.aside.tangent(index, loop.act)
-            memory["tangent"] = (tangent if whole else tangent[:, selection]).to(dtype)
-        law, device = self._part(index, loop.law, seen), seen.device.type
+    def _law(self, turn: Turn, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the law says of a state, and the loop's strength makes of it."""
+        law, memory = turn.law.to(seen), self._memory[turn.loop.group]
+        exact = seen if seen.dtype is turn.law.wide else seen.to(turn.law.wide)
         # NDIF runs every request to a half-precision GPU model under autocast
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if torch.is_autocast_enabled(turn.law.kind):
+            with torch.autocast(turn.law.kind, enabled=False):
                 u, signals = law.act(exact, memory)
         else:
             u, signals = law.act(exact, memory)
-        if loop.strength != 1:
-            u = u * loop.strength if loop.strength else torch.zeros_like(u)
-        for number, schedule in enumerate(loop.schedules):
-            factors = self._part((index, "schedule", number), schedule, seen).at(self.positions.steps())
-            u = u * _over(factors if whole else factors[:, selection], u)
-        for number, gate in enumerate(loop.gates):
-            decided, said = self._decision((index, "gate", number), gate, seen)
+        if turn.strength != 1:
+            u = u * turn.strength if turn.strength else torch.zeros_like(u)
+        return u, signals
+
+    def _control(
+        self, turn: Turn, state: Tensor, selection: Any, whole: bool, carrier: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The control in full shape, zero at unselected tokens, and the signals, NaN there."""
+        loop, shape = turn.loop, state.shape[:2]
+        if selection is None:
+            blank = torch.full(shape, torch.nan, device=state.device)
+            return torch.zeros_like(carrier), dict.fromkeys(loop.signals, blank)
+        part = slice(None) if isinstance(selection, Tensor) or whole else selection
+        seen = state[:, part]
+        memory = self._memory[loop.group]
+        if loop.summary is not None:
+            memory["summary"] = self.aside.summary(loop.summary).to(seen.device, wide_of(seen))
+        if loop.tangent is not None:
+            memory["tangent"] = self.aside.tangent(turn.index, loop.act)[:, part].to(wide_of(seen))
+        u, signals = self._law(turn, seen)
+        for schedule in turn.schedules:
+            u = u * _over(schedule.to(seen).at(self.positions.steps())[:, part], u)
+        for number, (gate, fitted) in enumerate(turn.gates):
+            decided, said = self._decision((turn.index, number), gate, fitted, seen)
             u = u * _over(decided[:, None], u)
             before = signals.get("gate", torch.ones(u.shape[:2], dtype=u.dtype, device=u.device))
             signals = {**signals, **said, "gate": decided[:, None] * before}
-        if u.shape[1] != shape[1] or not isinstance(selection, slice):
+        if not whole:
             u = _spread(u, selection, shape, 0.0)
-        if not memory["observed"]:
-            return u, {}
-        return u, {name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()}
+        if not whole and self._observed:
+            signals = {name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()}
+        return u, signals
 
-    def _decision(self, key: Any, gate: Gate, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _decision(self, key: Any, gate: Gate, fitted: Fitted, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A gate's decision, `[batch]`, and its signals, `[batch pos]`; made once for a prompt."""
         held = self.aside.decisions.get(key)
         if held is None:
-            dtype = _wide(x)
-            pooled = [self.aside.summary(summary).to(x.device, dtype) for summary in gate.summaries]
-            held = self.aside.decisions[key] = self._part(key, gate, x).decide(pooled)
+            # what is known of the prompt goes by the summaries of the gate itself, not by those of its copy
+            pooled = [self.aside.summary(summary).to(x.device, wide_of(x)) for summary in gate.summaries]
+            held = self.aside.decisions[key] = fitted.to(x).decide(pooled)
         decided, said = held
         return decided.to(x.device), {name: value[:, None].expand(-1, x.shape[1]) for name, value in said.items()}
-
-    def _part(self, key: Any, part: Part, x: Tensor) -> Any:
-        """A part of a loop on the state's device, in the dtype laws compute in."""
-        dtype = _wide(x)
-        device, kind, cast = self._cast.get(key, (None, None, None))
-        if device != x.device or kind is not dtype:
-            # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
-            # later forward pass with gradients could not use
-            with torch.inference_mode(False):
-                cast = map_tensors(part, lambda t: t.to(x.device, dtype if t.is_floating_point() else t.dtype))
-            self._cast[key] = x.device, dtype, cast
-        return cast
 
     def _publish(self, names: dict[str, str], u: Tensor, signals: dict[str, Tensor]) -> Tensor:
         """Show the signals to the host's hook points, which may change `u`, and log them."""
@@ -220,18 +212,9 @@ class Pass:
         return value
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype in which laws and conditions see a state."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _last_uses(loops: Sequence[Loop]) -> dict[Site, list[Site]]:
-    """By acting site, the sensed sites whose states no later loop needs."""
-    last: dict[Site, Site] = {}
-    for loop in loops:
-        if loop.sense != loop.act:
-            last[loop.sense] = max(loop.act, last.get(loop.sense, loop.act))
-    return {act: [sensed for sensed in last if last[sensed] == act] for act in set(last.values())}
+def _whole(selection: Any, length: int) -> bool:
+    """Whether all tokens of a pass are selected, as far as that can be told without looking at tensors."""
+    return isinstance(selection, slice) and selection.stop - selection.start == length
 
 
 def _keeps(record: Any, signal: str, value: Tensor) -> bool:
@@ -243,8 +226,6 @@ def _keeps(record: Any, signal: str, value: Tensor) -> bool:
 def _spread(value: Tensor, selection: Any, shape: Any, blank: float) -> Tensor:
     """A value at the selected tokens, in the shape of all tokens."""
     if isinstance(selection, slice):
-        if value.shape[1] == shape[1]:
-            return value
         full = value.new_full((*shape, *value.shape[2:]), blank)
         full[:, selection] = value
         return full
@@ -260,12 +241,3 @@ def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:
     if total is None or value is None:
         return value if total is None else total
     return total + value
-
-
-def _index(wheres: list[Any], where: Any) -> int:
-    """Index of an equal entry, appended where there is none; masks and callables are equal only to themselves."""
-    for index, other in enumerate(wheres):
-        if where is other or (isinstance(where, (str, slice)) and type(where) is type(other) and where == other):
-            return index
-    wheres.append(where)
-    return len(wheres) - 1

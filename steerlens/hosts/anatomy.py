@@ -82,7 +82,7 @@ class Anatomy(Dimensions):
             left, here = before.read, tap.read
             follows = (left.point, here.point, here.layer) == ("resid_post", "resid_pre", left.layer + 1)
             if follows and before.role == tap.role == Tap.PLAIN:
-                tap.way = (before.envoy, self.layers[here.layer], tap.envoy)
+                before.then, before.way = tap, (before.envoy, self.layers[here.layer], tap.envoy)
         return taps
 
     def tap(self, read: Site, role: int = Tap.PLAIN, steers: Site | None = None) -> Tap:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
+from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
+from nnsight.intervention.util import first_input, replace_first_input
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from steerlens.core import Pass, Site
 from steerlens.hosts.companion import BaseCompanion
 from steerlens.hosts.hf import call_shape
+from steerlens.hosts.walk import Walk, alone
 
 
 class Tap:
@@ -30,8 +31,12 @@ class Tap:
         role: What to do there, one of the five below.
         steers: The site of the pass that it serves; None where it serves another tap.
         heads: Number of heads into which the last dimension is split, 0 for none.
-        way: Set where it only senses what the tap before it leaves: a block's input after the output of the block
-            before. The modules that the state goes through in between: block, block and norm.
+
+    Attributes:
+        plain: A visit concerns this location only.
+        location: Its name in nnsight.
+        then: The next tap, where that only senses what this one leaves: a block's input after the output of the block
+            before. `way` holds the modules that the state goes through in between: block, block and norm.
     """
 
     # in the order in which taps at one location are visited
@@ -42,8 +47,11 @@ class Tap:
         self.side = side
         self.read = read
         self.role = role
+        self.plain = role == Tap.PLAIN
         self.steers = steers
         self.heads = heads
+        self.location = f"{envoy.path}.{side}"
+        self.then: Tap | None = None
         self.way: tuple[Any, Any, Any] | None = None
 
     @property
@@ -52,11 +60,13 @@ class Tap:
         return (*self.read.order, self.role)
 
     def raw(self) -> Any:
-        """What the location holds."""
-        return self.envoy.input if self.side == "input" else self.envoy.output
+        """What the location holds: a module's output, or its arguments, positional and by keyword."""
+        return self.envoy.inputs if self.side == "input" else self.envoy.output
 
     def state(self, raw: Any) -> Tensor:
         """The state in what the location holds, heads split."""
+        if self.side == "input":
+            raw = first_input(*raw)
         x = raw if isinstance(raw, torch.Tensor) else raw[0]
         return x.unflatten(-1, (self.heads, -1)) if self.heads else x
 
@@ -64,58 +74,70 @@ class Tap:
         """The state there."""
         return self.state(self.raw())
 
-    def write(self, raw: Any, value: Tensor) -> None:
-        """Replace the state there."""
+    def replaced(self, raw: Any, value: Tensor) -> Any:
+        """What the location would hold with another state."""
         value = value.flatten(-2) if self.heads else value
         if self.side == "input":
-            self.envoy.input = value
-        else:
-            self.envoy.output = value if isinstance(raw, torch.Tensor) else (value, *raw[1:])
+            return replace_first_input(*raw, value)
+        return value if isinstance(raw, torch.Tensor) else (value, *raw[1:])
 
-    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[int, Tensor]) -> Tensor | None:
+    def write(self, raw: Any) -> None:
+        """Replace what the location holds."""
+        if self.side == "input":
+            self.envoy.inputs = raw
+        else:
+            self.envoy.output = raw
+
+    def change(self, run: Pass, raw: Any) -> tuple[Any, Tensor]:
+        """What a plain tap makes of what its location holds, and the state that it leaves there."""
+        x = self.state(raw)
+        steered = run.at(self.steers, x)  # type: ignore[arg-type]
+        return (raw if steered is x else self.replaced(raw, steered)), steered
+
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[int, Tensor]) -> None:
         """Sense, act, or keep something for a later tap of the same block.
 
         Args:
             kept: Of this edit, in this pass.
             carried: By layer, what edits have added to attention's output for a control before the block; shared by all
                 edits of a model, because the norm's input that a later edit reads holds it too.
-
-        Returns:
-            What a plain tap leaves there.
         """
         if self.role == Tap.CARRY and "entered" not in kept:
-            return None
+            return
         raw = self.raw()
+        if self.plain:
+            changed, _ = self.change(run, raw)
+            if changed is not raw:
+                self.write(changed)
+            return
         x = self.state(raw)
         if self.role == Tap.BEFORE:
             kept["before"] = x
         elif self.role == Tap.CARRY:
             u = kept.pop("entered")
-            self.write(raw, x + u)
+            self.write(self.replaced(raw, x + u))
             carried[self.read.layer] = u + carried[self.read.layer] if self.read.layer in carried else u
         elif self.role == Tap.ENTER:
             zero = torch.zeros_like(x)
             u = run.at(self.steers, x, carrier=zero)  # type: ignore[arg-type]
             if u is not zero:
                 kept["entered"] = u
-                self.write(raw, x + u)
-        else:
-            state = x
-            if self.role == Tap.MID:
-                twice = carried.get(self.read.layer)
-                state = kept.pop("before") + (x if twice is None else x - twice)
+                self.write(self.replaced(raw, x + u))
+        else:  # MID
+            twice = carried.get(self.read.layer)
+            state = kept.pop("before") + (x if twice is None else x - twice)
             steered = run.at(self.steers, state, carrier=x)  # type: ignore[arg-type]
             if steered is not x:
-                self.write(raw, steered)
-            return steered
-        return None
+                self.write(self.replaced(raw, steered))
 
-    def untouched(self) -> bool:
-        """Whether no PyTorch hook can change the state on its way from the tap before; False without such a way."""
+    def hands_on(self) -> bool:
+        """Whether the next tap is `then` and no PyTorch hook can change the state on its way there."""
         if self.way is None:
             return False
-        before, block, norm = (envoy._module for envoy in self.way)
-        return not (before._forward_hooks or block._forward_pre_hooks or norm._forward_pre_hooks)
+        before, block, norm = self.way
+        return not (
+            before._module._forward_hooks or block._module._forward_pre_hooks or norm._module._forward_pre_hooks
+        )
 
 
 class StoodDown:
@@ -171,27 +193,14 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
         run.begin(**call, continues=step > 0, companion=companion, alone=not apart or only_run(base))
         carried.clear()
         kept: dict[str, Tensor] = {}
-        left: Tensor | None = None
-        unshared = alone(base)
-        for tap in taps:
-            if unshared and left is not None and tap.untouched():
-                # a visit costs two switches between the model and this code, and the state is at hand
-                run.at(tap.steers, left)  # type: ignore[arg-type]
+        worker = alone(base)
+        index = 0
+        while index < len(taps):
+            if worker is not None and taps[index].plain:
+                index = Walk(worker, run, taps, index).go()
             else:
-                left = tap.visit(run, kept, carried)
-
-
-def alone(base: Any) -> bool:
-    """Whether nothing but this edit can change a state in this pass: others only wait for the run's result, if any."""
-    interleaver = base.interleaver
-    # in a server's sandbox the others are not to be seen
-    if type(interleaver) is not Interleaver or _has_any_global_hook():
-        return False
-    if interleaver.fragments is not None and interleaver.fragments.enabled:
-        return False
-    own = Mediator.current("the pass")
-    waiting = [other.pending for other in interleaver.mediators if other is not own]
-    return all(pending is None or pending.provider == "result" for pending in waiting)
+                taps[index].visit(run, kept, carried)
+                index += 1
 
 
 def only_run(base: Any) -> bool:

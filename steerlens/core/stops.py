@@ -1,0 +1,128 @@
+"""What a pass does at each of its sites, worked out before the first token: every token comes by every site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.core.law import Loop, Part, map_tensors
+from steerlens.core.signals import SiteSignals
+from steerlens.core.sites import Site
+
+
+class Fitted:
+    """A part of a loop, kept in the dtype that laws compute in and on the device of the state it last met.
+
+    Args:
+        part: As it is in the controller.
+    """
+
+    __slots__ = ("_device", "_dtype", "_now", "kind", "part", "wide")
+
+    def __init__(self, part: Part):
+        self.part = part
+        self.wide = torch.float32
+        self.kind = "cpu"  # of device
+        self._now: Any = part
+        self._device: Any = None
+        self._dtype: Any = None
+
+    def to(self, x: Tensor) -> Any:
+        """The part for a state; `wide` and `kind` then tell the dtype to compute in and the kind of device."""
+        if x.dtype is not self._dtype or x.device != self._device:
+            self.wide = wide = wide_of(x)
+            # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
+            # later forward pass with gradients could not use
+            with torch.inference_mode(False):
+                self._now = map_tensors(self.part, lambda t: t.to(x.device, wide if t.is_floating_point() else t.dtype))
+            self._device, self._dtype, self.kind = x.device, x.dtype, x.device.type
+        return self._now
+
+
+def wide_of(x: Tensor) -> torch.dtype:
+    """The dtype in which laws and conditions see a state."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Turn:
+    """One loop, at the site where it acts.
+
+    Attributes:
+        index: Of the loop, in the pass.
+        sense: Site whose state it needs, None for the one where it acts.
+        where: Index of its token positions among those of the pass.
+        plain: A law and a factor, nothing else.
+        names: Hook names of its signals.
+    """
+
+    __slots__ = ("gates", "index", "law", "loop", "names", "plain", "schedules", "sense", "strength", "where")
+
+    def __init__(self, index: int, loop: Loop, where: int, names: dict[str, str]):
+        self.index = index
+        self.loop = loop
+        self.strength = loop.strength
+        self.sense = None if loop.sense == loop.act else loop.sense
+        self.where = where
+        self.plain = not (loop.gates or loop.schedules or loop.summary or loop.tangent)
+        self.names = names
+        self.law = Fitted(loop.law)
+        self.gates = [(gate, Fitted(gate)) for gate in loop.gates]
+        self.schedules = [Fitted(schedule) for schedule in loop.schedules]
+
+
+class Stop:
+    """A site of a pass.
+
+    Attributes:
+        order: Of the site, see `Site`.
+        kept: A later loop needs the state that is here.
+        watched: A summary of the prompt is made of the state that is here.
+        turns: Loops that act here, in their order.
+        total: Hook names of what they do together, see `SiteSignals`.
+        spent: Sites whose states no loop after this site needs.
+    """
+
+    __slots__ = ("kept", "order", "spent", "total", "turns", "watched")
+
+    def __init__(self, site: Site, *, kept: bool, watched: bool, turns: list[Turn], total: dict[str, str]):
+        self.order = site.order
+        self.kept = kept
+        self.watched = watched
+        self.turns = turns
+        self.total = total
+        self.spent: list[Site] = []
+
+
+def stops_of(
+    loops: Sequence[Loop], names: dict[Site, SiteSignals], watched: set[Site]
+) -> tuple[dict[Site, Stop], list[Any]]:
+    """What to do at each site, in the order of the forward pass, and the token positions that its turns name."""
+    wheres: list[Any] = []
+    kept = {loop.sense for loop in loops if loop.sense != loop.act}
+    stops = {}
+    for site in sorted({*names, *kept, *watched}):
+        signals = names.get(site)
+        own = iter(() if signals is None else signals.own)
+        turns = [
+            Turn(index, loop, _index(wheres, loop.where), next(own))
+            for index, loop in enumerate(loops)
+            if loop.act == site
+        ]
+        total = {} if signals is None else signals.total
+        stops[site] = Stop(site, kept=site in kept, watched=site in watched, turns=turns, total=total)
+    for sensed in kept:
+        # a long prompt's states at all layers would fill a GPU
+        stops[max(loop.act for loop in loops if loop.sense == sensed)].spent.append(sensed)
+    return stops, wheres
+
+
+def _index(wheres: list[Any], where: Any) -> int:
+    """Index of an equal entry, appended where there is none; masks and callables are equal only to themselves."""
+    for index, other in enumerate(wheres):
+        if where is other or (isinstance(where, (str, slice)) and type(where) is type(other) and where == other):
+            return index
+    wheres.append(where)
+    return len(wheres) - 1
