@@ -1,8 +1,8 @@
 """Tokens per second of greedy decoding on SmolLM2, steered against unsteered, for each law on each host.
 
-Every method with its defaults, and the control suite once more in its other forms. Each round decodes once with every
-controller, in turning order, and compares within the round; cost is the median over the rounds, with the quartiles
-beside it. Attaching is not timed.
+Every method with its defaults, and the control suite once more in its other forms. Unsteered and steered decoding
+alternate, and each steered one is compared with the two unsteered ones beside it; cost is the median over the rounds,
+with the quartiles beside it. Attaching is not timed.
 "visited only" is `lqr * 0`: the host's own cost of going to 29 sensors and 29 actuators, with nothing computed there.
 "floor: an edit by hand" is nnsight's own cost of the same reads and writes, without steerlens: every block's output is
 read and written back unchanged.
@@ -83,7 +83,7 @@ def by_hand(model: Any) -> Iterator[None]:
 
 
 def attach(model: Any, entry: Any) -> Any:
-    """A context in which the model runs with an entry of `controllers`, unsteered for None."""
+    """A context in which the model runs with an entry of `controllers`; for None unsteered."""
     if entry is None:
         return nullcontext()
     return by_hand(model) if entry == "by hand" else sl.steer(model, entry[0], record=entry[1])
@@ -96,29 +96,33 @@ def measure(host: str, arguments: argparse.Namespace) -> None:
     prompt = torch.tensor([[57, 3514, 288, 260, 725, 15238, 1596, 3163, 284]])
     # HookedTransformer decodes several times slower than the others
     count = arguments.tokens // (3 if host == "hooked" else 1)
-    attached = {"unsteered": None, **controllers(case)}
+    attached = controllers(case)
     if host == "nnsight":
         attached["floor: an edit by hand"] = "by hand"
     if arguments.controllers:
-        attached = {
-            name: entry for name, entry in attached.items() if name.startswith(("unst", *arguments.controllers))
-        }
-    names, times = list(attached), {name: [] for name in attached}
+        attached = {name: entry for name, entry in attached.items() if name.startswith(tuple(arguments.controllers))}
     case.generate(prompt, count)
-    for turn in range(arguments.rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with attach(model, attached[name]):
-                times[name].append(common.seconds(lambda: case.generate(prompt, count), arguments.device))
+    plain, costs = [], {name: [] for name in attached}
+    best = dict.fromkeys(attached, float("inf"))
+
+    def decode(entry: Any) -> float:
+        with attach(model, entry):
+            return common.seconds(lambda: case.generate(prompt, count), arguments.device)
+
+    for _ in range(arguments.rounds):
+        plain.append(decode(None))
+        for name, entry in attached.items():
+            steered = decode(entry)
+            plain.append(decode(None))
+            costs[name].append(100 * (2 * steered / (plain[-2] + plain[-1]) - 1))
+            best[name] = min(best[name], steered)
+    print(f"{host:8} {'unsteered':26} {'':5} {count / min(plain):8.1f}", flush=True)
     for name, entry in attached.items():
-        ratios = [a / b for a, b in zip(times[name], times["unsteered"], strict=True)]
-        low, middle, high = (100 * (value - 1) for value in statistics.quantiles(ratios, n=4))
+        low, middle, high = statistics.quantiles(costs[name], n=4)
         loops = len(entry[0].loops) if isinstance(entry, tuple) else ""
         verdict = f"  bar {BAR[name]:.0f} %: {'met' if middle <= BAR[name] else 'MISSED'}" if name in BAR else ""
-        print(
-            f"{host:8} {name:26} {loops:>5} {count / min(times[name]):8.1f} "
-            f"{middle:+6.1f}% {low:+6.1f}% {high:+6.1f}%{verdict}",
-            flush=True,
-        )
+        speed, spread = f"{count / best[name]:8.1f}", f"{middle:+6.1f}% {low:+6.1f}% {high:+6.1f}%"
+        print(f"{host:8} {name:26} {loops:>5} {speed} {spread}{verdict}", flush=True)
 
 
 if __name__ == "__main__":
