@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from steerlens.hosts import host_of, nominal
-from steerlens.hosts.context import FixedContext
+from steerlens.hosts.context import FixedContext, times
 from steerlens.models import tiny
+from steerlens.testing import peak
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
@@ -56,3 +57,37 @@ def test_a_fixed_context_gives_the_same_values_and_gradients(function):
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), own)])
     for quick, plain in zip(*results, strict=True):
         torch.testing.assert_close(quick, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batched", ["left", "right", "both", "twice"])
+def test_a_product_with_a_constant_is_batched_as_pytorch_batches_it(batched):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(5, 2, 1, 3, generator=generator, dtype=torch.float64)
+    right = torch.randn(5, 2, 3, 4, generator=generator, dtype=torch.float64)
+    dims = {"left": (0, None), "right": (None, 0), "both": (0, 0), "twice": (0, None)}[batched]
+    if batched == "twice":
+        left = left[None] * torch.arange(1.0, 4.0, dtype=torch.float64).view(3, 1, 1, 1, 1)
+    sides = [side if dim is not None else side[0] for side, dim in zip((left, right), dims, strict=True)]
+
+    def mapped(function):
+        once = torch.func.vmap(function, in_dims=dims)
+        return (torch.func.vmap(once, in_dims=(0, None)) if batched == "twice" else once)(*sides)
+
+    torch.testing.assert_close(mapped(times), mapped(torch.matmul), rtol=0, atol=1e-14)
+
+
+def test_a_product_with_a_constant_has_two_derivatives():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(2, 1, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    constant = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: times(x, constant), (left,), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: times(x, constant).square(), (left,))
+
+
+def test_gradients_of_a_context_hold_no_copies_of_it():
+    """A gradient takes less than half the numbers that the keys of a context of 400 tokens are."""
+    path = host_of(tiny("llama", host="bridge")).nominal([3 + i % 40 for i in range(400)])
+    rows = torch.eye(32)
+    path.pull(0, rows)
+    each = (peak(lambda: path.pull(0, rows[:16])) - peak(lambda: path.pull(0, rows[:1]))) / 15
+    assert 0 < each < 4 * 400 * 32 / 2

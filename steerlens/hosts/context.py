@@ -25,8 +25,8 @@ class FixedContext(TorchFunctionMode):
 
         q [K; k]' = [q K', q k'],   [w, w'] [V; v] = w V + w' v
 
-    with K and V constants. Views in between are followed; where anything else is done to them the joined tensor is
-    made, so that the result is the same whatever a family's attention does.
+    with K and V constants, see `Times`. Views in between are followed; where anything else is done to them the joined
+    tensor is made, so that the result is the same whatever a family's attention does.
     """
 
     _active: FixedContext | None = None
@@ -104,9 +104,9 @@ class FixedContext(TorchFunctionMode):
         stand_in, own, dim = self._held[id(right)]
         last = stand_in.shape[dim] - 1
         if dim == -1:
-            return torch.cat([left @ stand_in[..., :last], left @ own], dim=-1)
+            return torch.cat([times(left, stand_in[..., :last]), left @ own], dim=-1)
         if dim == -2:
-            return left[..., :last] @ stand_in[..., :last, :] + left[..., last:] @ own
+            return times(left[..., :last], stand_in[..., :last, :]) + left[..., last:] @ own
         return None
 
     def _attend(
@@ -152,3 +152,51 @@ class FixedContext(TorchFunctionMode):
             return value
         stand_in, own, dim = held
         return torch.cat([stand_in.narrow(dim, 0, stand_in.shape[dim] - 1), own], dim)
+
+
+class Times(torch.autograd.Function):
+    """`left @ constant`, whose gradients for many cotangents at once are rows of one product.
+
+    PyTorch would give each cotangent a copy of the constant: for a context of 11 tokens a quarter of the time of a
+    Jacobian, and more memory than all else that it takes.
+    """
+
+    @staticmethod
+    def forward(left: Tensor, constant: Tensor) -> Tensor:
+        """`[... q n], [... n m] -> [... q m]`"""
+        return left @ constant
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """What the gradient needs."""
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Differentiable itself."""
+        return times(gradient, ctx.saved_tensors[0].mT), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], left: Tensor, constant: Tensor) -> tuple[Tensor, int]:
+        """The batch becomes more rows of `left`."""
+        at, other = in_dims
+        if at is None or other is not None:
+            sides = (
+                side.expand(info.batch_size, *side.shape) if dim is None else side.movedim(dim, 0)
+                for side, dim in zip((left, constant), in_dims, strict=True)
+            )
+            return times(*_aligned(*sides)), 0
+        rows = left.movedim(at, -2)
+        product = times(rows.flatten(-3, -2), constant)
+        return product.unflatten(-2, rows.shape[-3:-1]), product.ndim - 1
+
+
+def times(left: Tensor, constant: Tensor) -> Tensor:
+    """See `Times`."""
+    return Times.apply(left, constant)
+
+
+def _aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Two batches whose entries may have different numbers of dimensions."""
+    ndim = max(left.ndim, right.ndim)
+    return tuple(side.view(side.shape[0], *[1] * (ndim - side.ndim), *side.shape[1:]) for side in (left, right))  # type: ignore[return-value]
