@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from steerlens.hosts.context import FixedContext
 from steerlens.hosts.readout import Readout
 
-#: Floats that gradients may take together in a narrow model, 10 MB.
-SMALL = 5 << 19
+#: Floats that gradients may take together in a narrow model, 8 MB.
+SMALL = 1 << 21
 #: Gradients at a time, on a CPU and elsewhere.
 MOST = (300, 1024)
 
@@ -51,7 +51,7 @@ class Nominal:
     def add_jacobian(self, t: int, total: Tensor) -> None:
         """Adds `A_t` to a matrix `[d d]`, some rows at a time, so that no second one exists.
 
-        Beside the matrix it needs `2 d^2` floats, or 10 MB where that is more.
+        Beside the matrix it needs `2 d^2` floats, or 8 MB where that is more.
         """
         with _differentiable():
             x, y, readout = self._replay_open(t)

@@ -56,7 +56,7 @@ def lqr(
     Three solvers, which are three controllers:
 
     - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text. Beside
-      the model and what is kept it holds S, A_t and 2 d^2 floats (10 MB in narrow models) for the gradients, then S,
+      the model and what is kept it holds S, A_t and 2 d^2 floats (8 MB in narrow models) for the gradients, then S,
       A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and
       layers, and twice the bytes for a float64 model. `full_gain` keeps d^2 a layer on the CPU.
     - `"output"`, output-weighted LQR: the cost weighs the features alone, `Q_t = q v_t v_t'`, over the rows v of the
