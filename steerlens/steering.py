@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from steerlens.core import Controller, Gate, Memory, Pass, Record, check_where, map_tensors, name_signals, tensors_of
+from steerlens.core import (
+    Controller,
+    Gate,
+    Memory,
+    Pass,
+    Record,
+    Site,
+    SiteSignals,
+    check_where,
+    map_tensors,
+    name_signals,
+    tensors_of,
+)
 from steerlens.hosts import Dimensions, Host, host_of
 
 RECORDS = (None, "scalars", "all")
@@ -138,6 +151,11 @@ class Run:
     def record(self) -> Record:
         """Signals of the latest sequence."""
         return self._pass.log
+
+    @property
+    def signals(self) -> Mapping[Site, SiteSignals]:
+        """Hook names of what is recorded, by the sites where loops act: each loop's own, and their totals."""
+        return self._pass.names
 
     @property
     def payload_bytes(self) -> int | None:

@@ -9,7 +9,7 @@ from steerlens.core.passing import Pass
 from steerlens.core.positions import PROMPT_ONLY, Positions, check_where
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.record import Record
-from steerlens.core.signals import name_signals
+from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import POINTS, Site
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Schedule",
     "Setpoint",
     "Site",
+    "SiteSignals",
     "Summary",
     "check_where",
     "map_tensors",

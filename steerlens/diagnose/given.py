@@ -71,7 +71,7 @@ def run(
         return host.logits(ids), []
     with steer(host, controller, record=record, trust=trust) as attached:
         logits = host.logits(ids)
-        names = attached._pass.names
+        names = attached.signals
         record_of = attached.record
     recorded = []
     for loop in controller.loops:

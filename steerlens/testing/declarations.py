@@ -21,7 +21,7 @@ def check_signals_are_recorded(case: Case) -> None:
     ids = torch.tensor([case.prompt, case.prompt[::-1]])
     with case.steer(record="all") as run:
         case.logits(ids)
-    for site, names in run._pass.names.items():
+    for site, names in run.signals.items():
         for loop_names in names.own:
             for signal, name in loop_names.items():
                 assert f"`{signal}`" in document, f"the docstring of {case.method} does not name the signal {signal}"

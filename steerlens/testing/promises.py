@@ -93,7 +93,7 @@ def check_record_is_what_was_added(case: Case) -> None:
     plain = _activation(case, ids, site)
     with case.steer(record="all") as run:
         steered = _activation(case, ids, site)
-        u = run.record[run._pass.names[site].total.get("u") or run._pass.names[site].own[0]["u"]]
+        u = run.record[run.signals[site].total.get("u") or run.signals[site].own[0]["u"]]
     scale = float(u.abs().max())
     assert scale > 0, "no control was recorded"
     case.close(steered - plain, u, f"u at {site}", factor=max(1.0, float(plain.abs().max()) / max(1.0, scale)) * 3)
