@@ -167,3 +167,32 @@ def test_the_package_as_a_value_has_apply_only():
     assert stand_in.apply.func is importlib.import_module("steerlens.hosts.explicit").apply_here
     with pytest.raises(AttributeError, match=r"a server has no steerlens\.Controller: .* from steerlens import Con"):
         stand_in.Controller  # noqa: B018
+
+
+def test_an_invoke_that_only_steers_leaves_the_rows_of_others_alone():
+    """Nobody waits for a value then but the controller, of whose batch half the rows are."""
+    case = Case("lqr", "nnsight")
+    controller, model = case.controller, case.model
+    plain = case.logits(PAIR)
+    with case.steer():
+        steered = case.logits(PAIR)
+    with model.trace() as tracer:
+        with tracer.invoke(PAIR[:1]):
+            sl.apply(model, controller)
+        with tracer.invoke(PAIR[1:]):
+            pass
+        with tracer.invoke():
+            both = model.output.logits.save()
+    case.close(both[:1], steered[:1], "the steered row")
+    case.close(both[1:], plain[1:], "the other row")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with model.generate(**options) as tracer:
+        with tracer.invoke(PAIR[:1]):
+            sl.apply(model, controller)
+        with tracer.invoke(PAIR[1:]):
+            pass
+        with tracer.invoke():
+            tokens = tracer.result.save()
+    assert torch.equal(tokens[1:], case.generate(PAIR[1:], 4))
+    with case.steer():
+        assert torch.equal(tokens[:1], case.generate(PAIR[:1], 4))

@@ -70,5 +70,8 @@ def alone(base: Any) -> Any:
     if interleaver.fragments is not None and interleaver.fragments.enabled:
         return None
     own = Mediator.current("the pass")
+    # the values at hand are those of all invokes, and the worker of one may change its rows only
+    if interleaver.batcher is not None and own.batch_group is not None:
+        return None
     waiting = [other.pending for other in interleaver.mediators if other is not own]
     return own if all(pending is None or pending.provider == "result" for pending in waiting) else None
