@@ -6,7 +6,8 @@ each in SOLVERS. Each fits the same gains for one text: SmolLM2, and one Llama b
 
     python benchmarks/lqr_fit.py [--lengths 12 24] [--width 2048] [--solvers dense]
 
-Seconds: the baseline runs once, in full; each solver before and after it, the mean of both counts.
+Seconds: the baseline runs once, in full; each solver before and after it, the mean of both counts. All have run once
+before: the first fit of a process takes a second more, for weights that nobody has read yet.
 
 Memory is what torch allocates between entry and return beyond what was there, largest at any time, by its profiler: the
 weights are not in it, whatever is kept to the end is. Unit: d^2 floats of 4 bytes. In the baseline's memory run copies
@@ -126,6 +127,9 @@ def compare(name: str, plant: Plant, solvers: list[str]) -> None:
         call = authors if solver == "authors" else SOLVERS[solver]
         times[solver].append(common.seconds(lambda: gains.update({solver: call(plant)})))
 
+    full_sequence(plant.hf, torch.tensor([plant.ids]), range(1))
+    for solver in solvers:
+        SOLVERS[solver](plant)
     for solver in (*solvers, "authors", *solvers):
         fit(solver)
     took = {solver: sum(each) / len(each) for solver, each in times.items()}

@@ -47,12 +47,13 @@ def nominal(model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int]
     require_context(tokens)
     device = next(blocks[0].parameters()).device
     ids = torch.as_tensor(tokens, device=device)[None]
+    base = model.base_model  # logits of all tokens would take more memory than the gains
     with torch.inference_mode(False), torch.no_grad():
-        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        cache = base(input_ids=ids[:, :-1], use_cache=True).past_key_values
         # the tensors before the last token; appending makes new ones
         past = [(layer.keys, layer.values) for layer in cache.layers]
         with Capture(blocks) as capture:
-            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
     def freeze(layer: int, value: Any) -> Any:
         return FrozenCache(*past[layer]) if value is cache else value

@@ -122,7 +122,10 @@ class BridgeHost(LensHost):
             return None
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
-        self.model(ids, stop_at_layer=stop) if stop is not None else self.model(ids, return_type=None)
+        if stop is None:  # with return_type=None the Bridge computes logits and drops them
+            self.model.original_model.base_model(input_ids=ids, use_cache=False)
+        else:
+            self.model(ids, stop_at_layer=stop)
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model(ids)
