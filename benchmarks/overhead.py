@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="+", default=discover_hosts())
     parser.add_argument("--tokens", type=int, default=24, help="a third of them on HookedTransformer")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--controllers", nargs="+", help="first letters of those to measure; default all")
+    parser.add_argument("--controllers", nargs="+", help="names, or first letters of names; default all")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     unit = "wall" if arguments.device.startswith("cuda") else "CPU"
@@ -100,7 +100,10 @@ def measure(host: str, arguments: argparse.Namespace) -> None:
     if host == "nnsight":
         attached["floor: an edit by hand"] = "by hand"
     if arguments.controllers:
-        attached = {name: entry for name, entry in attached.items() if name.startswith(tuple(arguments.controllers))}
+        begins = tuple(name for name in arguments.controllers if name not in attached)
+        attached = {
+            name: entry for name, entry in attached.items() if name in arguments.controllers or name.startswith(begins)
+        }
     case.generate(prompt, count)
     plain, costs = [], {name: [] for name in attached}
     best = dict.fromkeys(attached, float("inf"))

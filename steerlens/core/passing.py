@@ -131,7 +131,9 @@ class Pass:
                 u = u.to(dtype=carrier.dtype, device=carrier.device)
             if observed:
                 u = self._publish(turn.names, u, signals)
-                squares = _add(squares, signals["error"].square() if "error" in signals else None)
+                if stop.total and "error" in signals:
+                    square = signals["error"].square()
+                    squares = square if squares is None else squares + square
             total = u if total is None else total + u
             if len(stop.turns) > 1:
                 x = x + u
@@ -197,7 +199,8 @@ class Pass:
     def _publish(self, names: dict[str, str], u: Tensor, signals: dict[str, Tensor]) -> Tensor:
         """Show the signals to the host's hook points, which may change `u`, and log them."""
         u = self._emit("u", names["u"], u)
-        norm = torch.linalg.vector_norm(u.flatten(2), dim=-1, dtype=torch.promote_types(u.dtype, torch.float32))
+        flat = u if u.ndim == 3 else u.flatten(2)
+        norm = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.promote_types(u.dtype, torch.float32))
         self._emit("u_norm", names["u_norm"], norm)
         for signal, value in signals.items():
             if signal in names:
@@ -235,9 +238,3 @@ def _spread(value: Tensor, selection: Any, shape: Any, blank: float) -> Tensor:
 def _over(factors: Tensor, u: Tensor) -> Tensor:
     """`[batch pos]` in a shape that multiplies `[batch pos ...]`."""
     return factors.view(*factors.shape, *[1] * (u.ndim - 2))
-
-
-def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:
-    if total is None or value is None:
-        return value if total is None else total
-    return total + value

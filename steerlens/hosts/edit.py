@@ -193,7 +193,7 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
         run.begin(**call, continues=step > 0, companion=companion, alone=not apart or only_run(base))
         carried.clear()
         kept: dict[str, Tensor] = {}
-        # on a server this is inside the visit of `first`, where no walk can begin, and the wire costs more than it saves
+        # on a server this is inside the visit of `first`, where no walk can begin; the wire costs more than it saves
         worker = alone(base) if first is None else None
         index = 0
         while index < len(taps):
