@@ -42,12 +42,14 @@ class FrozenCache:
         return self._past[0].shape[2]
 
 
-def nominal(model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int]) -> Nominal:
-    """The last token's path through a Hugging Face model whose blocks are `blocks`."""
+def nominal(base: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int]) -> Nominal:
+    """The last token's path through the blocks of a Hugging Face base model.
+
+    Not of the whole model: logits of all tokens would take more memory than the gains.
+    """
     require_context(tokens)
     device = next(blocks[0].parameters()).device
     ids = torch.as_tensor(tokens, device=device)[None]
-    base = model.base_model  # logits of all tokens would take more memory than the gains
     with torch.inference_mode(False), torch.no_grad():
         cache = base(input_ids=ids[:, :-1], use_cache=True).past_key_values
         # the tensors before the last token; appending makes new ones

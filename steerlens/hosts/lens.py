@@ -113,7 +113,7 @@ class BridgeHost(LensHost):
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
-        return hf.nominal(self.model.original_model, list(self.model.blocks), tokens)
+        return hf.nominal(self.model.original_model.base_model, list(self.model.blocks), tokens)
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:

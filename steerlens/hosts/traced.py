@@ -71,8 +71,7 @@ class TracedHost(Anatomy, Host):
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
         self.need_weights("linearising the blocks")
-        module = self.model._module
-        return hf.nominal(module, [layer._module for layer in self.layers], tokens)
+        return hf.nominal(self.base._module, [layer._module for layer in self.layers], tokens)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Through a trace, which runs the edits; `_logits` calls the module below them."""
