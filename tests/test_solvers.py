@@ -272,6 +272,19 @@ def test_dense_needs_fewer_than_six_matrices(texts, monkeypatch):
 
 
 @pytest.mark.real_model
+def test_memory_for_a_longer_text_on_a_real_model(smol):
+    """Neither logits of all its tokens nor keys and values for each gradient come with it."""
+    d, ids = 576, list(range(100, 124))
+    model, pairs = smol(discover_hosts()[0]), sl.Pairs([ids], [ids[:-2]])
+
+    def held(solver):
+        return peak(lambda: sl.lqr(model, pairs, solver=solver, linearize_on=1, progress=False)) / 4
+
+    assert held("dense") < 6 * d * d
+    assert held("output") < 3 * d * d
+
+
+@pytest.mark.real_model
 def test_output_gains_on_a_real_model(host, smol, texts):
     pairs = sl.Pairs(texts["texts_pos"], texts["texts_neg"])
     expected = load_file(DATA / "control.safetensors")["g_output/single/q0.1_r1_qf0.1"]
