@@ -67,8 +67,8 @@ def when(controller: Controller, *gates: Gate) -> Controller:
         with steer(model, when(caa(model, pairs), gate(model, harmful_and_harmless))): ...
 
     Decided row by row on the unsteered prompt, and kept while tokens are generated. Besides the signals of its method
-    each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured: of two conditions of
-    one kind the last one's, and for an inverted gate what the gate itself measured.
+    each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured, the second `score`
+    as `score2`; for an inverted gate what the gate itself measured.
 
     Raises:
         TypeError: not a controller, or something that is not a gate.

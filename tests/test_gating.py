@@ -90,6 +90,16 @@ def test_gates_multiply(case, prompts):
     assert torch.equal(run(case, never, IDS)[0], case.logits(IDS))
 
 
+def test_each_gate_records_what_it_measured(case, prompts):
+    first, second = (sl.gate(case.model, prompts, layers=layer) for layer in (0, 1))
+    controller = sl.caa(case.model, case.data, layers=2, where="all")
+    alone = [run(case, sl.when(controller, gate), IDS)[1]["blocks.2.hook_steer_score"] for gate in (first, second)]
+    record = run(case, sl.when(controller, first, second), IDS)[1]
+    both = [record[f"blocks.2.hook_steer_{name}"] for name in ("score", "score2")]
+    torch.testing.assert_close(both, alone, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(alone[0][:, -1], alone[1][:, -1])
+
+
 @pytest.mark.parametrize("layer", [0, 2], ids=["before", "behind"])
 def test_the_decision_holds_for_a_generation(case, prompts, layer):
     """With a KV cache and without, the gate stays as the prompt left it, whatever is generated."""

@@ -166,8 +166,21 @@ class Loop:
         """Names of what it reports besides the control: the law's signals, then those of its gates."""
         if not self.gates:
             return self.law.signals
-        own = [name for gate in self.gates for name in gate.condition.signals]
+        own = [name for names in self.measured for name in names.values()]
         return tuple(dict.fromkeys([*self.law.signals, "gate", *own]))
+
+    @property
+    def measured(self) -> list[dict[str, str]]:
+        """What each gate's condition reports, and its name here: the second `score` is `score2`."""
+        taken = dict.fromkeys(self.law.signals, 1)
+        tables = []
+        for gate in self.gates:
+            table = {}
+            for name in gate.condition.signals:
+                taken[name] = count = taken.get(name, 0) + 1
+                table[name] = name if count == 1 else f"{name}{count}"
+            tables.append(table)
+        return tables
 
     @property
     def summaries(self) -> list[Summary]:

@@ -175,8 +175,9 @@ class Pass:
         u, signals = self._law(turn, seen)
         for schedule in turn.schedules:
             u = u * _over(schedule.to(seen).at(self.positions.steps())[:, part], u)
-        for number, (gate, fitted) in enumerate(turn.gates):
-            decided, said = self._decision((turn.index, number), gate, fitted, seen)
+        for number, (gate, fitted, table) in enumerate(turn.gates):
+            decided, measured = self._decision((turn.index, number), gate, fitted, seen)
+            said = {name: measured[own] for own, name in table.items()}
             u = u * _over(decided[:, None], u)
             before = signals.get("gate", torch.ones(u.shape[:2], dtype=u.dtype, device=u.device))
             signals = {**signals, **said, "gate": decided[:, None] * before}

@@ -69,7 +69,7 @@ class Turn:
         self.plain = not (loop.gates or loop.schedules or loop.summary or loop.tangent)
         self.names = names
         self.law = Fitted(loop.law)
-        self.gates = [(gate, Fitted(gate)) for gate in loop.gates]
+        self.gates = [(gate, Fitted(gate), table) for gate, table in zip(loop.gates, loop.measured, strict=True)]
         self.schedules = [Fitted(schedule) for schedule in loop.schedules]
 
 
