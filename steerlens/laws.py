@@ -66,7 +66,7 @@ class FactoredFeedback(Law):
 
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = (e @ inputs') @ outputs`"""
-        _, signals = self.setpoint.measure(x, memory)
+        signals = _said(self.setpoint, x, memory)
         return linear(self.setpoint.error(x, memory), self.inputs) @ self.outputs, signals
 
 
@@ -99,9 +99,12 @@ class Preview(Law):
 
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = (targets - inputs x) @ outputs`"""
-        _, signals = self.setpoint.measure(x, memory)
         c = self.targets - linear(x, self.inputs)
-        return c @ self.outputs, {**signals, "predicted_error": torch.linalg.vector_norm(c, dim=-1)}
+        u = c @ self.outputs
+        if not memory.get("observed", True):
+            return u, {}
+        error = torch.linalg.vector_norm(c, dim=-1)
+        return u, {**_said(self.setpoint, x, memory), "predicted_error": error}
 
 
 class Pid(Law):
@@ -141,7 +144,6 @@ class Pid(Law):
 
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = kp e + ki s + kd (e - e_before)`"""
-        _, signals = self.setpoint.measure(x, memory)
         e = self.setpoint.error(x, memory)
         before = memory.get("pid_error")
         if before is None and self.carry:
@@ -154,11 +156,18 @@ class Pid(Law):
         if self.carry:
             memory["sequence"]["pid_error"] = e[:, -1:].detach()
         u = self.kp * e + self.ki * total + self.kd * change
+        if not memory.get("observed", True):
+            return u, {}
         norms = {
             "integral": torch.linalg.vector_norm(total, dim=-1),
             "derivative": torch.linalg.vector_norm(change, dim=-1),
         }
-        return u, {**signals, **norms}
+        return u, {**_said(self.setpoint, x, memory), **norms}
+
+
+def _said(setpoint: Setpoint, x: Tensor, memory: Memory) -> dict[str, Tensor]:
+    """The signals of a setpoint whose coordinates are not needed."""
+    return setpoint.measure(x, memory)[1] if memory.get("observed", True) else {}
 
 
 class Add(Law):
@@ -199,4 +208,5 @@ class Project(Law):
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = (r - x) B' B`"""
         c = (self.reference - x) @ self.basis.T
-        return c @ self.basis, {"projection": torch.linalg.vector_norm(c, dim=-1)}
+        u = c @ self.basis
+        return u, {"projection": torch.linalg.vector_norm(c, dim=-1)} if memory.get("observed", True) else {}

@@ -73,7 +73,7 @@ class Joint(Setpoint):
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = linear(self.levels - projection, self.inverse)
-        return c, _signals(c @ self.basis, projection)
+        return c, _signals(c, self.basis, projection) if memory.get("observed", True) else {}
 
 
 class Independent(Setpoint):
@@ -106,13 +106,13 @@ class Independent(Setpoint):
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = self.levels - projection
-        return c, _signals(c @ self.basis, projection)
+        return c, _signals(c, self.basis, projection) if memory.get("observed", True) else {}
 
 
-def _signals(e: Tensor, projection: Tensor) -> dict[str, Tensor]:
+def _signals(c: Tensor, basis: Tensor, projection: Tensor) -> dict[str, Tensor]:
     """One number per token each, so that all of them are recorded as scalars."""
     single = {f"projection_{index}": value for index, value in enumerate(projection.unbind(-1))}
-    return {"error": torch.linalg.vector_norm(e, dim=-1), **single}
+    return {"error": torch.linalg.vector_norm(c @ basis, dim=-1), **single}
 
 
 class Angle(Setpoint):
@@ -140,12 +140,13 @@ class Angle(Setpoint):
         """`[... d] -> ([... 2], signals)`"""
         p = linear(x, self.basis)
         c = torch.linalg.vector_norm(p, dim=-1, keepdim=True) * self.target - p
-        signals = {
+        if not memory.get("observed", True):
+            return c, {}
+        return c, {
             "error": torch.linalg.vector_norm(c, dim=-1),
             "projection": p[..., 0],
             "angle_rad": torch.atan2(p[..., 1], p[..., 0]),
         }
-        return c, signals
 
 
 class Point(Setpoint):
@@ -174,7 +175,7 @@ class Point(Setpoint):
     def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`[... d] -> ([... d], signals)`"""
         e = self.point - x
-        return e, {"error": torch.linalg.vector_norm(e, dim=-1)}
+        return e, {"error": torch.linalg.vector_norm(e, dim=-1)} if memory.get("observed", True) else {}
 
     def error(self, x: Tensor, memory: Memory) -> Tensor:
         """`r - x`"""

@@ -57,7 +57,8 @@ class Setpoint(Part):
 
         e = r - x = c @ basis,   basis: [m d], rows of unit norm
 
-    A subclass is final, holds tensors and numbers only, and defines `basis` and `measure`.
+    A subclass is final, holds tensors and numbers only, and defines `basis` and `measure`. What a law is told about
+    `memory` holds here too.
 
     Attributes:
         signals: Names of what `measure` reports besides the coordinates; `"error"` is among them.
@@ -84,6 +85,7 @@ class Law(Part):
     A subclass is final, holds tensors, numbers, strings and setpoints only, and defines `act`. It sees float32 (or
     float64) states and knows neither layer nor host nor token positions; `memory` is a dict that all loops of its
     controller share during one forward pass, and `memory["sequence"]` one that lives until the sequence ends.
+    `memory["observed"]` is False where nobody asks for signals, which need not be returned then.
 
     Attributes:
         signals: Names that `act` returns besides the control itself, each a tensor `[...]` or `[... k]`.

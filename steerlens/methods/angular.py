@@ -116,7 +116,7 @@ class Turn(Law):
         radius = (c.square().sum(-1, keepdim=True) + 1e-30).sqrt()
         wanted = torch.cat([radius * math.cos(self.angle_rad), radius * math.sin(self.angle_rad)], dim=-1)
         u = (wanted - c) @ self.plane
-        signals = {"angle_rad": torch.atan2(c[..., 1], c[..., 0])}
+        signals = {"angle_rad": torch.atan2(c[..., 1], c[..., 0])} if memory.get("observed", True) else {}
         if not self.adaptive:
             return u, signals
         gate = (c[..., 0] > 0).to(x.dtype)

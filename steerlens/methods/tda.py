@@ -108,7 +108,8 @@ class Dynamic(Law):
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = (m - 1) * a`"""
         kept = (self.norms * memory["summary"] > self.threshold).to(x.dtype)
-        return (kept[:, None] - 1) * x, {"kept": kept.mean(-1)[:, None].expand(-1, x.shape[1])}
+        u = (kept[:, None] - 1) * x
+        return u, {"kept": kept.mean(-1)[:, None].expand(-1, x.shape[1])} if memory.get("observed", True) else {}
 
 
 def tail_threshold(activations: Tensor, writes: Tensor, error: float) -> float:

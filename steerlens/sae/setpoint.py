@@ -84,6 +84,8 @@ class Feature(Setpoint):
             for _ in range(ROUNDS - 1):
                 moved = x + c @ self.basis
                 c = c + linear((goal - self.preactivation(moved)) * self._scale(moved), self.inverse.T)
+        if not memory.get("observed", True):
+            return c, {}
         error = torch.linalg.vector_norm(c @ self.basis, dim=-1)
         readings = zip(self.signals[1:], self.reading(z).unbind(-1), strict=True)
         return c, {"error": error, **dict(readings)}
