@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Law, Memory
+from steerlens.core.law import Law, Memory, observed
 from steerlens.fields import Field
 
 #: Field evaluations per step of each solver.
@@ -57,7 +57,7 @@ class Flow(Law):
         start, outside = self.field.enter(x)
         end = self.follow(start)
         u = self.field.leave(start, end, outside)
-        if not memory.get("observed", True):
+        if not observed(memory):
             return u, {}
         return u, {
             "barrier_before": self.field.level(start),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steerlens.core.law import Law, Memory, Setpoint
+from steerlens.core.law import Law, Memory, Setpoint, observed
 
 
 class Feedback(Law):
@@ -66,8 +66,8 @@ class FactoredFeedback(Law):
 
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = (e @ inputs') @ outputs`"""
-        signals = _said(self.setpoint, x, memory)
-        return linear(self.setpoint.error(x, memory), self.inputs) @ self.outputs, signals
+        u = linear(self.setpoint.error(x, memory), self.inputs) @ self.outputs
+        return u, self.setpoint.measure(x, memory)[1] if observed(memory) else {}
 
 
 class Preview(Law):
@@ -101,10 +101,10 @@ class Preview(Law):
         """`u = (targets - inputs x) @ outputs`"""
         c = self.targets - linear(x, self.inputs)
         u = c @ self.outputs
-        if not memory.get("observed", True):
+        if not observed(memory):
             return u, {}
-        error = torch.linalg.vector_norm(c, dim=-1)
-        return u, {**_said(self.setpoint, x, memory), "predicted_error": error}
+        _, signals = self.setpoint.measure(x, memory)
+        return u, {**signals, "predicted_error": torch.linalg.vector_norm(c, dim=-1)}
 
 
 class Pid(Law):
@@ -156,18 +156,14 @@ class Pid(Law):
         if self.carry:
             memory["sequence"]["pid_error"] = e[:, -1:].detach()
         u = self.kp * e + self.ki * total + self.kd * change
-        if not memory.get("observed", True):
+        if not observed(memory):
             return u, {}
+        _, signals = self.setpoint.measure(x, memory)
         norms = {
             "integral": torch.linalg.vector_norm(total, dim=-1),
             "derivative": torch.linalg.vector_norm(change, dim=-1),
         }
-        return u, {**_said(self.setpoint, x, memory), **norms}
-
-
-def _said(setpoint: Setpoint, x: Tensor, memory: Memory) -> dict[str, Tensor]:
-    """The signals of a setpoint whose coordinates are not needed."""
-    return setpoint.measure(x, memory)[1] if memory.get("observed", True) else {}
+        return u, {**signals, **norms}
 
 
 class Add(Law):
@@ -209,4 +205,4 @@ class Project(Law):
         """`u = (r - x) B' B`"""
         c = (self.reference - x) @ self.basis.T
         u = c @ self.basis
-        return u, {"projection": torch.linalg.vector_norm(c, dim=-1)} if memory.get("observed", True) else {}
+        return u, {"projection": torch.linalg.vector_norm(c, dim=-1)} if observed(memory) else {}

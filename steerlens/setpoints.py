@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steerlens.core.law import Memory, Setpoint
+from steerlens.core.law import Memory, Setpoint, observed
 
 
 class Level(Setpoint):
@@ -37,7 +37,7 @@ class Level(Setpoint):
         """`[... d] -> ([... 1], signals)`"""
         projection = linear(x, self.basis)
         c = self.level - projection
-        if not memory.get("observed", True):
+        if not observed(memory):
             return c, {}
         return c, {"error": c[..., 0].abs(), "projection": projection[..., 0]}
 
@@ -73,7 +73,7 @@ class Joint(Setpoint):
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = linear(self.levels - projection, self.inverse)
-        return c, _signals(c, self.basis, projection) if memory.get("observed", True) else {}
+        return c, _signals(c, self.basis, projection) if observed(memory) else {}
 
 
 class Independent(Setpoint):
@@ -106,7 +106,7 @@ class Independent(Setpoint):
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = self.levels - projection
-        return c, _signals(c, self.basis, projection) if memory.get("observed", True) else {}
+        return c, _signals(c, self.basis, projection) if observed(memory) else {}
 
 
 def _signals(c: Tensor, basis: Tensor, projection: Tensor) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class Angle(Setpoint):
         """`[... d] -> ([... 2], signals)`"""
         p = linear(x, self.basis)
         c = torch.linalg.vector_norm(p, dim=-1, keepdim=True) * self.target - p
-        if not memory.get("observed", True):
+        if not observed(memory):
             return c, {}
         return c, {
             "error": torch.linalg.vector_norm(c, dim=-1),
@@ -175,7 +175,7 @@ class Point(Setpoint):
     def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`[... d] -> ([... d], signals)`"""
         e = self.point - x
-        return e, {"error": torch.linalg.vector_norm(e, dim=-1)} if memory.get("observed", True) else {}
+        return e, {"error": torch.linalg.vector_norm(e, dim=-1)} if observed(memory) else {}
 
     def error(self, x: Tensor, memory: Memory) -> Tensor:
         """`r - x`"""

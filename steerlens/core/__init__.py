@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steerlens.core.aside import Companion
 from steerlens.core.controller import Controller
-from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors, tensors_of
+from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors, observed, tensors_of
 from steerlens.core.passing import Pass
 from steerlens.core.positions import PROMPT_ONLY, Positions, check_where
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
@@ -35,5 +35,6 @@ __all__ = [
     "check_where",
     "map_tensors",
     "name_signals",
+    "observed",
     "tensors_of",
 ]

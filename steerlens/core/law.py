@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 Memory = dict[str, Any]
 
 
+def observed(memory: Memory) -> bool:
+    """Whether somebody asks for signals; where nobody does, a law or setpoint may return none of them."""
+    return memory.get("observed", True)
+
+
+def numbered(name: str, taken: dict[str, int]) -> str:
+    """A name, with its count behind it from the second time on: `score`, `score2`. `taken` counts."""
+    taken[name] = count = taken.get(name, 0) + 1
+    return name if count == 1 else f"{name}{count}"
+
+
 class Part:
     """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
 
@@ -85,7 +96,7 @@ class Law(Part):
     A subclass is final, holds tensors, numbers, strings and setpoints only, and defines `act`. It sees float32 (or
     float64) states and knows neither layer nor host nor token positions; `memory` is a dict that all loops of its
     controller share during one forward pass, and `memory["sequence"]` one that lives until the sequence ends.
-    `memory["observed"]` is False where nobody asks for signals, which need not be returned then.
+    Signals need to be returned only if `observed(memory)`.
 
     Attributes:
         signals: Names that `act` returns besides the control itself, each a tensor `[...]` or `[... k]`.
@@ -175,14 +186,7 @@ class Loop:
     def measured(self) -> list[dict[str, str]]:
         """What each gate's condition reports, and its name here: the second `score` is `score2`."""
         taken = dict.fromkeys(self.law.signals, 1)
-        tables = []
-        for gate in self.gates:
-            table = {}
-            for name in gate.condition.signals:
-                taken[name] = count = taken.get(name, 0) + 1
-                table[name] = name if count == 1 else f"{name}{count}"
-            tables.append(table)
-        return tables
+        return [{name: numbered(name, taken) for name in gate.condition.signals} for gate in self.gates]
 
     @property
     def summaries(self) -> list[Summary]:

@@ -200,8 +200,7 @@ class Pass:
     def _publish(self, names: dict[str, str], u: Tensor, signals: dict[str, Tensor]) -> Tensor:
         """Show the signals to the host's hook points, which may change `u`, and log them."""
         u = self._emit("u", names["u"], u)
-        flat = u if u.ndim == 3 else u.flatten(2)
-        norm = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.promote_types(u.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(u.flatten(2), dim=-1, dtype=torch.promote_types(u.dtype, torch.float32))
         self._emit("u_norm", names["u_norm"], norm)
         for signal, value in signals.items():
             if signal in names:

@@ -28,8 +28,7 @@ class Record(Mapping):
 
     def put(self, name: str, value: Tensor) -> None:
         """Keep one pass's values of one signal."""
-        # asked first because detaching costs as much as a law's own arithmetic
-        self.pieces.setdefault(name, []).append(value.detach() if value.requires_grad else value)
+        self.pieces.setdefault(name, []).append(value.detach())
 
     def __getitem__(self, name: str) -> Tensor:
         pieces = self.pieces[name]

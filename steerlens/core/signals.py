@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steerlens.core.law import Loop
+from steerlens.core.law import Loop, numbered
 from steerlens.core.sites import Site
 
 #: Signals of every loop: the control in the model's dtype, and its Euclidean norm over all but batch and position.
@@ -35,8 +35,7 @@ class SiteSignals:
             if len(loops) == 1:
                 self.own.append({name: stem + name for name in names})
                 continue
-            taken[loop.name] = count = taken.get(loop.name, 0) + 1
-            prefix = loop.name if count == 1 else f"{loop.name}{count}"
+            prefix = numbered(loop.name, taken)
             self.own.append({name: f"{stem}{prefix}_{name}" for name in names})
             self.total.update({name: stem + name for name in names if name in TOTALS})
 

@@ -58,6 +58,11 @@ class BridgeHost(LensHost):
         # enable_compatibility_mode() leaves cfg.normalization_type as it was
         self.processed = bool(getattr(model, "_weights_processed", False)) or _folded(model.cfg)
 
+    @property
+    def _base(self) -> nn.Module:
+        """The Hugging Face base model inside: everything but the unembedding."""
+        return self.model.original_model.base_model
+
     def modules(self) -> Mapping[str, nn.Module]:
         """The Bridge's registry with TransformerLens's names, which sae-lens's own Bridge leaves out."""
         return TransformerBridge.hook_dict.fget(self.model)
@@ -90,7 +95,7 @@ class BridgeHost(LensHost):
     def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
         """Through a pre-hook on the Hugging Face base model, which sees mask and cache however it was called."""
 
-        base = self.model.original_model.base_model
+        base = self._base
         kept: dict[int, Any] = {}
 
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,7 +118,7 @@ class BridgeHost(LensHost):
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
-        return hf.nominal(self.model.original_model.base_model, list(self.model.blocks), tokens)
+        return hf.nominal(self._base, list(self.model.blocks), tokens)
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:
@@ -123,7 +128,7 @@ class BridgeHost(LensHost):
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         if stop is None:  # with return_type=None the Bridge computes logits and drops them
-            self.model.original_model.base_model(input_ids=ids, use_cache=False)
+            self._base(input_ids=ids, use_cache=False)
         else:
             self.model(ids, stop_at_layer=stop)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Loop, Memory, Site
+from steerlens.core import Controller, Law, Loop, Memory, Site, observed
 from steerlens.fitting import contrast_means, every_layer, recipe, resolve
 
 CARD = Card(needs="sets", points=("resid_pre", "resid_mid"))
@@ -116,7 +116,7 @@ class Turn(Law):
         radius = (c.square().sum(-1, keepdim=True) + 1e-30).sqrt()
         wanted = torch.cat([radius * math.cos(self.angle_rad), radius * math.sin(self.angle_rad)], dim=-1)
         u = (wanted - c) @ self.plane
-        signals = {"angle_rad": torch.atan2(c[..., 1], c[..., 0])} if memory.get("observed", True) else {}
+        signals = {"angle_rad": torch.atan2(c[..., 1], c[..., 0])} if observed(memory) else {}
         if not self.adaptive:
             return u, signals
         gate = (c[..., 0] > 0).to(x.dtype)

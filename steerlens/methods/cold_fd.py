@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import POINTS, Controller, Direction, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Direction, Law, Loop, Memory, observed
 from steerlens.fitting import check_option, mean_norm, pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
@@ -155,7 +155,7 @@ class Drift(Law):
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = -n dx`"""
         u = -self.norm * memory["tangent"]
-        if not memory.get("observed", True):
+        if not observed(memory):
             return u, {}
         whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
         return u, {"relative": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Loop, Memory, Site, Summary
+from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
 from steerlens.fitting import check_option, contrast_means, every_layer, recipe, resolve
 
 #: Component -> points of the block where its elements are; the first is the default.
@@ -139,7 +139,7 @@ class Scale(Law):
     def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """`u = m * x`"""
         u = self.mask * x
-        if not memory.get("observed", True):
+        if not observed(memory):
             return u, {}
         # a zero state has no share; the smallest normal number keeps the quotient finite
         whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerlens.card import Card
 from steerlens.contrast import Pairs
-from steerlens.core import Controller, Law, Loop, Memory, Site, Summary
+from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
 from steerlens.fitting import contrast_states, every_layer, recipe, resolve
 
 CARD = Card(needs="sets", points=("mlp_post",), derivatives="weights")
@@ -109,7 +109,7 @@ class Dynamic(Law):
         """`u = (m - 1) * a`"""
         kept = (self.norms * memory["summary"] > self.threshold).to(x.dtype)
         u = (kept[:, None] - 1) * x
-        return u, {"kept": kept.mean(-1)[:, None].expand(-1, x.shape[1])} if memory.get("observed", True) else {}
+        return u, {"kept": kept.mean(-1)[:, None].expand(-1, x.shape[1])} if observed(memory) else {}
 
 
 def tail_threshold(activations: Tensor, writes: Tensor, error: float) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steerlens.core.law import Memory, Setpoint
+from steerlens.core.law import Memory, Setpoint, observed
 
 #: Rounds of `measure` where the input is normalised. Each leaves a share of the miss of the order of |u| / |x|.
 ROUNDS = 30
@@ -84,7 +84,7 @@ class Feature(Setpoint):
             for _ in range(ROUNDS - 1):
                 moved = x + c @ self.basis
                 c = c + linear((goal - self.preactivation(moved)) * self._scale(moved), self.inverse.T)
-        if not memory.get("observed", True):
+        if not observed(memory):
             return c, {}
         error = torch.linalg.vector_norm(c @ self.basis, dim=-1)
         readings = zip(self.signals[1:], self.reading(z).unbind(-1), strict=True)
