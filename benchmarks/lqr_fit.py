@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steerlens as sl
-from steerlens.fitting import contrast_means
+from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
 from steerlens.models import smollm2, tiny
 from steerlens.testing import peak

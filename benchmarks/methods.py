@@ -24,13 +24,13 @@ import common
 import torch
 
 import steerlens as sl
-from steerlens.barriers import exact_barrier, truncate
-from steerlens.catalogue import MEASURED
+from steerlens.cli.catalogue import MEASURED
 from steerlens.core import map_tensors
-from steerlens.fields import Quadratic
-from steerlens.flows import Flow
+from steerlens.flow.barriers import exact_barrier, truncate
+from steerlens.flow.fields import Quadratic
+from steerlens.flow.flows import Flow
+from steerlens.flow.sketch import TensorSketch
 from steerlens.models import smollm2
-from steerlens.sketch import TensorSketch
 from steerlens.testing import Case, discover_methods
 
 PAIRS = 32

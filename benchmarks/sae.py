@@ -17,7 +17,7 @@ from torch import Tensor
 
 import steerlens as sl
 from steerlens.core import Controller, Loop
-from steerlens.laws import Add
+from steerlens.laws.feedback import Add
 from steerlens.models import smollm2, smollm2_sae
 
 TOKENS = 24

@@ -9,15 +9,17 @@ from __future__ import annotations
 import sys
 
 from steerlens import diagnose
-from steerlens.conditions import Resemblance, Side
-from steerlens.contrast import Pairs, shipped
+from steerlens.control.linearization import Linearization, linearize
 from steerlens.core import Condition, Controller, Gate, Law, Loop, Record, Setpoint, Site, Summary
-from steerlens.fields import Field
-from steerlens.flows import Flow
+from steerlens.core.package import Package
+from steerlens.fit.contrast import Pairs, shipped
+from steerlens.flow.fields import Field
+from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
-from steerlens.laws import Add, FactoredFeedback, Feedback, Pid, Preview, Project
-from steerlens.linearization import Linearization, linearize
+from steerlens.laws.conditions import Resemblance, Side
+from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
+from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.methods import (
     ablation,
     actadd,
@@ -40,9 +42,7 @@ from steerlens.methods import (
     tda,
     track,
 )
-from steerlens.package import Package
 from steerlens.sae import Feature, Target, describe, feature, hold, lead, rank_features, watch
-from steerlens.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.steering import Run, apply, steer
 from steerlens.version import __version__
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.conditions import Side
-from steerlens.contrast import Pairs
 from steerlens.core import PROMPT_ONLY, Controller, Gate, Schedule, Site, Summary, check_where
-from steerlens.fitting import check_contrast, check_finite, check_option, every_layer, resolve
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import check_contrast, check_finite, check_option, every_layer, resolve
 from steerlens.hosts import Host
+from steerlens.laws.conditions import Side
 
 #: How a prompt is pooled -> the tokens whose mean it is.
 POOLS = {"mean": "prompt", "last": "last_prompt"}

@@ -114,14 +114,14 @@ class Apply:
                 f"apply() steers from inside a block of nnsight; a {type(host.model).__name__} is steered with "
                 "steer(model, controller)"
             )
-        from steerlens.hosts.explicit import apply_here
+        from steerlens.hosts.traced.explicit import apply_here
 
         options = {"where": where, "strength": strength, "record": record, "trust": trust}
         return apply_here(_prepare, host.model, controller, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What stands for it on a server: functions that travel."""
-        from steerlens.hosts.explicit import apply_here
+        from steerlens.hosts.traced.explicit import apply_here
 
         return partial, (apply_here, _prepare)
 
@@ -168,7 +168,7 @@ class Run:
 
     def to_cache(self) -> Any:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
-        from steerlens.hosts.lens import activation_cache
+        from steerlens.hosts.lens.models import activation_cache
 
         return activation_cache(self.record, self._host.model, self._host.n_layers)
 

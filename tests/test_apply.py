@@ -164,7 +164,7 @@ def test_other_hosts_are_sent_to_steer(host, tiny_model):
 def test_the_package_as_a_value_has_apply_only():
     """nnsight registers the package to be sent, so this is what pickle makes of `sl` in a block."""
     stand_in = pickle.loads(pickle.dumps(sl))
-    assert stand_in.apply.func is importlib.import_module("steerlens.hosts.explicit").apply_here
+    assert stand_in.apply.func is importlib.import_module("steerlens.hosts.traced.explicit").apply_here
     with pytest.raises(AttributeError, match=r"a server has no steerlens\.Controller: .* from steerlens import Con"):
         stand_in.Controller  # noqa: B018
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from steerlens.card import Card
-from steerlens.catalogue import END, START, measured, method_card, method_table, write_table
+from steerlens.cli.catalogue import END, START, measured, method_card, method_table, write_table
+from steerlens.fit.card import Card
 from steerlens.testing import discover_methods
 
 README = Path(__file__).parents[1] / "README.md"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.fit.objectives import labelled, objective
 from steerlens.hosts import host_of
-from steerlens.laws import Add
+from steerlens.laws.feedback import Add
 from steerlens.methods.cold_kernel import Kernel, example_gradients
-from steerlens.objectives import labelled, objective
 from steerlens.testing import Case, snapshot
 
 SITE = sl.Site(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.contrast import tokenize
+from steerlens.fit.contrast import tokenize
 from steerlens.hosts import host_of
 
 

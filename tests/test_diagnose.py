@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.control.riccati import CostToGo
 from steerlens.core import Law, Setpoint
 from steerlens.diagnose import Lyapunov, closed_loop, linearity, similarity, tracking, tracking_bound
 from steerlens.hosts import Nominal, host_of
 from steerlens.hosts.base import Host
 from steerlens.models import tiny
-from steerlens.riccati import CostToGo
 from steerlens.testing import Case
 
 T, D = 5, 24

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from steerlens.barriers import cosine_barrier, diagonal, exact_barrier, truncate
-from steerlens.fields import Polynomial, Quadratic
-from steerlens.flows import SOLVERS, Flow, angle, integrate
-from steerlens.sketch import Sketched, TensorSketch
+from steerlens.flow.barriers import cosine_barrier, diagonal, exact_barrier, truncate
+from steerlens.flow.fields import Polynomial, Quadratic
+from steerlens.flow.flows import SOLVERS, Flow, angle, integrate
+from steerlens.flow.sketch import Sketched, TensorSketch
 
 D = 24
 EXACT = {"rtol": 0, "atol": 1e-12}

@@ -9,7 +9,7 @@ import steerlens as sl
 from steerlens.core import Schedule
 from steerlens.gating import best_separating
 from steerlens.hosts import host_of
-from steerlens.laws import Add
+from steerlens.laws.feedback import Add
 from steerlens.methods.cast import pairwise_component
 from steerlens.methods.tda import Dynamic, tail_threshold
 from steerlens.testing import Case, discover_hosts, padding

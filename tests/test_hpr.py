@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from steerlens import Pairs, hpr, shipped, steer
-from steerlens.flows import angle
-from steerlens.logistic import linear_probe
+from steerlens.fit.logistic import linear_probe
+from steerlens.flow.flows import angle
 from steerlens.methods.hpr import PseudoRotation, fit_angle, fit_probe, predict_angle, probe_score, rotate
 from steerlens.testing import Case, snapshot
 from tests.conftest import DATA

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from steerlens.hosts import host_of, nominal
-from steerlens.hosts.context import FixedContext, times
+from steerlens.hosts import host_of
+from steerlens.hosts.blocks import nominal
+from steerlens.hosts.blocks.context import FixedContext, times
 from steerlens.models import tiny
 from steerlens.testing import peak
 

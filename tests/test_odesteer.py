@@ -7,10 +7,18 @@ import torch
 from safetensors.torch import load_file
 
 from steerlens import Flow, odesteer, shipped, steer
-from steerlens.barriers import _span, cosine_barrier, diagonal, directions, exact_barrier, sketched_barrier, truncate
-from steerlens.fields import Cosines
-from steerlens.logistic import linear_probe, logistic
-from steerlens.sketch import TensorSketch
+from steerlens.fit.logistic import linear_probe, logistic
+from steerlens.flow.barriers import (
+    _span,
+    cosine_barrier,
+    diagonal,
+    directions,
+    exact_barrier,
+    sketched_barrier,
+    truncate,
+)
+from steerlens.flow.fields import Cosines
+from steerlens.flow.sketch import TensorSketch
 from steerlens.testing import Case
 from tests.conftest import DATA
 

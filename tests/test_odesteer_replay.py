@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from steerlens import Add, Flow
-from steerlens.barriers import _span, diagonal, exact_barrier, sketched_barrier
 from steerlens.core import map_tensors
-from steerlens.fields import Cosines
-from steerlens.logistic import linear_probe
+from steerlens.fit.logistic import linear_probe
+from steerlens.flow.barriers import _span, diagonal, exact_barrier, sketched_barrier
+from steerlens.flow.fields import Cosines
+from steerlens.flow.sketch import Sketched, TensorSketch
 from steerlens.methods.linear_act import Stretch, rank_regression
 from steerlens.methods.mimic import transport
 from steerlens.methods.repe import principal_difference
-from steerlens.sketch import Sketched, TensorSketch
 from tests.conftest import DATA
 
 POLY = {  # components, degree, gamma, coef0

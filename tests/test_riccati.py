@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from steerlens.riccati import CostToGo
+from steerlens.control.riccati import CostToGo
 
 
 @pytest.mark.parametrize("kind", ["scalar", "general"])

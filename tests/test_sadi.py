@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.fitting import contrast_means
+from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
 from steerlens.methods.sadi import Scale, top_k
 from steerlens.testing import Case, padding

@@ -8,7 +8,7 @@ from conftest import DATA
 
 import steerlens as sl
 from steerlens.core import Controller
-from steerlens.laws import Feedback
+from steerlens.laws.feedback import Feedback
 
 pytestmark = pytest.mark.real_model
 

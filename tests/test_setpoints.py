@@ -10,7 +10,7 @@ from conftest import DATA
 from safetensors.torch import load_file
 
 import steerlens as sl
-from steerlens import targets
+from steerlens.control import targets
 from steerlens.testing import Case, checks, discover_hosts
 
 

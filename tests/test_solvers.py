@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steerlens as sl
-from steerlens.hosts import host_of, nominal
-from steerlens.hosts.nominal import SMALL
-from steerlens.lowrank import FeatureCostToGo
+from steerlens.control.lowrank import FeatureCostToGo
+from steerlens.control.regulator import Weights, solve
+from steerlens.control.riccati import CostToGo
+from steerlens.control.targets import Targets
+from steerlens.hosts import host_of
+from steerlens.hosts.blocks import nominal
+from steerlens.hosts.blocks.nominal import SMALL
 from steerlens.methods.lqr import _foresee
 from steerlens.models import tiny
-from steerlens.regulator import Weights, solve
-from steerlens.riccati import CostToGo
-from steerlens.targets import Targets
 from steerlens.testing import Case, discover_hosts, peak
 
 CPU = torch.device("cpu")

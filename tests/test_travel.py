@@ -18,8 +18,8 @@ import steerlens
 from steerlens import Add, Law
 from steerlens.core import Loop, Part, Pass, Positions, Record, Site
 from steerlens.core.signals import SiteSignals
-from steerlens.hosts import hf
-from steerlens.objectives import Labelled, Objective, objective
+from steerlens.fit.objectives import Labelled, Objective, objective
+from steerlens.hosts.blocks import hf
 
 
 def parts():
@@ -47,8 +47,9 @@ def test_what_a_controller_is_made_of_travels(kind):
 
 def test_what_an_edit_runs_travels():
     pytest.importorskip("nnsight")
-    from steerlens.hosts import anatomy, edit, explicit, graph
-    from steerlens.package import Ambassador
+    from steerlens.core.package import Ambassador
+    from steerlens.hosts.blocks import graph
+    from steerlens.hosts.traced import anatomy, edit, explicit
     from steerlens.steering import _prepare
 
     things = [edit.follow, edit.Tap, graph.pool, explicit.apply_here, _prepare, Ambassador, anatomy.gradients_at]
@@ -135,7 +136,7 @@ class Nameless(Law):
         (Tupled, "dataclass or NamedTuple"),
         (ClientOnly, "names jaxtyping, which a server lacks"),
         (Nameless, "cannot be sent by its name"),
-        (Moduled, "names the module steerlens.hosts.hf"),
+        (Moduled, "names the module steerlens.hosts.blocks.hf"),
     ],
 )
 def test_the_walk_sees_each_forbidden_construct(law, words):

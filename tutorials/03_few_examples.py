@@ -15,11 +15,11 @@ from clerk import EXCHANGES, UNSEEN, pairs_of
 from plotly.subplots import make_subplots
 
 import steerlens as sl
-from steerlens.fitting import contrast_means
+from steerlens.fit.objectives import labelled, objective
+from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
 from steerlens.methods.sadi import top_k
 from steerlens.models import smollm2
-from steerlens.objectives import labelled, objective
 
 torch.set_num_threads(1)
 model = smollm2()

@@ -12,12 +12,12 @@ import plotly.graph_objects as go
 import torch
 
 import steerlens as sl
-from steerlens.barriers import exact_barrier, sketched_barrier, truncate
-from steerlens.fitting import contrast_states
-from steerlens.flows import angle
+from steerlens.fit.reading import contrast_states
+from steerlens.flow.barriers import exact_barrier, sketched_barrier, truncate
+from steerlens.flow.flows import angle
+from steerlens.flow.sketch import TensorSketch
 from steerlens.hosts import host_of
 from steerlens.models import smollm2
-from steerlens.sketch import TensorSketch
 
 torch.set_num_threads(2)
 model = smollm2()

@@ -12,7 +12,7 @@ import torch
 
 import steerlens as sl
 from steerlens.core import Loop
-from steerlens.laws import Add
+from steerlens.laws.feedback import Add
 from steerlens.models import smollm2, smollm2_sae
 
 torch.set_num_threads(2)

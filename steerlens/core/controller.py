@@ -231,6 +231,7 @@ def _unpack(entry: dict[str, Any], tensors: dict[str, Tensor], known: dict[str, 
 def _own_class(path: str) -> type[Part]:
     """A part defined in steerlens; nothing outside the package is imported for a file."""
     module, _, name = path.rpartition(".")
+    module = _MOVED.get(module, module)
     kind = None
     if module.split(".")[0] == "steerlens":
         try:
@@ -240,3 +241,14 @@ def _own_class(path: str) -> type[Part]:
     if not (isinstance(kind, type) and issubclass(kind, Part)):
         raise ValueError(f"the file uses {path}, which this steerlens lacks; pass your own classes as laws=[...]")
     return kind
+
+
+#: Where files of format 2 look for classes that have moved since.
+_MOVED = {
+    "steerlens.laws": "steerlens.laws.feedback",
+    "steerlens.setpoints": "steerlens.laws.setpoints",
+    "steerlens.conditions": "steerlens.laws.conditions",
+    "steerlens.fields": "steerlens.flow.fields",
+    "steerlens.flows": "steerlens.flow.flows",
+    "steerlens.sketch": "steerlens.flow.sketch",
+}

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.contrast import Text, tokenize
 from steerlens.core import Controller
 from steerlens.diagnose.given import Weighted, given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
 from steerlens.diagnose.result import frame
-from steerlens.fitting import resolve
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.reading import resolve
 from steerlens.hosts import Host
 from steerlens.plots import load_plotly
 

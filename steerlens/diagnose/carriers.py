@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.contrast import Text, tokenize
 from steerlens.core import Controller, Site
 from steerlens.diagnose.attribution import listed
 from steerlens.diagnose.components import Components
 from steerlens.diagnose.given import given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
-from steerlens.fitting import every_layer, resolve
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.reading import every_layer, resolve
 from steerlens.hosts import Host
 
 #: Kind of a component -> the point whose state it is a slice of.

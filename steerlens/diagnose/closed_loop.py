@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.control.linearization import Linearization
+from steerlens.control.riccati import CostToGo
 from steerlens.core import Controller, Loop, Setpoint, map_tensors
 from steerlens.diagnose.bound import Lyapunov
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.tracking import Tracking
-from steerlens.laws import Feedback
-from steerlens.linearization import Linearization
-from steerlens.riccati import CostToGo
+from steerlens.laws.feedback import Feedback
 
 
 @dataclass(frozen=True)

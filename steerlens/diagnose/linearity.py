@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steerlens.contrast import Text, tokenize
+from steerlens.control.linearization import Linearization
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_model, exact_dtype
-from steerlens.fitting import resolve
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.reading import resolve
 from steerlens.hosts import Nominal
-from steerlens.linearization import Linearization
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.fitting import resolve
+from steerlens.fit.reading import resolve
 
 #: From the logits of one prompt, `[1 pos vocab]`, to one number.
 Metric = Callable[[Tensor], Tensor]

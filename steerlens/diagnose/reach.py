@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.contrast import Text, tokenize
 from steerlens.core import Controller, Site, name_signals
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_followed, roll
+from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Nominal
 from steerlens.sae import Target
 

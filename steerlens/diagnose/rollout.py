@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.control.linearization import Linearization
 from steerlens.core import Controller, Loop, Pass, Record, Site, map_tensors
 from steerlens.hosts import Host, Nominal
-from steerlens.linearization import Linearization
 
 Block = Callable[[Tensor], Tensor]
 

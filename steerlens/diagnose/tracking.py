@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.contrast import Text, tokenize
+from steerlens.control.linearization import Linearization
 from steerlens.core import Controller, Record, Setpoint, map_tensors
 from steerlens.diagnose.bound import Lyapunov, tracking_bound
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import Rollout, affine, check_followed, close, exact_dtype, plant_of, roll
-from steerlens.fitting import resolve
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.reading import resolve
 from steerlens.hosts import Nominal
-from steerlens.laws import Feedback
-from steerlens.linearization import Linearization
+from steerlens.laws.feedback import Feedback
 
 
 @dataclass(frozen=True)

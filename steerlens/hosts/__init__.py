@@ -7,13 +7,13 @@ import sys
 from typing import Any
 
 from steerlens.hosts.base import Attachment, Host
+from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
-from steerlens.hosts.nominal import Nominal
 
 __all__ = ["Attachment", "Dimensions", "Host", "Nominal", "host_of", "remote"]
 
 #: Library -> the host module that knows it; the only place where they are listed.
-_HOSTS = {"transformer_lens": "steerlens.hosts.lens", "nnsight": "steerlens.hosts.traced"}
+_HOSTS = {"transformer_lens": "steerlens.hosts.lens.models", "nnsight": "steerlens.hosts.traced.model"}
 
 
 def remote(model: Any, server: bool | str = True, *, timeout_s: float = 3600.0) -> Host:

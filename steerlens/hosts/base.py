@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
+from steerlens.hosts.blocks.graph import Place, pooled_gradients
+from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
-from steerlens.hosts.graph import Place, pooled_gradients
-from steerlens.hosts.nominal import Nominal
 
 if TYPE_CHECKING:
-    from steerlens.hosts.learning import Learner
+    from steerlens.hosts.blocks.learning import Learner
 
 
 class Attachment:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import Controller, Loop, Site
-from steerlens.fitting import contrast_means, every_layer, pick_layers, recipe, resolve, unit
-from steerlens.laws import Project
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import contrast_means, every_layer, pick_layers, recipe, resolve, unit
+from steerlens.laws.feedback import Project
 
 CARD = Card(needs="sets", points=("resid_pre", "resid_mid", "resid_post"))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs, tokenize
 from steerlens.core import POINTS, Controller, Loop
-from steerlens.fitting import check_finite, check_paired, pick_layers, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs, tokenize
+from steerlens.fit.reading import check_finite, check_paired, pick_layers, recipe, resolve
 from steerlens.hosts import Host
-from steerlens.laws import Add
+from steerlens.laws.feedback import Add
 
 CARD = Card(needs="pairs", points=POINTS)
 

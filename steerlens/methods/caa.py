@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Law, Loop, Memory
-from steerlens.fitting import check_option, contrast_means, pick_layers, recipe, resolve, unit
-from steerlens.laws import Add
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import check_option, contrast_means, pick_layers, recipe, resolve, unit
+from steerlens.laws.feedback import Add
 
 CARD = Card(needs="sets", points=POINTS)
 

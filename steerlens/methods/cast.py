@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.conditions import Resemblance, resemblance
-from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Gate, Loop, Site, Summary
-from steerlens.fitting import check_paired, contrast_states, every_layer, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import check_paired, contrast_states, every_layer, recipe, resolve
 from steerlens.gating import POOLS, prompt_states
 from steerlens.hosts import Host
-from steerlens.laws import Add
+from steerlens.laws.conditions import Resemblance, resemblance
+from steerlens.laws.feedback import Add
 
 CARD = Card(needs="pairs", points=POINTS)
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Direction, Law, Loop, Memory, observed
-from steerlens.fitting import check_option, mean_norm, pick_layers, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.objectives import Labelled, Objective, labelled, objective
+from steerlens.fit.reading import check_option, mean_norm, pick_layers, recipe, resolve
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
-from steerlens.objectives import Labelled, Objective, labelled, objective
 
 CARD = Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2)
 

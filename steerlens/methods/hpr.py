@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, map_tensors
-from steerlens.fitting import check_paired, contrast_states, every_layer, recipe, resolve
-from steerlens.flows import angle
-from steerlens.logistic import linear_probe
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.logistic import linear_probe
+from steerlens.fit.reading import check_paired, contrast_states, every_layer, recipe, resolve
+from steerlens.flow.flows import angle
 
 CARD = Card(needs="pairs", points=("resid_post",))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Loop, Site
-from steerlens.fitting import contrast_means, every_layer, recipe, resolve, unit
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import contrast_means, every_layer, recipe, resolve, unit
 from steerlens.gating import gate
-from steerlens.laws import Add
+from steerlens.laws.feedback import Add
 
 CARD = Card(needs="sets", points=POINTS, also="at best an aligned model")
 

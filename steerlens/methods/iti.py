@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import Controller, Loop, Site
-from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
-from steerlens.laws import Add
-from steerlens.logistic import linear_probe
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.logistic import linear_probe
+from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
+from steerlens.laws.feedback import Add
 
 CARD = Card(needs="sets", points=("z",))
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Law, Loop, Memory
-from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
 
 #: Keeps a coordinate that never varies in the negative texts at slope 0, as in the authors' code.
 RIDGE = 1e-10

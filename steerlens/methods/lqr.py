@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs, Text, tokenize
+from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
+from steerlens.control.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
+from steerlens.control.targets import Aim, Targets
 from steerlens.core import Controller, Law, Loop, Site
-from steerlens.fitting import every_layer, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs, Text, tokenize
+from steerlens.fit.reading import every_layer, recipe, resolve
 from steerlens.hosts import Host
-from steerlens.laws import Feedback, Preview
-from steerlens.linearization import Blocks, Linearization, Plant, check_plant
-from steerlens.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
-from steerlens.targets import Aim, Targets
+from steerlens.laws.feedback import Feedback, Preview
 
 CARD = Card(needs="sets", points=("resid_post",), derivatives="blocks")
 
@@ -74,7 +74,7 @@ def lqr(
         strength: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
             concept. 0 holds the feature at the origin, which is not the same as no steering: that is `controller * 0`.
         setpoint: `"level"`, as above, or `"angular"`: the state is turned in the plane of v_t and the first principal
-            component of all mean differences, keeping its length there, see `steerlens.setpoints.Angle`.
+            component of all mean differences, keeping its length there, see `steerlens.laws.setpoints.Angle`.
         origin: Where levels are counted from: `"zero"` (the paper), `"negative"` (the negative texts' mean, so that
             strength 1 asks for the positive texts' mean) or `"midpoint"` of the two means.
         angle_deg: Of the angular setpoint: 0 (default) points to the positive texts, 180 away from them.

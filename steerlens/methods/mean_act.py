@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Loop
-from steerlens.fitting import contrast_means, pick_layers, recipe, resolve, unit
-from steerlens.laws import Add
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import contrast_means, pick_layers, recipe, resolve, unit
+from steerlens.laws.feedback import Add
 
 CARD = Card(needs="sets", points=POINTS)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import VECTORS, Card
-from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory
-from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
-from steerlens.logistic import linear_probe
+from steerlens.fit.card import VECTORS, Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.logistic import linear_probe
+from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
 
 CARD = Card(needs="sets", points=VECTORS)
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from steerlens.barriers import cosine_barrier, exact_barrier, sketched_barrier, truncate
-from steerlens.card import VECTORS, Card
-from steerlens.contrast import Pairs
 from steerlens.core import Controller, Loop, map_tensors
-from steerlens.fields import Field, Quadratic
-from steerlens.fitting import contrast_states, pick_layers, recipe, resolve
-from steerlens.flows import Flow, angle
-from steerlens.sketch import TensorSketch
+from steerlens.fit.card import VECTORS, Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
+from steerlens.flow.barriers import cosine_barrier, exact_barrier, sketched_barrier, truncate
+from steerlens.flow.fields import Field, Quadratic
+from steerlens.flow.flows import Flow, angle
+from steerlens.flow.sketch import TensorSketch
 
 CARD = Card(needs="sets", points=VECTORS)
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
+from steerlens.control.targets import Aim
 from steerlens.core import Controller, Loop, Site
-from steerlens.fitting import every_layer, recipe, resolve
-from steerlens.laws import Pid
-from steerlens.targets import Aim
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import every_layer, recipe, resolve
+from steerlens.laws.feedback import Pid
 
 CARD = Card(needs="sets", points=("resid_post",))
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import POINTS, Controller, Loop
-from steerlens.fitting import check_paired, contrast_states, pick_layers, recipe, resolve
-from steerlens.laws import Add
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import check_paired, contrast_states, pick_layers, recipe, resolve
+from steerlens.laws.feedback import Add
 
 CARD = Card(needs="pairs", points=POINTS)
 

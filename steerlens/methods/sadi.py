@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
-from steerlens.fitting import check_option, contrast_means, every_layer, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import check_option, contrast_means, every_layer, recipe, resolve
 
 #: Component -> points of the block where its elements are; the first is the default.
 POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs
 from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
-from steerlens.fitting import contrast_states, every_layer, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import contrast_states, every_layer, recipe, resolve
 
 CARD = Card(needs="sets", points=("mlp_post",), derivatives="weights")
 

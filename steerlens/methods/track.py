@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.card import Card
-from steerlens.contrast import Pairs, Text, tokenize
+from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
+from steerlens.control.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
+from steerlens.control.targets import Aim
 from steerlens.core import Controller, Law, Loop, Site
-from steerlens.fitting import check_finite, every_layer, recipe, resolve
+from steerlens.fit.card import Card
+from steerlens.fit.contrast import Pairs, Text, tokenize
+from steerlens.fit.reading import check_finite, every_layer, recipe, resolve
 from steerlens.hosts import Host
-from steerlens.laws import FactoredFeedback, Feedback
-from steerlens.linearization import Blocks, Linearization, Plant, check_plant
-from steerlens.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
-from steerlens.setpoints import Point
-from steerlens.targets import Aim
+from steerlens.laws.feedback import FactoredFeedback, Feedback
+from steerlens.laws.setpoints import Point
 
 CARD = Card(needs="texts", points=("resid_post",), derivatives="blocks")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from steerlens.contrast import Text, tokenize
 from steerlens.core import Controller, Loop, Site
-from steerlens.fitting import recipe, resolve
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.reading import recipe, resolve
 from steerlens.hosts import Host
-from steerlens.laws import Feedback
+from steerlens.laws.feedback import Feedback
 from steerlens.sae.reading import states_of
 from steerlens.sae.setpoint import Feature
 from steerlens.sae.slices import Origin, Slices, architecture, check_indices, cut, site_of

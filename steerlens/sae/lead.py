@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steerlens.contrast import Text, tokenize
+from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
+from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.core import Controller, Loop, Site
-from steerlens.fitting import every_layer, recipe
-from steerlens.laws import Feedback
-from steerlens.linearization import Blocks, Linearization, Plant, check_plant
-from steerlens.lowrank import FeatureCostToGo
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.reading import every_layer, recipe
+from steerlens.laws.feedback import Feedback
 from steerlens.sae.feature import Target
 from steerlens.sae.setpoint import Feature
 

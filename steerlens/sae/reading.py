@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.contrast import Pairs, Reading, Text, tokenize
 from steerlens.core import Site
-from steerlens.fitting import check_finite, resolve
+from steerlens.fit.contrast import Pairs, Reading, Text, tokenize
+from steerlens.fit.reading import check_finite, resolve
 from steerlens.hosts import Host
 from steerlens.sae.slices import Origin, architecture, check_indices, site_of
 

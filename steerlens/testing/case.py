@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from steerlens import methods
-from steerlens.contrast import Pairs
 from steerlens.core import Controller
+from steerlens.fit.contrast import Pairs
 from steerlens.models import tiny
 from steerlens.steering import Run, steer
 

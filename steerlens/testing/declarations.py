@@ -8,9 +8,9 @@ from unittest.mock import patch
 
 import torch
 
-from steerlens.card import NEEDS, Card
-from steerlens.catalogue import method_card
-from steerlens.contrast import Pairs
+from steerlens.cli.catalogue import method_card
+from steerlens.fit.card import NEEDS, Card
+from steerlens.fit.contrast import Pairs
 from steerlens.hosts import host_of
 from steerlens.testing.case import NEGATIVE, POSITIVE, Case, discover_methods
 

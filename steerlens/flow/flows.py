@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core.law import Law, Memory, observed
-from steerlens.fields import Field
+from steerlens.flow.fields import Field
 
 #: Field evaluations per step of each solver.
 SOLVERS = {"euler": 1, "midpoint": 2, "rk4": 4, "rk4_38": 4, "geodesic": 1}

@@ -8,9 +8,9 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from steerlens.card import DERIVATIVES, NEEDS, VECTORS, Card
-from steerlens.cite import method_sources
+from steerlens.cli.cite import method_sources
 from steerlens.core.sites import POINTS
+from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS, Card
 
 START, END = "<!-- methods: steerlens methods --write README.md -->", "<!-- end of methods -->"
 #: What `benchmarks/methods.py` measured, in `steerlens/data`.
@@ -26,7 +26,7 @@ def method_card(method: str) -> Card:
     method_sources([method])
     card = getattr(importlib.import_module(f"steerlens.methods.{method}"), "CARD", None)
     if not isinstance(card, Card):
-        raise ValueError(f"steerlens/methods/{method}.py has no CARD; see steerlens.card.Card")
+        raise ValueError(f"steerlens/methods/{method}.py has no CARD; see steerlens.fit.card.Card")
     return card
 
 

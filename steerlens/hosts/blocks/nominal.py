@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steerlens.hosts.context import FixedContext
-from steerlens.hosts.readout import Readout
+from steerlens.hosts.blocks.context import FixedContext
+from steerlens.hosts.blocks.readout import Readout
 
 #: Floats that gradients may take together in a narrow model, 8 MB.
 SMALL = 1 << 21

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steerlens.contrast import Text, tokenize
-from steerlens.fitting import resolve
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.reading import resolve
 from steerlens.hosts import Host
-from steerlens.hosts.nominal import Nominal
+from steerlens.hosts.blocks.nominal import Nominal
 
 
 class Plant:

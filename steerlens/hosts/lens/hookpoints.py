@@ -14,8 +14,8 @@ from transformer_lens.hook_points import HookPoint
 
 from steerlens.core import POINTS, Pass, Site
 from steerlens.hosts.base import Attachment, Host
-from steerlens.hosts.graph import Place, pool
-from steerlens.hosts.seats import Change, Seat, place_of, spliced
+from steerlens.hosts.blocks.graph import Place, pool
+from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
 
 #: What is attached to a model, in the order of attachment.
 _ATTACHED: WeakKeyDictionary[Any, list[LensAttachment]] = WeakKeyDictionary()

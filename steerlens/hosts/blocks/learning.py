@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from steerlens.core import Direction, Site
 from steerlens.hosts.base import pad
-from steerlens.hosts.companion import BaseCompanion, Spot, everywhere, named_parameters
-from steerlens.hosts.graph import pool
+from steerlens.hosts.blocks.graph import pool
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, everywhere, named_parameters
 
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
 #: Llama's and Gemma's token embedding, GPT-2's of tokens and of positions.

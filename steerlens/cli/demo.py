@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from steerlens.contrast import shipped
+from steerlens.control.linearization import linearize
 from steerlens.core import Controller, Record
-from steerlens.linearization import linearize
+from steerlens.fit.contrast import shipped
 from steerlens.methods import lqr
 from steerlens.models import smollm2
 from steerlens.plots import plot_record

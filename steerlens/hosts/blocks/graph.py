@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerlens.hosts.nominal import first, state_of
+from steerlens.hosts.blocks.nominal import first, state_of
 
 #: A module, and whether the activation is its `"input"` or its `"output"`.
 Place = tuple[nn.Module, str]

@@ -11,9 +11,9 @@ from nnsight.intervention.util import first_input, replace_first_input
 from torch import Tensor
 
 from steerlens.core import Pass, Site
-from steerlens.hosts.companion import BaseCompanion
-from steerlens.hosts.hf import call_shape
-from steerlens.hosts.walk import Walk, alone
+from steerlens.hosts.blocks.hf import call_shape
+from steerlens.hosts.blocks.second_pass import BaseCompanion
+from steerlens.hosts.traced.walk import Walk, alone
 
 
 class Tap:

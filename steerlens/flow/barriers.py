@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from steerlens.fields import Cosines, Polynomial, Quadratic
-from steerlens.logistic import logistic
-from steerlens.sketch import Sketched, TensorSketch
+from steerlens.fit.logistic import logistic
+from steerlens.flow.fields import Cosines, Polynomial, Quadratic
+from steerlens.flow.sketch import Sketched, TensorSketch
 
 
 def exact_barrier(

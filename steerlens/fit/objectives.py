@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from steerlens.contrast import Pairs, Text, tokenize
+from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.hosts import Host
 
 #: Loss -> which texts of a pair it needs.

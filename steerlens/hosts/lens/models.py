@@ -12,14 +12,14 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from steerlens.core import Companion, Direction, Record, Site
-from steerlens.hosts import hf
 from steerlens.hosts.base import Host
-from steerlens.hosts.companion import BaseCompanion, Spot, gather, require_whole
-from steerlens.hosts.context import FixedContext
-from steerlens.hosts.hookpoints import Bare, LensHost
-from steerlens.hosts.learning import Learner
-from steerlens.hosts.nominal import Capture, Nominal
-from steerlens.hosts.seats import place_of
+from steerlens.hosts.blocks import hf
+from steerlens.hosts.blocks.context import FixedContext
+from steerlens.hosts.blocks.learning import Learner
+from steerlens.hosts.blocks.nominal import Capture, Nominal
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather, require_whole
+from steerlens.hosts.lens.hookpoints import Bare, LensHost
+from steerlens.hosts.lens.seats import place_of
 
 try:
     from transformer_lens import HookedTransformer

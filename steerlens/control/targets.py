@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.contrast import Pairs
 from steerlens.core import Setpoint, Site
-from steerlens.fitting import contrast_means
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.reading import contrast_means
 from steerlens.hosts import Host
-from steerlens.setpoints import Angle, Independent, Joint, Level
+from steerlens.laws.setpoints import Angle, Independent, Joint, Level
 
 SETPOINTS = ("level", "angular")
 ORIGINS = ("zero", "negative", "midpoint")

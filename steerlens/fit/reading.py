@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.contrast import Pairs
 from steerlens.core import Site
+from steerlens.fit.contrast import Pairs
 from steerlens.hosts import Host, host_of
 from steerlens.version import __version__
 

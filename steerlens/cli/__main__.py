@@ -18,7 +18,7 @@ def demo(
     """Steer a real model in closed loop, beside its unsteered text."""
     from rich.console import Console
 
-    from steerlens.demo import run_demo
+    from steerlens.cli.demo import run_demo
 
     run_demo(Console(), concept=concept, tokens=tokens, picture=picture)
 
@@ -29,8 +29,8 @@ def methods(
     write: Path = typer.Option(None, help="Put the table between its markers in this file."),  # noqa: B008
 ) -> None:
     """List the steering methods."""
-    from steerlens.catalogue import method_table, write_table
-    from steerlens.cite import method_sources
+    from steerlens.cli.catalogue import method_table, write_table
+    from steerlens.cli.cite import method_sources
 
     if write is not None:
         write_table(write)
@@ -44,7 +44,7 @@ def methods(
 @app.command()
 def cite(names: list[str] = typer.Argument(None, help="Methods; default all.")) -> None:  # noqa: B008
     """Print the source of each method that you used."""
-    from steerlens.cite import method_sources
+    from steerlens.cli.cite import method_sources
 
     known = method_sources()
     unknown = sorted(set(names or ()) - set(known))

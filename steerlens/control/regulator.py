@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from steerlens.linearization import Plant, backwards
-from steerlens.lowrank import FeatureCostToGo
-from steerlens.riccati import CostToGo
+from steerlens.control.linearization import Plant, backwards
+from steerlens.control.lowrank import FeatureCostToGo
+from steerlens.control.riccati import CostToGo
 
 #: What each solver computes, as a recipe names it.
 SOLVERS = {

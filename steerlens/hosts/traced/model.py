@@ -13,15 +13,15 @@ from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
-from steerlens.hosts import hf
-from steerlens.hosts.anatomy import Anatomy, gradients_at
 from steerlens.hosts.base import Attachment, Host
-from steerlens.hosts.companion import Spot
-from steerlens.hosts.edit import StoodDown, Tap, follow, spots_of
-from steerlens.hosts.graph import pool
-from steerlens.hosts.learning import Learner
-from steerlens.hosts.nominal import Nominal
-from steerlens.hosts.remote import Limits, RemoteForms, backend
+from steerlens.hosts.blocks import hf
+from steerlens.hosts.blocks.graph import pool
+from steerlens.hosts.blocks.learning import Learner
+from steerlens.hosts.blocks.nominal import Nominal
+from steerlens.hosts.blocks.second_pass import Spot
+from steerlens.hosts.traced.anatomy import Anatomy, gradients_at
+from steerlens.hosts.traced.edit import StoodDown, Tap, follow, spots_of
+from steerlens.hosts.traced.remote import Limits, RemoteForms, backend
 
 #: One dict for all edits of a model, see `Tap.visit`.
 _CARRIED: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()

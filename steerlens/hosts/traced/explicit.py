@@ -9,8 +9,8 @@ import nnsight
 from nnsight.intervention.interleaver import Mediator
 
 from steerlens.core import Controller, Pass, Record
-from steerlens.hosts.anatomy import Anatomy
-from steerlens.hosts.edit import follow, steers
+from steerlens.hosts.traced.anatomy import Anatomy
+from steerlens.hosts.traced.edit import follow, steers
 
 
 class Applied:
@@ -26,7 +26,7 @@ class Applied:
 
     def to_cache(self) -> Any:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
-        from steerlens.hosts.lens import activation_cache
+        from steerlens.hosts.lens.models import activation_cache
 
         return activation_cache(self.record, None, self._n_layers)
 

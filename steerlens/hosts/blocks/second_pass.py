@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from steerlens.core import Companion, Direction, Site
-from steerlens.hosts.graph import watch
+from steerlens.hosts.blocks.graph import watch
 
 #: A module, whether the state is its `"input"` or its `"output"`, and into how many heads it is to be split (0: none).
 Spot = tuple[nn.Module, str, int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steerlens.fields import Field
+from steerlens.flow.fields import Field
 
 
 class TensorSketch:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from steerlens.hosts.graph import Place
+from steerlens.hosts.blocks.graph import Place
 
 #: From the state `[batch pos ...]` to a new one, or None to leave it.
 Change = Callable[[Tensor], Tensor | None]

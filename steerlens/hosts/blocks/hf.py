@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerlens.hosts.context import FixedContext
-from steerlens.hosts.nominal import Capture, Nominal
+from steerlens.hosts.blocks.context import FixedContext
+from steerlens.hosts.blocks.nominal import Capture, Nominal
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

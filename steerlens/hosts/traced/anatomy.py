@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from steerlens.core import POINTS, Pass, Site
+from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.dimensions import Dimensions
-from steerlens.hosts.edit import Tap
-from steerlens.hosts.families import family_paths, layers_path
-from steerlens.hosts.graph import Place, pooled_gradients
+from steerlens.hosts.roles import family_paths, layers_path
+from steerlens.hosts.traced.edit import Tap
 
 
 class Anatomy(Dimensions):

@@ -1,0 +1,1 @@
+"""The plant, the regulator, and where the state should be: what A-LQR and its relatives are made of."""

@@ -1,0 +1,1 @@
+"""What fitting shares: contrast texts, how they are read, losses, the declaration of a method."""

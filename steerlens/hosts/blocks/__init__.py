@@ -1,0 +1,1 @@
+"""A Hugging Face block run by itself: nominal paths, frozen contexts, second passes, gradients."""

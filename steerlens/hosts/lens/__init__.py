@@ -1,0 +1,1 @@
+"""TransformerLens: TransformerBridge and HookedTransformer."""

@@ -1,0 +1,1 @@
+"""nnsight, here and on a server."""
