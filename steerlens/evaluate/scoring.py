@@ -43,7 +43,7 @@ def scored_logits(
             rows are in memory at once.
 
     Returns:
-        For each row `[completion+1 vocab]`, float32 at least: entry i predicts the completion's i-th token, the last one
+        For each row `[completion+1 vocab]`, float32 at least: entry i predicts token i of the completion, the last one
         what would follow. Or what `reduce` made of it.
 
     Raises:
