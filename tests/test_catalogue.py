@@ -60,7 +60,7 @@ def test_the_command_prints_and_writes_the_table(tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from steerlens.cli import app
+    from steerlens.cli.__main__ import app
 
     run = CliRunner().invoke(app, ["methods", "--markdown"])
     assert run.exit_code == 0

@@ -115,6 +115,19 @@ class LensHost(Host):
         """Permanent hooks at the sites of the pass, and hook points for its signals."""
         return LensAttachment(self, run)
 
+    def sample(self, ids: Tensor, count: int, *, temperature: float) -> Tensor:
+        """Prompts and their continuations, by the model's own `generate`."""
+        ends = getattr(self.tokenizer, "eos_token_id", None) is not None
+        return self.model.generate(
+            ids.to(self.device),
+            max_new_tokens=count,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            stop_at_eos=ends,
+            return_type="tokens",
+            verbose=False,
+        )
+
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         found: dict[Site, Tensor] = {}
 
