@@ -10,7 +10,7 @@ import sys
 
 from steerlens import diagnose
 from steerlens.control.linearization import Linearization, linearize
-from steerlens.core import Condition, Controller, Gate, Law, Loop, Record, Setpoint, Site, Summary
+from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
 from steerlens.fit.contrast import Pairs, shipped
 from steerlens.flow.fields import Field
@@ -65,6 +65,7 @@ __all__ = [
     "Level",
     "Linearization",
     "Loop",
+    "Now",
     "Pairs",
     "Pid",
     "Point",
@@ -75,6 +76,7 @@ __all__ = [
     "Run",
     "Setpoint",
     "Side",
+    "Signals",
     "Site",
     "Summary",
     "Target",
