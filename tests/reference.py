@@ -35,8 +35,8 @@ class Push(Law):
     def control(self, x, layers, sequence):
         return self.vector.expand_as(x)
 
-    def act(self, x, memory):
-        return self.control(x, memory, memory["sequence"]), {}
+    def act(self, x, now):
+        return self.control(x, now.layers, now.sequence), {}
 
 
 class Pull(Law):

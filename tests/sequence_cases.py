@@ -135,7 +135,9 @@ def compare(seen: Seen, reference: Reference, *, produced: str = "greedy", forbi
             assert len(recorded) >= start + through, f"{site}: {len(recorded)} columns for {start} + {through} tokens"
             error = (recorded[start : start + through] - u[:through]).flatten(1).abs().amax(1)
             wrong = (error > 2e-4 * size).nonzero().flatten().tolist()
-            assert not wrong, f"row {row}, {site}: other controls at positions {wrong}, by up to {float(error.max()):.2e}"
+            assert not wrong, (
+                f"row {row}, {site}: other controls at positions {wrong}, by up to {float(error.max()):.2e}"
+            )
             pads = torch.cat([recorded[:start], recorded[start + through :]])
             assert not pads.any(), f"row {row}, {site}: a control at a pad or at a token that was dropped"
 
