@@ -10,7 +10,7 @@ import sys
 
 from steerlens import diagnose, methods
 from steerlens.control.linearization import Linearization, linearize
-from steerlens.core import Condition, Controller, Gate, Law, Loop, Record, Setpoint, Site, Summary
+from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
 from steerlens.fit.contrast import Pairs, shipped
 from steerlens.fit.method import exported
@@ -45,6 +45,7 @@ __all__ = [
     "Level",
     "Linearization",
     "Loop",
+    "Now",
     "Pairs",
     "Pid",
     "Point",
@@ -55,6 +56,7 @@ __all__ = [
     "Run",
     "Setpoint",
     "Side",
+    "Signals",
     "Site",
     "Summary",
     "Target",

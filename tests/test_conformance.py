@@ -44,8 +44,8 @@ def test_suite_fails_a_method_that_breaks_a_promise(device):
     from steerlens import Controller, Law, Loop, Site
 
     class Drifting(Law):
-        def act(self, x, memory):
-            count = memory["sequence"]["count"] = memory["sequence"].get("count", 0) + 1
+        def act(self, x, now):
+            count = now.sequence["count"] = now.sequence.get("count", 0) + 1
             return torch.ones_like(x) * count, {}
 
     broken = Case("caa", HOSTS[0], device=device)

@@ -235,7 +235,7 @@ class Foreign(sl.Law):
     def __init__(self):
         self.size = 2.0
 
-    def act(self, x, memory):
+    def act(self, x, now):
         return self.size * x, {}
 
 

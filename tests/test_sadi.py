@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.core import Now
 from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
 from steerlens.methods.sadi import Scale, top_k
@@ -27,13 +28,13 @@ def elements(controller):
 def test_law_matches_the_closed_form(cold_sadi):
     values, texts = cold_sadi
     law = Scale(values["micro/sadi/mask"])
-    u, signals = law.act(values["micro/sadi/a"], {})
+    u, signals = law.act(values["micro/sadi/a"], Now())
     torch.testing.assert_close(values["micro/sadi/a"] + texts["micro/sadi/delta"] * u, values["micro/sadi/out"])
-    assert signals["share"].shape == u.shape[:2]
+    assert signals["share"]().shape == u.shape[:2]
 
 
 def test_a_zero_state_has_share_zero():
-    assert float(Scale(torch.ones(4)).act(torch.zeros(1, 1, 4), {})[1]["share"]) == 0
+    assert float(Scale(torch.ones(4)).act(torch.zeros(1, 1, 4), Now())[1]["share"]()) == 0
 
 
 @pytest.mark.parametrize("select", ["max", "min", "abs"])

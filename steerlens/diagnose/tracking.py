@@ -208,7 +208,7 @@ def _error_rows(setpoint: Setpoint, x: Tensor) -> Tensor:
     """Rows J with `|J d|` the change of the error e when the state x moves by d, `[m d]`."""
     setpoint = map_tensors(setpoint, lambda tensor: tensor.to(x))
     with torch.inference_mode(False), torch.enable_grad():
-        slope = torch.func.jacrev(lambda x: setpoint.measure(x, {"sequence": {}})[0])(x).detach()
+        slope = torch.func.jacrev(lambda x: setpoint.measure(x)[0])(x).detach()
     # e = c @ basis: an orthonormal frame of the basis leaves norms as they are
     return torch.linalg.qr(setpoint.basis.T).R @ slope
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, observed
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -103,18 +103,18 @@ class Turn(Law):
         """`angle_rad`, and `gate` where adaptive."""
         return ("angle_rad", "gate") if self.adaptive else ("angle_rad",)
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x)`"""
         c = x @ self.plane.T
         # a state outside the plane has no angle in it; the floor, far below rounding, keeps its gradient finite
         radius = (c.square().sum(-1, keepdim=True) + 1e-30).sqrt()
         wanted = torch.cat([radius * math.cos(self.angle_rad), radius * math.sin(self.angle_rad)], dim=-1)
         u = (wanted - c) @ self.plane
-        signals = {"angle_rad": torch.atan2(c[..., 1], c[..., 0])} if observed(memory) else {}
+        signals: Signals = {"angle_rad": lambda: torch.atan2(c[..., 1], c[..., 0])}
         if not self.adaptive:
             return u, signals
         gate = (c[..., 0] > 0).to(x.dtype)
-        return gate[..., None] * u, signals | {"gate": gate}
+        return gate[..., None] * u, {**signals, "gate": lambda: gate}
 
 
 def most_alike(directions: Tensor) -> int:

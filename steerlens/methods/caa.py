@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -82,12 +82,12 @@ class Amplify(Law):
     def __init__(self, vector: Tensor):
         self.vector = vector
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = <v, x>/|x| v`"""
         along = x.flatten(2) @ self.vector.flatten()
         # a zero state has no cosine; the smallest normal number keeps the quotient finite
         norm = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return _along(along / norm, self.vector), {"projection": along / self.vector.norm()}
+        return _along(along / norm, self.vector), {"projection": lambda: along / self.vector.norm()}
 
 
 class Push(Law):
@@ -104,10 +104,10 @@ class Push(Law):
     def __init__(self, vector: Tensor):
         self.vector = vector
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = sgn(<v, x>) v`"""
         along = x.flatten(2) @ self.vector.flatten()
-        return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": along / self.vector.norm()}
+        return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": lambda: along / self.vector.norm()}
 
 
 def _along(factor: Tensor, vector: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Direction, Law, Loop, Memory, observed
+from steerlens.core import POINTS, Controller, Direction, Law, Loop, Now, Signals
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -16,6 +16,7 @@ from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, obje
 from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
+from steerlens.laws.norms import share
 
 #: Step of a central difference as a fraction of the parameters' norm: truncation and float32 rounding both stay
 #: below 1e-2 of the tangent there.
@@ -135,13 +136,10 @@ class Drift(Law):
     def __init__(self, norm: Tensor):
         self.norm = norm
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = -n dx`"""
-        u = -self.norm * memory["tangent"]
-        if not observed(memory):
-            return u, {}
-        whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return u, {"relative": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
+        u = -self.norm * now.tangent
+        return u, {"relative": lambda: share(u, x)}
 
 
 def _losses(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Memory, Site
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -120,7 +120,7 @@ class Kernel(Law):
         self.gradients = gradients
         self.count = count
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = -(1/N) (x X') G`"""
         return (x @ self.states.T) @ self.gradients / -self.count, {}
 
@@ -162,7 +162,7 @@ def example_gradients(
 
 def _moved(law: Law, x: Tensor, site: Site) -> float:
     """Mean norm of the control at the fitting states."""
-    moved = mean_norm(law.act(x[:, None], {})[0][:, 0])
+    moved = mean_norm(law.act(x[:, None], Now())[0][:, 0])
     if moved == 0:
         raise ValueError(f"the loss has no gradient at {site}; do its labels depend on what comes before them?")
     return moved

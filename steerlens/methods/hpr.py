@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, map_tensors
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site, map_tensors
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
@@ -132,11 +132,11 @@ class PseudoRotation(Law):
         self.biases = list(biases)
         self.alpha = float(alpha)
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x)`"""
         gate = (x @ self.probe <= 0).to(x.dtype)
         turned = gate * self.alpha * predict_angle(x, self.weights, self.biases)
-        return gate[..., None] * rotate(x, self.probe, turned), {"gate": gate, "angle_rad": turned}
+        return gate[..., None] * rotate(x, self.probe, turned), {"gate": lambda: gate, "angle_rad": lambda: turned}
 
 
 def rotate(x: Tensor, probe: Tensor, turned: Tensor) -> Tensor:

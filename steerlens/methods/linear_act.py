@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -75,7 +75,7 @@ class Stretch(Law):
         self.slope = slope
         self.shift = shift
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = (w - 1) * x + b`"""
         return (self.slope - 1) * x + self.shift, {}
 

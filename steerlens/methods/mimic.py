@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory
+from steerlens.core import Controller, Law, Loop, Now, Signals
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
@@ -96,13 +96,13 @@ class Transport(Law):
         """`gate` where there is a probe."""
         return () if self.probe is None else ("gate",)
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = g (U'(A - I) U (x - m) + t)`"""
         u = ((x - self.source) @ self.basis.T) @ self.stretch @ self.basis + self.shift
         if self.probe is None:
             return u, {}
         gate = (x @ self.probe[:-1] + self.probe[-1] <= 0).to(x.dtype)
-        return gate[..., None] * u, {"gate": gate}
+        return gate[..., None] * u, {"gate": lambda: gate}
 
 
 def transport(positive: Tensor, negative: Tensor, ridge: float, *, gate: bool = False) -> Transport:

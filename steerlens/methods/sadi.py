@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.laws.norms import share
 
 #: Component -> points of the block where its elements are; the first is the default.
 POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
@@ -129,14 +130,10 @@ class Scale(Law):
     def __init__(self, mask: Tensor):
         self.mask = mask
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = m * x`"""
         u = self.mask * x
-        if not observed(memory):
-            return u, {}
-        # a zero state has no share; the smallest normal number keeps the quotient finite
-        whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return u, {"share": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
+        return u, {"share": lambda: share(u, x)}
 
 
 class Frozen(Law):
@@ -150,9 +147,9 @@ class Frozen(Law):
     def __init__(self, factors: Tensor):
         self.factors = factors
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = f * x0 - x`"""
-        return self.factors * memory["summary"][:, None] - x, {}
+        return self.factors * now.summary[:, None] - x, {}
 
 
 def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None = None) -> Tensor:

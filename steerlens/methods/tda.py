@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -98,11 +98,10 @@ class Dynamic(Law):
         self.norms = norms
         self.threshold = threshold
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = (m - 1) * a`"""
-        kept = (self.norms * memory["summary"] > self.threshold).to(x.dtype)
-        u = (kept[:, None] - 1) * x
-        return u, {"kept": kept.mean(-1)[:, None].expand(-1, x.shape[1])} if observed(memory) else {}
+        kept = (self.norms * now.summary > self.threshold).to(x.dtype)
+        return (kept[:, None] - 1) * x, {"kept": lambda: kept.mean(-1)[:, None].expand(-1, x.shape[1])}
 
 
 def tail_threshold(activations: Tensor, writes: Tensor, error: float) -> float:
