@@ -1,7 +1,7 @@
 """A steered model, computed again without steerlens: plain PyTorch hooks, one row and one token at a time, no cache.
 
-Of a controller it reads data only (`Loop` fields and the tensors of the laws below); which tokens a loop touches, gates,
-schedules, memory, adding and recording are written a second time here, in the most naive way.
+Of a controller it reads data only (`Loop` fields and the tensors of the laws below); which tokens a loop touches,
+gates, schedules, memory, adding and recording are written a second time here, in the most naive way.
 """
 
 from __future__ import annotations
