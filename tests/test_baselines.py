@@ -117,8 +117,8 @@ def test_iti_finds_the_head_that_knows(direction):
 
 def test_iti_acts_on_as_many_heads_as_asked_and_no_others():
     case = Case("iti", "bridge")
-    controller = case.fit(heads=3)
-    chosen = {tuple(pair) for pair in controller.recipe["arguments"]["heads"]}
+    controller = case.fit(n_elements=3)
+    chosen = {tuple(pair) for pair in controller.recipe["found"]["heads"]}
     moved = {
         (loop.act.layer, head)
         for loop in controller.loops
@@ -128,7 +128,7 @@ def test_iti_acts_on_as_many_heads_as_asked_and_no_others():
     assert moved == chosen
     assert len(chosen) == 3
     with pytest.raises(ValueError, match="heads"):
-        case.fit(heads=10_000)
+        case.fit(n_elements=10_000)
 
 
 @pytest.mark.parametrize("degrees", [0.0, 90.0, 200.0])

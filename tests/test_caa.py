@@ -55,7 +55,7 @@ def test_forms_steer_and_a_row_of_a_batch_equals_the_row_alone(case, form, point
 
 
 def test_an_unknown_form_is_told_before_the_model_runs(case):
-    with pytest.raises(ValueError, match="form='linear'; it is one of add, projection, piecewise"):
+    with pytest.raises(ValueError, match="form='linear'; it is one of 'add', 'projection', 'piecewise'"):
         sl.caa(case.model, case.data, form="linear")
 
 

@@ -315,10 +315,10 @@ def test_inferaligner_tells_its_examples_apart(host, device):
 
 
 def test_cast_decides_as_its_recipe_scores(host, device):
-    """The F1 score of the decisions that are made is the one that fitting promises; two condition layers: either."""
+    """The F1 score of the decisions that are made is the one that fitting promises; two gate layers: either."""
     case = Case("cast", host, device=device)
-    controller = case.fit(condition=sl.Pairs(OPEN, CLOSED), condition_layers=[0, 3], layers=[1, 2])
-    arguments = controller.recipe["arguments"]
+    controller = case.fit(condition=sl.Pairs(OPEN, CLOSED), gate_layers=[0, 3], layers=[1, 2])
+    arguments = controller.recipe["found"]
     _, record = run(case, controller, torch.tensor(OPEN + CLOSED))
     opened = record.layers("gate")[1][:, -1] > 0
     similarity = record.layers("similarity")[1][:, -1]

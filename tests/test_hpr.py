@@ -143,7 +143,7 @@ def test_layers_are_chosen_by_held_out_accuracy():
 def test_fitting_leaves_the_global_random_state_alone(device):
     case = Case("hpr", "bridge", device=device)
     state = torch.get_rng_state()
-    assert len(case.fit(count=2).loops) == 2
+    assert len(case.fit(n_layers=2).loops) == 2
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -151,7 +151,7 @@ def test_fitting_leaves_the_global_random_state_alone(device):
     ("options", "words"),
     [
         ({"steps": 0}, "never trained"),
-        ({"count": 0}, "one layer"),
+        ({"n_layers": 0}, "one layer"),
         ({"batch": 0}, "one pair"),
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"rate": 0.0}, "rate=0.0"),
@@ -189,7 +189,7 @@ def test_on_a_real_model_it_keeps_norms_and_turns_only_states_on_the_wrong_side(
     model = smol("bridge")
     model(torch.tensor([[5]]))  # the bridge completes itself in its first pass
     before = snapshot(model)
-    controller = hpr(model, shipped("sentiment")[:16], layers=range(10, 20), count=2, steps=60)
+    controller = hpr(model, shipped("sentiment")[:16], layers=range(10, 20), n_layers=2, steps=60)
     assert snapshot(model) == before
     with steer(model, controller, where="all", record="all") as run:
         ids = model.to_tokens("The film was dull and the food was cold, but I liked the music")
@@ -199,4 +199,4 @@ def test_on_a_real_model_it_keeps_norms_and_turns_only_states_on_the_wrong_side(
     x = cache[str(site)][0, 1:]
     torch.testing.assert_close(x.norm(dim=-1), (x - u).norm(dim=-1), rtol=1e-4, atol=0)
     assert (u.norm(dim=-1)[gate == 0] == 0).all()
-    assert controller.recipe["arguments"]["accuracy"][0] > 0.5
+    assert controller.recipe["found"]["accuracy"][0] > 0.5

@@ -220,4 +220,4 @@ def test_on_a_real_model_it_turns_by_the_angle_asked_and_leaves_position_0(smol)
     # one Runge-Kutta step of 0.3 rad is exact to 1e-4; its path bends a little on the sphere
     assert ((turned[:, 1:] - 0.3).abs() < 3e-3).all()
     assert (after[:, 1:] > before[:, 1:]).all()
-    assert controller.recipe["arguments"]["truncation_rad"][0] < 0.02
+    assert controller.recipe["found"]["truncation_rad"][0] < 0.02

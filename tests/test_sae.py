@@ -127,7 +127,7 @@ def plant(model, layers=4, d=32):
     generator = torch.Generator().manual_seed(3)
     jacobians = torch.eye(d) + 0.2 * torch.randn(layers, d, d, generator=generator)
     path = torch.randn(layers + 1, d, generator=generator)
-    return Linearization(jacobians, path, sl.fit.reading.resolve(model).fingerprint(), 1)
+    return Linearization(jacobians, path, sl.hosts.host_of(model).fingerprint(), 1)
 
 
 def test_lead_is_the_least_energy_that_a_dense_solver_finds():
@@ -237,7 +237,7 @@ def test_rank_features_puts_a_planted_feature_first(host):
     case, sae = Case("caa", host), autoencoder()
     from steerlens.sae.reading import states_of
 
-    site, model_host = Site(2), sl.fit.reading.resolve(case.model)
+    site, model_host = Site(2), sl.hosts.host_of(case.model)
     sides = [
         torch.stack([x[-1] for x in states_of(model_host, side.tokens, site)]) for side in case.data.sides(model_host)
     ]
@@ -268,7 +268,7 @@ def test_describe_finds_the_token_with_the_highest_reading_and_links_to_neuronpe
     assert read == sorted(read, reverse=True)
     from steerlens.sae.reading import states_of
 
-    x = states_of(sl.fit.reading.resolve(case.model), TEXTS, Site(2))
+    x = states_of(sl.hosts.host_of(case.model), TEXTS, Site(2))
     expected = max(float(sae.encode(state)[1:, 3].detach().max()) for state in x)
     assert read[0] == pytest.approx(expected, rel=1e-4)
     assert sl.describe(case.model, autoencoder(), 3, TEXTS).link is None
@@ -277,7 +277,7 @@ def test_describe_finds_the_token_with_the_highest_reading_and_links_to_neuronpe
 def test_states_of_a_batch_are_those_of_each_text_alone(host):
     from steerlens.sae.reading import states_of
 
-    model_host = sl.fit.reading.resolve(Case("caa", host).model)
+    model_host = sl.hosts.host_of(Case("caa", host).model)
     together = model_host.states(TEXTS, [Site(2)], batch=2)[Site(2)]
     for text, x in zip(TEXTS, together, strict=True):
         torch.testing.assert_close(x, states_of(model_host, [text], Site(2))[0], atol=1e-5, rtol=1e-5)
@@ -287,7 +287,7 @@ def test_quantile_is_that_of_the_readings_where_the_feature_is_on():
     from steerlens.sae.reading import states_of
 
     model, sae = tiny("llama", host="bridge"), autoencoder()
-    x = torch.cat([state[1:] for state in states_of(sl.fit.reading.resolve(model), TEXTS, Site(2))])
+    x = torch.cat([state[1:] for state in states_of(sl.hosts.host_of(model), TEXTS, Site(2))])
     read = sae.encode(x)[:, 3].detach()
     target = sl.feature(sae, 3, quantile=0.75, model=model, texts=TEXTS)
     assert target.at_least[0] == pytest.approx(float(read[read > 0].double().quantile(0.75)), rel=1e-5)

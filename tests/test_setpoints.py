@@ -115,14 +115,14 @@ def test_second_direction_of_the_angular_plane_is_the_principal_component(oracle
 
 OTHER = sl.Pairs([[5, 9, 3, 12], [8, 2, 44]], [[5, 9, 3, 20], [8, 2, 17]])
 VARIANTS = {
-    "lqr-angular": ("lqr", {"setpoint": "angular", "angle_deg": 30.0}, False),
-    "lqr-joint": ("lqr", {"strength": [1.0, 0.5]}, True),
+    "lqr-angular": ("lqr", {"setpoint": "angular", "angle_rad": 0.5}, False),
+    "lqr-joint": ("lqr", {"level": [1.0, 0.5]}, True),
     "lqr-output": ("lqr", {"solver": "output"}, False),
     "lqr-output-joint": ("lqr", {"solver": "output", "layers": [1, 3]}, True),
     "lqr-preview": ("lqr", {"solver": "output", "preview": True}, False),
     "lqr-preview-joint": ("lqr", {"solver": "output", "preview": True, "origin": "negative"}, True),
     "lqr-scalar-angular": ("lqr", {"solver": "scalar", "setpoint": "angular"}, False),
-    "pid-angular": ("pid", {"setpoint": "angular", "angle_deg": 90.0}, False),
+    "pid-angular": ("pid", {"setpoint": "angular", "angle_rad": 1.5}, False),
     "pid-independent": ("pid", {"combine": "independent", "ki": 0.2, "reset_every": 3}, True),
     "pid-proportional": ("pid", {"kp": 0.5, "ki": 0, "kd": 0}, False),
     "track-output": ("track", {"solver": "output", "layers": [0, 2, 3]}, False),

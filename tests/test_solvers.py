@@ -204,13 +204,13 @@ def test_solvers_average_jacobians_over_the_texts(host, solver, tiny_model):
     kept, live = case.fit(solver=solver, linearization=plant), case.fit(solver=solver, linearize_on=3)
     for a, b in zip(kept.loops, live.loops, strict=True):
         torch.testing.assert_close(a.law.gains, b.law.gains, rtol=1e-4, atol=1e-6)
-    assert kept.recipe["arguments"]["linearized_on"] == live.recipe["arguments"]["linearized_on"] == 3
+    assert kept.recipe["found"]["linearized_on"] == live.recipe["found"]["linearized_on"] == 3
 
 
 def test_a_recipe_names_what_was_solved(tiny_model):
     case = Case("lqr", discover_hosts()[0], model=tiny_model(discover_hosts()[0]))
     named = {
-        case.fit(solver=solver, preview=preview, linearize_on=1).recipe["arguments"]["controller"]
+        case.fit(solver=solver, preview=preview, linearize_on=1).recipe["found"]["controller"]
         for solver, preview in (("dense", False), ("output", False), ("output", True), ("scalar", False))
     }
     expected = {"A-LQR", "output-weighted LQR", "output-weighted LQR with preview", "scalar approximation of A-LQR"}

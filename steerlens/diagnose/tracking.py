@@ -15,8 +15,7 @@ from steerlens.diagnose.bound import Lyapunov, tracking_bound
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import Rollout, affine, check_followed, close, exact_dtype, plant_of, roll
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import resolve
-from steerlens.hosts import Nominal
+from steerlens.hosts import Nominal, host_of
 from steerlens.laws.feedback import Feedback
 
 
@@ -120,7 +119,7 @@ def tracking(
     Source: arXiv 2604.19018, whose bound is for tracking a path with the whole gain; here it is carried over to
     setpoints, which force the loop: `u_t` on the unsteered path is part of the prediction.
     """
-    host = resolve(model)
+    host = host_of(model)
     check_followed(controller)
     tokens = tokenize(text, host, prepend_bos)[0]
     nominal = host.nominal(tokens)
