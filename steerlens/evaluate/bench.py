@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,7 @@ class Bench:
         return self._continuations[key]
 
     def texts(self, arm: Arm, prompts: Sequence[Text]) -> list[list[Generation]]:
-        """What an arm writes after each prompt, a list of `samples` texts; with the same random numbers for all arms."""
+        """What an arm writes after each prompt, `samples` texts each; all arms draw the same random numbers."""
         rows = [self.prompt(text, arm) for text in prompts]
         key = (arm, tuple(map(tuple, rows)))
         if self._texts is None or self._texts[0] != key:
@@ -200,7 +201,7 @@ class Bench:
         """
         rows = self.continuations(self.prompts[:DOSED], self.max_new_tokens)
         if arm.controller is None:
-            return [[0.0] for _ in rows]
+            return [[math.nan if arm.instruction else 0.0] for _ in rows]
         whole, lengths = [[*prompt, *completion] for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
         sites = arm.controller.sites
         ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], self.host.device)
@@ -233,8 +234,8 @@ class Bench:
         if not all(torch.equal(a, b) for a, b in zip(plain, off, strict=True)):
             gap = max(float((a - b).abs().max()) for a, b in zip(plain, off, strict=True))
             raise RuntimeError(
-                f"{controller!r} at strength 0 changes the logits by up to {gap:.3g}; nothing measured with it would be "
-                "the effect of its control"
+                f"{controller!r} at strength 0 changes the logits by up to {gap:.3g}; nothing measured with it "
+                "would be the effect of its control"
             )
 
     def at(self, prompts: Sequence[Text]) -> Bench:

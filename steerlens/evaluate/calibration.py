@@ -110,8 +110,16 @@ def calibrate(
     if not isinstance(budget, Budget):
         raise TypeError(f"budget is a {type(budget).__name__}; write meter <= limit, as in evaluate.kl() <= 0.3")
     bench = Bench(model, prompts, batch=batch, seed=seed)
-    options = {"tolerance": tolerance, "largest": largest, "evaluations": evaluations, "level": level}
-    return search(bench, Arm("calibrated", controller), budget, progress=progress, **options)
+    return search(
+        bench,
+        Arm("calibrated", controller),
+        budget,
+        tolerance=tolerance,
+        largest=largest,
+        evaluations=evaluations,
+        level=level,
+        progress=progress,
+    )
 
 
 def search(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.diagnose.metrics import logit_difference as difference_of
-from steerlens.evaluate.bench import Arm, Bench
+from steerlens.evaluate.bench import Arm, Bench, Row
 from steerlens.evaluate.meter import Meter, Values
 from steerlens.evaluate.scoring import log_probabilities
 from steerlens.fit.contrast import Pairs, Text, shipped
@@ -70,7 +71,13 @@ def propensity(items: Pairs | Sequence[tuple[Text, str, str]], *, per: str = "to
         return [[a - b] for a, b in zip(levels[::2], levels[1::2], strict=True)]
 
     return Meter(
-        "propensity", measure, f"nats/{per}", items=tuple(sides), options={"per": per}, instruction=instruction
+        "propensity",
+        measure,
+        f"nats/{per}",
+        items=tuple(sides),
+        options={"per": per},
+        prompts=_prompts([wanted for wanted, _ in sides]),
+        instruction=instruction,
     )
 
 
@@ -82,7 +89,7 @@ def ab(items: Sequence[tuple[Text, str, str]], *, instruction: str = "") -> Mete
         instruction: What a prompt baseline asks for, if the evaluation names none.
     """
     meter = propensity(items, per="text", instruction=instruction)
-    return Meter("A/B", meter.function, "nats", items=meter.items, options={"per": "text"}, instruction=instruction)
+    return replace(meter, name="A/B", unit="nats")
 
 
 def likelihood(texts: Sequence[Text], *, instruction: str = "") -> Meter:
@@ -98,7 +105,14 @@ def likelihood(texts: Sequence[Text], *, instruction: str = "") -> Meter:
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
         return [[level] for level in _levels(bench, arm, items, "token")]
 
-    return Meter("log likelihood", measure, "nats/token", items=_tuple(texts), instruction=instruction)
+    return Meter(
+        "log likelihood",
+        measure,
+        "nats/token",
+        items=_tuple(texts),
+        prompts=_prompts(texts),
+        instruction=instruction,
+    )
 
 
 def neutral_loss(texts: Sequence[Text] | None = None) -> Meter:
@@ -126,7 +140,7 @@ def logit_difference(prompts: Sequence[Text] | None, a: Any, b: Any, *, instruct
 
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
         metric = difference_of(bench.host, a, b)
-        rows = [(bench.prompt(text, arm), []) for text in items]
+        rows: list[Row] = [(bench.prompt(text, arm), []) for text in items]
         return bench.logits(arm, rows, lambda _, logits: [float(metric(logits[None]))])
 
     options = {"a": repr(a), "b": repr(b)}
@@ -137,7 +151,9 @@ def logit_difference(prompts: Sequence[Text] | None, a: Any, b: Any, *, instruct
 FORMS = {"mc1": "share", "mc2": "probability", "margin": "nats/token"}
 
 
-def mc(items: Sequence[tuple[Text, Sequence[str], Sequence[str]]], *, form: str = "mc2") -> Meter:
+def mc(
+    items: Sequence[tuple[Text, Sequence[str], Sequence[str]]], *, form: str = "mc2", instruction: str = ""
+) -> Meter:
     """Multiple choice by likelihood, as TruthfulQA is scored.
 
         mc1 = 1 if the first right answer is likelier than every wrong one
@@ -147,6 +163,7 @@ def mc(items: Sequence[tuple[Text, Sequence[str], Sequence[str]]], *, form: str 
     Args:
         items: `(question, right answers, wrong answers)`.
         form: `"mc1"`, `"mc2"` or `"margin"`; the margin moves long before a choice does.
+        instruction: What a prompt baseline asks for, if the evaluation names none.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}; it is one of {', '.join(FORMS)}")
@@ -163,7 +180,9 @@ def mc(items: Sequence[tuple[Text, Sequence[str], Sequence[str]]], *, form: str 
             found.append([_choice(form, torch.tensor(good).double(), torch.tensor(bad).double())])
         return found
 
-    return Meter(form.upper() if form != "margin" else "MC margin", measure, FORMS[form], items=_tuple(items))
+    name = "MC margin" if form == "margin" else form.upper()
+    questions = tuple(question for question, _, _ in items)
+    return Meter(name, measure, FORMS[form], items=_tuple(items), prompts=questions, instruction=instruction)
 
 
 def _choice(form: str, right: Tensor, wrong: Tensor) -> float:
@@ -187,6 +206,12 @@ def _levels(bench: Bench, arm: Arm, texts: Sequence[Text], per: str) -> list[flo
 
 def _divergence(p: Tensor, q: Tensor) -> list[float]:
     return (p.exp() * (p - q)).double().sum(-1).tolist()
+
+
+def _prompts(texts: Sequence[Text]) -> tuple[Any, ...] | None:
+    """The prompts of texts, or None if one has no completion."""
+    found = tuple(text[0] for text in texts if isinstance(text, tuple))
+    return found if len(found) == len(texts) else None
 
 
 def _tuple(items: Sequence[Any] | None) -> tuple[Any, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from steerlens.core import Controller, tensors_of
 from steerlens.hosts import Host
@@ -70,8 +72,8 @@ class Log:
         differences = list(_differences(lines[0]["protocol"], self.protocol, ""))
         if differences:
             raise ValueError(
-                f"{path} was written under another protocol: {'; '.join(differences[:6])}. Name another file, or repeat "
-                "the run as it was"
+                f"{path} was written under another protocol: {'; '.join(differences[:6])}. Name another file, or "
+                "repeat the run as it was"
             )
         if cut:
             path.write_text(whole + "\n", encoding="utf-8")
@@ -115,17 +117,18 @@ def setting(host: Host) -> dict[str, Any]:
 
 def identity(controller: Controller) -> dict[str, Any]:
     """What tells two controllers apart: a hash of their loops and tensors, and where they act."""
-    import hashlib
-
     found = hashlib.sha256()
     for loop in controller.loops:
         where = loop.where if isinstance(loop.where, (str, slice)) else type(loop.where).__name__
         found.update(f"{type(loop.law).__name__} {loop.act} {loop.sense} {where} {loop.strength}".encode())
+        # one tensor at a time: loops may share a direction of the size of the model
         for tensor in tensors_of(loop.parts):
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(save({"": tensor.detach().cpu().contiguous()}))
     return {
         "method": controller.recipe.get("method"),
         "digest": found.hexdigest()[:16],
-        "where": sorted({str(loop.where) if isinstance(loop.where, (str, slice)) else "given" for loop in controller.loops}),
+        "where": sorted(
+            {str(loop.where) if isinstance(loop.where, (str, slice)) else "given" for loop in controller.loops}
+        ),
         "data": controller.recipe.get("data"),
     }

@@ -36,6 +36,7 @@ class Meter:
         relative: A table shows the ratio of the unsteered model's value to this one.
         proxy: The numbers stand for something that they do not measure; a table's header names it.
         options: What else determines the numbers, as plain JSON, for the protocol.
+        prompts: Of the items, in their order: what other meters use, unless the evaluation names prompts.
         instruction: What a prompt baseline asks of the model, if the evaluation names none.
     """
 
@@ -50,6 +51,7 @@ class Meter:
     relative: bool = False
     proxy: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    prompts: tuple[Any, ...] | None = None
     instruction: str = ""
 
     def __post_init__(self) -> None:
@@ -83,7 +85,9 @@ class Meter:
 
     def half(self, held_out: bool) -> Meter:
         """On every second item of its own, from the first one on, or held out: from the second on."""
-        return self if self.items is None else replace(self, items=self.items[int(held_out) :: 2])
+        part = slice(int(held_out), None, 2)
+        items, prompts = (None if held is None else held[part] for held in (self.items, self.prompts))
+        return self if items is None else replace(self, items=items, prompts=prompts)
 
     def pool(self, values: Values, at: str | None = None) -> float:
         """One number of all items."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law
+from steerlens.core import Controller, Law, Now, Signals
 
 
 class RandomDirection(Law):
@@ -21,9 +21,8 @@ class RandomDirection(Law):
     def __init__(self, law: Law, direction: Tensor):
         self.law = law
         self.direction = direction
-        self.signals = ()
 
-    def act(self, x: Tensor, now: Any) -> tuple[Tensor, dict[str, Any]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """The control in the random direction."""
         u, _ = self.law.act(x, now)
         size = u.flatten(2).norm(dim=2)

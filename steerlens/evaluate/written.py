@@ -56,7 +56,7 @@ def scorer(
             for prompt, texts in zip(items, bench.texts(arm, items), strict=True)
         ]
 
-    name = name or getattr(function, "__name__", type(function).__name__)
+    name = name or str(getattr(function, "__name__", type(function).__name__))
     return Meter(
         name,
         measure,
