@@ -22,6 +22,7 @@ from steerlens.core import (
     name_signals,
     tensors_of,
 )
+from steerlens.core.numbers import check_loops
 from steerlens.hosts import Dimensions, Host, host_of
 
 RECORDS = (None, "scalars", "all")
@@ -210,6 +211,7 @@ def _prepare(
         controller = controller.at(where)
     if strength != 1.0:
         controller = controller * strength
+    check_loops(controller.loops)
     _check_fit(model, controller, trust)
     _check_shapes(model, controller)
     return controller
@@ -228,11 +230,13 @@ def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
         host.need_parameters()
-    fitted = controller.recipe.get("model")
-    differences = host.differences(fitted) if fitted and not trust else []
-    if differences:
-        method, words = controller.recipe.get("method", "controller"), "; ".join(differences)
-        raise ValueError(f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True")
+    for method, fitted in () if trust else controller.fingerprints:
+        differences = host.differences(fitted)
+        if differences:
+            words = "; ".join(differences)
+            raise ValueError(
+                f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True"
+            )
 
 
 def _check_shapes(host: Dimensions, controller: Controller) -> None:

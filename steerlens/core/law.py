@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,31 @@ def observed(memory: Memory) -> bool:
 
 def numbered(name: str, taken: dict[str, int]) -> str:
     """A name, with its count behind it from the second time on: `score`, `score2`. `taken` counts."""
-    taken[name] = count = taken.get(name, 0) + 1
-    return name if count == 1 else f"{name}{count}"
+    count = taken.get(name, 0) + 1
+    # a name that looks like the second of another one may be there itself
+    while count > 1 and f"{name}{count}" in taken:
+        count += 1
+    taken[name] = count
+    found = name if count == 1 else f"{name}{count}"
+    taken.setdefault(found, 1)
+    return found
 
 
 class Part:
     """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
 
     Parts are moved, saved, loaded and sent to a server by walking their attributes (`map_tensors`), so a part needs no
-    code of its own for that, and may hold nothing else.
+    code of its own for that, and may hold nothing else. For files a part declares its attributes: the parameters of its
+    constructor are taken for them, with their types, unless the class body annotates attributes (`gain: float`).
+
+    Attributes:
+        unbounded: Names of attributes in which infinity has a meaning; in all others it is refused, and NaN in all.
     """
+
+    unbounded = ()
+
+    def validate(self) -> None:
+        """Raises ValueError for values that the part cannot compute with; called for every part that a file brings."""
 
 
 def map_tensors(value: Any, change: Any) -> Any:
@@ -166,8 +182,8 @@ class Loop:
         self.act = act
         self.sense = act if sense is None else sense
         self.where = where
-        self.strength = float(strength)
-        self.name = name
+        self.strength = _number("strength", strength)
+        self.name = _legal_name(name)
         self.group = group
         self.gates = tuple(gates)
         self.schedules = tuple(schedules)
@@ -212,3 +228,19 @@ class Loop:
     def __repr__(self) -> str:
         sensed = "" if self.sense == self.act else f", sense={self.sense!r}"
         return f"Loop({type(self.law).__name__}, {self.act!r}{sensed}, where={self.where!r}, strength={self.strength})"
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{what}={value!r} is a {type(value).__name__}; give a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{what}={number}; it must be finite")
+    return number
+
+
+def _legal_name(name: Any) -> str:
+    """A loop's name goes into hook names, in which a dot separates modules."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name={name!r}; the name of a loop consists of letters, digits and underscores")
+    return name
