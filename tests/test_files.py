@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -19,7 +20,7 @@ import steerlens as sl
 from steerlens.control.linearization import Linearization
 from steerlens.core import tensors_of
 from steerlens.core.files import MOST_NAMED
-from steerlens.core.parts import fields_of, fits, registry
+from steerlens.core.registry import fields_of, fits, registry
 from steerlens.core.tensorfile import read, write
 from steerlens.models import tiny
 
@@ -98,6 +99,15 @@ def test_the_parts_of_steerlens_have_different_names():
     assert {"Add", "Feedback", "Gate", "Level", "Feature", "Flow"} <= set(registry())
 
 
+def refused_or_loaded(path):
+    with contextlib.suppress(ValueError):
+        return sl.Controller.load(path)
+    with pytest.raises(ValueError, match="was not loaded") as caught:
+        sl.Controller.load(path)
+    assert type(caught.value) is ValueError
+    return None
+
+
 def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
     """Each bit of a small file; blanks between header and tensors are the only harmless place."""
     path = tmp_path / "c"
@@ -109,11 +119,8 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
         broken = bytearray(whole)
         broken[position // 8] ^= 1 << position % 8
         path.write_bytes(broken)
-        try:
-            found = sl.Controller.load(path)
-        except ValueError as error:
-            assert type(error) is ValueError
-            assert "was not loaded" in str(error)
+        found = refused_or_loaded(path)
+        if found is None:
             continue
         loaded += 1
         assert torch.equal(found.loops[0].law.vector, controller.loops[0].law.vector)
@@ -122,11 +129,11 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
     assert loaded < 30
 
 
-@pytest.mark.parametrize("cut", [0, 5, 9, 100, 700, -1])
+@pytest.mark.parametrize("cut", [0, 5, 9, 100, 400, -1])
 def test_a_cut_file_is_refused(tmp_path, cut):
     add().save(tmp_path / "c")
     (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:cut])
-    with pytest.raises(ValueError, match="was not loaded: it "):
+    with pytest.raises(ValueError, match=r"was not loaded: its? "):
         sl.Controller.load(tmp_path / "c")
 
 
@@ -262,7 +269,7 @@ def test_nothing_is_imported_for_a_file(tmp_path):
 
 
 class Clipped(sl.Law):
-    """A law of a user's: its constructor's parameters are its attributes."""
+    """A law of a user's: it declares its attributes by assigning them."""
 
     def __init__(self, gain: float, goal: torch.Tensor, names: list[str], floor: float | None = None):
         self.gain, self.goal, self.names, self.floor = gain, goal, names, floor

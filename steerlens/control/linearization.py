@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from steerlens.core.tensorfile import check_fingerprint, read, write
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import resolve
-from steerlens.hosts import Host
+from steerlens.hosts import Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
 
 
@@ -116,7 +115,9 @@ class Linearization(Plant):
                 shapes = f"{list(jacobians.shape)} and {list(states.shape)}"
                 raise ValueError(f"jacobians and states have shapes {shapes}, not [layer d d] and [layer+1 d]")
             if not (jacobians.is_floating_point() and states.is_floating_point()):
-                raise ValueError(f"jacobians are {jacobians.dtype} and states {states.dtype}, not floating-point numbers")
+                raise ValueError(
+                    f"jacobians are {jacobians.dtype} and states {states.dtype}, not floating-point numbers"
+                )
         except ValueError as error:
             raise ValueError(f"{path} was not loaded: {error}") from None
         return cls(jacobians, states, model, n_texts)
@@ -146,7 +147,7 @@ def linearize(
     Raises:
         ValueError: a text of fewer than 2 tokens, or a state that is not finite.
     """
-    host = resolve(model)
+    host = host_of(model)
     plant = Blocks(host, [tokenize(text, host, prepend_bos)[0] for text in texts])
     jacobians = torch.empty(host.n_layers, host.d_model, host.d_model)
     for t in backwards(plant, progress=progress):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from steerlens.core.law import Loop, Part
 from steerlens.core.numbers import check_loops
-from steerlens.core.parts import check_part, fields_of, fits, registry
+from steerlens.core.positions import check_where
+from steerlens.core.registry import check_part, fields_of, fits, registry
 from steerlens.core.sites import Site
 from steerlens.core.tensorfile import FORMAT, check_fingerprint, read, write
 
@@ -78,7 +79,9 @@ class _Packer:
         """Every field of a loop but those that are empty."""
         values = {name: getattr(loop, name) for name in sorted(Loop.__slots__)}
         return {
-            name: self.pack(value, f"{key}.{name}") for name, value in values.items() if value is not None and value != ()
+            name: self.pack(value, f"{key}.{name}")
+            for name, value in values.items()
+            if value is not None and value != ()
         }
 
     def pack(self, value: Any, key: str) -> Any:
@@ -146,6 +149,7 @@ class _Unpacker:
         if wrong or missing:
             raise ValueError(f"{what} has no legal {(wrong or missing)[0]}")
         try:
+            check_where(state.get("where", "last"))
             return Loop(state.pop("law"), state.pop("act"), state.pop("sense"), **state)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{what}: {error}") from None

@@ -175,11 +175,12 @@ def _table(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 
 def _tensors(file: BinaryIO, table: Mapping[str, Any], start: int, size: int) -> dict[str, Tensor]:
     """All tensors. Checked before anything is allocated: together they are exactly the rest of the file."""
-    planned, end = [], 0
-    for begin, stop, name, dtype, shape in sorted(_entry(name, entry) for name, entry in table.items()):
-        if begin != end or math.prod(shape) * _DTYPES[dtype].itemsize != stop - begin:
+    planned: list[tuple[str, torch.dtype, list[int]]] = []
+    end = 0
+    for begin, stop, name, kind, shape in sorted(_entry(name, entry) for name, entry in table.items()):
+        if begin != end or math.prod(shape) * _DTYPES[kind].itemsize != stop - begin:
             raise ValueError(f"its tensor {name!r} does not fill its place in the file")
-        planned.append((name, _DTYPES[dtype], shape))
+        planned.append((name, _DTYPES[kind], shape))
         end = stop
     if end != size - start:
         raise ValueError(f"its tensors take {end} bytes, the file has {size - start} for them: it was cut off")
@@ -223,7 +224,8 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's own memory."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else bytearray()
+    return memoryview(array)
 
 
 def _replace(path: Path, pieces: Iterator[Any]) -> None:

@@ -113,7 +113,9 @@ class Sketched(Field):
     def validate(self) -> None:
         """There is a weight for each component, and every bucket is a component."""
         if self.weights.shape != (self.components,) or self.buckets.is_floating_point():
-            raise ValueError(f"weights has shape {list(self.weights.shape)}; the sketch has {self.components} components")
+            raise ValueError(
+                f"weights has shape {list(self.weights.shape)}; the sketch has {self.components} components"
+            )
         if not self.buckets.numel() or not 0 <= int(self.buckets.min()) <= int(self.buckets.max()) < self.components:
             raise ValueError(f"buckets must be whole numbers from 0 to {self.components - 1}")
 

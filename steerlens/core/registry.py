@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import types
 import typing
@@ -13,9 +14,6 @@ from torch import Tensor
 from steerlens.core.law import Law, Loop, Part, Setpoint
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.sites import Site
-
-#: Whose annotations hold for every subclass, and which no file may name.
-ABSTRACT = (Part, Law, Setpoint, Condition)
 
 
 def registry(own: Iterable[type[Part]] = ()) -> dict[str, type[Part]]:
@@ -52,26 +50,28 @@ def _path(kind: type) -> str:
 
 
 def fields_of(kind: type) -> dict[str, Any]:
-    """The attributes of a part and their types: what its class body annotates, or else its constructor's parameters.
+    """The attributes of a part and their types: what its constructors assign and what class bodies annotate.
 
-    An attribute for which the class itself has a value, as `signals`, may be missing in an instance.
+    The type is that of the annotation, or of the constructor's parameter of the same name, or any. An attribute for
+    which the class itself has a value, as `signals`, may be missing in an instance.
     """
-    bodies = [base for base in reversed(kind.__mro__) if issubclass(base, Part)]
-    shared = [base for base in bodies if base in ABSTRACT]
-    own = [base for base in bodies if base not in ABSTRACT]
-    found = {name: hint for base in [*shared, *own] for name, hint in _hints(base).items()}
-    if not any(vars(base).get("__annotations__") for base in own if "__init__" in vars(base)):
-        found.update({name: hint for name, hint in _hints(kind.__init__).items() if name != "return"})
-        for name in _parameters(kind):
-            found.setdefault(name, Any)
+    annotated: dict[str, Any] = {}
+    assigned: dict[str, Any] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        annotated.update(_hints(base))
+        constructor = vars(base).get("__init__")
+        if isinstance(constructor, types.FunctionType):
+            parameters = _hints(constructor)
+            assigned.update({name: parameters.get(name, Any) for name in _assigned(constructor)})
+    # a parameter may be converted before it is kept, so that an annotation in the class body counts for more
+    found = {**assigned, **annotated}
     return {name: hint for name, hint in found.items() if not isinstance(_class_value(kind, name), property)}
 
 
-def _parameters(kind: type) -> list[str]:
-    if kind.__init__ is object.__init__:
-        return []
-    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
-    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+def _assigned(constructor: types.FunctionType) -> list[str]:
+    """Names of the attributes that a constructor sets."""
+    stored = [step.argval for step in dis.get_instructions(constructor) if step.opname == "STORE_ATTR"]
+    return list(dict.fromkeys(stored))
 
 
 def _class_value(kind: type, name: str) -> Any:
@@ -84,7 +84,7 @@ def _hints(thing: Any) -> dict[str, Any]:
     names = {**vars(typing), **_NAMES, **(vars(home) if home else {})}
     found = {}
     for name, hint in (getattr(thing, "__annotations__", None) or {}).items():
-        holder = types.SimpleNamespace(__annotations__={name: hint})
+        holder = type("holder", (), {"__annotations__": {name: hint}})  # a class may have a ClassVar
         try:
             found[name] = typing.get_type_hints(holder, names)[name]
         except (NameError, TypeError, AttributeError, SyntaxError):
