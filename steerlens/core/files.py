@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from steerlens.core.law import Loop, Part
-from steerlens.core.numbers import check_loops
+from steerlens.core.numbers import check_numbers
 from steerlens.core.positions import check_where
 from steerlens.core.registry import check_part, fields_of, fits, registry
 from steerlens.core.sites import Site
@@ -47,7 +47,7 @@ def read_controller(path: str | Path, laws: Iterable[type[Part]]) -> tuple[list[
         unread = sorted(set(tensors) - unpacker.used)
         if unread:
             raise ValueError(f"its tensor {unread[0]!r} belongs to no loop")
-        check_loops(loops)
+        check_numbers(loops)
     except ValueError as error:
         raise ValueError(f"{path} was not loaded: {error}") from None
     return loops, recipe

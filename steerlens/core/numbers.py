@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core.law import Loop, Part
+from steerlens.core.law import Loop
+from steerlens.core.part import Part
 
 #: Largest float32: laws compute in it.
 LARGEST = 3.4028234663852886e38
 
 
-def check_loops(loops: Sequence[Loop]) -> None:
+def check_numbers(loops: Sequence[Loop]) -> None:
     """Raises ValueError for a tensor or number in a loop that is not finite in float32, with its name and the site."""
     for loop in loops:
         check_finite(loop.strength, f"the strength of the loop at {loop.act}")
