@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, map_tensors, tensors_of
+from steerlens.core import Controller, Law, Now, Signals, map_tensors, tensors_of
 from steerlens.hosts import host_of
 from steerlens.testing.case import (
     OTHER,
@@ -36,10 +36,11 @@ def check_fits_with_defaults(case: Case) -> None:
 def check_equal_on_every_host(case: Case) -> None:
     """2. The same logits on every host, in float32 and in float64."""
     ids = torch.tensor([case.prompt])
+    (*_, other) = (name for name in discover_hosts() if name != case.host and name not in case.declared.exceptions)
     # transformers computes RMS norms and rotary angles in float32 also in a float64 model; GPT-2 has neither
     for dtype, family in ((torch.float32, case.family), (torch.float64, "gpt2")):
         mine = case.other(dtype=dtype, family=family)
-        reference = mine.other(host=discover_hosts()[-1])
+        reference = mine.other(host=other)
         with mine.steer():
             a = mine.logits(ids)
         with reference.steer():
@@ -48,9 +49,11 @@ def check_equal_on_every_host(case: Case) -> None:
 
 
 def check_zero_is_no_steering(case: Case) -> None:
-    """3. Factor 0 is bit-identical to no steering, with and without recording."""
+    """3. Factor 0 is bit-identical to no steering, with and without recording, and so is a method's own strength 0."""
     ids = torch.tensor([case.prompt])
     plain = case.logits(ids)
+    with case.steer(controller=case.fit(strength=0.0)):
+        assert torch.equal(case.logits(ids), plain), f"{case.method}(..., strength=0.0) changes the logits"
     for record in ("all", None):
         with case.steer(strength=0.0, record=record):
             assert torch.equal(case.logits(ids), plain), f"strength 0 changes the logits with record={record!r}"
@@ -167,16 +170,35 @@ def check_batch_row_equals_row_alone(case: Case) -> None:
 
 
 def check_dtype_is_kept(case: Case) -> None:
-    """10. A half-precision model stays one, and its laws compute in float32."""
+    """10, 17. A half-precision model stays one, and its laws see and give float32."""
+    seen: list[torch.dtype] = []
+
+    class Spy(Law):
+        def __init__(self, law: Law):
+            self.law = law
+
+        @property
+        def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+            return self.law.signals
+
+        def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
+            u, signals = self.law.act(x, now)
+            seen.extend((x.dtype, u.dtype))
+            return u, signals
+
+    loops = [loop.replace(law=Spy(loop.law)) for loop in case.controller.loops]
+    spied = Controller(loops, case.controller.recipe).at("all")
     for dtype in (torch.float16, torch.bfloat16):
         half = case.other(dtype=dtype)
         ids = torch.tensor([case.prompt])
-        with half.steer(controller=case.controller, trust=True, record="all") as run:
+        with half.steer(controller=spied, trust=True, record="all") as run:
+            seen.clear()  # steer() has tried the laws on a state of its own
             logits = half.logits(ids)
             states = [run.record[name] for name in run.record if name.endswith("steer_u")]
         assert logits.dtype == dtype
         assert all(u.dtype == dtype for u in states)
         assert torch.isfinite(logits).all()
+        assert set(seen) == {torch.float32}, f"in a {dtype} model a law saw or gave {set(seen)}"
 
 
 def check_composes_in_order(case: Case) -> None:
@@ -211,7 +233,7 @@ def check_gradients_flow(case: Case) -> None:
     with torch.enable_grad(), case.steer(controller=Controller(loops, case.controller.recipe)):
         logits = case.logits(torch.tensor([case.prompt]))
         loss = logits[0, -1].square().mean()
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
     reached = any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     assert reached, "no gradient reaches the controller's tensors"
     assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
