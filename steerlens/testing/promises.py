@@ -170,35 +170,22 @@ def check_batch_row_equals_row_alone(case: Case) -> None:
 
 
 def check_dtype_is_kept(case: Case) -> None:
-    """10, 17. A half-precision model stays one, and its laws see and give float32."""
-    seen: list[torch.dtype] = []
-
-    class Spy(Law):
-        def __init__(self, law: Law):
-            self.law = law
-
-        @property
-        def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-            return self.law.signals
-
-        def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-            u, signals = self.law.act(x, now)
-            seen.extend((x.dtype, u.dtype))
-            return u, signals
-
-    loops = [loop.replace(law=Spy(loop.law)) for loop in case.controller.loops]
-    spied = Controller(loops, case.controller.recipe).at("all")
+    """10. A half-precision model stays one, and its laws see and report float32."""
     for dtype in (torch.float16, torch.bfloat16):
         half = case.other(dtype=dtype)
         ids = torch.tensor([case.prompt])
-        with half.steer(controller=spied, trust=True, record="all") as run:
-            seen.clear()  # steer() has tried the laws on a state of its own
+        seen: set[torch.dtype] = set()
+        loops = [loop.replace(law=_spy(loop.law, seen), where="all") for loop in case.controller.loops]
+        with half.steer(controller=Controller(loops, case.controller.recipe), trust=True, record="all") as run:
+            seen.clear()  # attaching tries laws in the dtype of their own tensors
             logits = half.logits(ids)
-            states = [run.record[name] for name in run.record if name.endswith("steer_u")]
+            record = {name: value.dtype for name, value in run.record.items()}
         assert logits.dtype == dtype
-        assert all(u.dtype == dtype for u in states)
+        assert seen == {torch.float32}, f"laws on a {dtype} model saw or gave {seen}"
+        for name, found in record.items():
+            expected = dtype if name.endswith("_u") else torch.float32
+            assert found == expected, f"{name} is {found} on a {dtype} model"
         assert torch.isfinite(logits).all()
-        assert set(seen) == {torch.float32}, f"in a {dtype} model a law saw or gave {set(seen)}"
 
 
 def check_composes_in_order(case: Case) -> None:
@@ -309,9 +296,28 @@ def _raise_inside(case: Case) -> None:
         raise RuntimeError("an error in the body")
 
 
+def _spy(law: Law, seen: set[torch.dtype]) -> Law:
+    """A law that does the same and notes the dtypes of states, controls and its own tensors."""
+
+    class Spy(Law):
+        signals, vectors = law.signals, law.vectors
+
+        def __init__(self) -> None:
+            self.law = law
+
+        def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
+            seen.add(x.dtype)
+            seen.update(tensor.dtype for tensor in tensors_of(self.law) if tensor.is_floating_point())
+            u, signals = self.law.act(x, now)
+            seen.add(u.dtype)
+            return u, signals
+
+    return Spy()
+
+
 def _failing(controller: Controller) -> Controller:
     class Failing(Law):
-        def act(self, x: Tensor, now: Any) -> Any:
+        def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
             if x.any():  # steer() tries a law on a zero state
                 raise RuntimeError("the law fails on purpose")
             return torch.zeros_like(x), {}
