@@ -9,6 +9,7 @@ from steerlens.core.passing import Pass
 from steerlens.core.positions import PROMPT_ONLY, Positions, check_where
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.record import Record
+from steerlens.core.sequence import Sequence
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import POINTS, Site
 
@@ -28,6 +29,7 @@ __all__ = [
     "Positions",
     "Record",
     "Schedule",
+    "Sequence",
     "Setpoint",
     "Site",
     "SiteSignals",
