@@ -12,7 +12,7 @@ import torch
 from steerlens.core import (
     Controller,
     Gate,
-    Memory,
+    Now,
     Pass,
     Record,
     Site,
@@ -237,17 +237,19 @@ def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
 
 def _check_shapes(host: Dimensions, controller: Controller) -> None:
     """Runs every law once on a zero state, so that a wrong width is told before the model runs."""
-    memory: dict[int, Memory] = {loop.group: {"sequence": {}} for loop in controller.loops}
+    shared = {loop.group: Now() for loop in controller.loops}
     for loop in sorted(controller.loops, key=lambda loop: loop.act):
         law = map_tensors(loop.law, lambda tensor: tensor.detach().cpu())
         sensed, acted = host.shape(loop.sense), host.shape(loop.act)
         dtype = next((tensor.dtype for tensor in tensors_of(law) if tensor.is_floating_point()), torch.float32)
-        if loop.summary is not None:
-            memory[loop.group]["summary"] = torch.zeros(1, *host.shape(loop.summary.site), dtype=dtype)
-        if loop.tangent is not None:
-            memory[loop.group]["tangent"] = torch.zeros(1, 1, *acted, dtype=dtype)
+        now = Now(
+            shared[loop.group].layers,
+            shared[loop.group].sequence,
+            summary=torch.zeros(1, *host.shape(loop.summary.site), dtype=dtype) if loop.summary else None,
+            tangent=torch.zeros(1, 1, *acted, dtype=dtype) if loop.tangent else None,
+        )
         try:
-            u, _ = law.act(torch.zeros(1, 1, *sensed, dtype=dtype), memory[loop.group])
+            u, _ = law.act(torch.zeros(1, 1, *sensed, dtype=dtype), now)
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"the {type(law).__name__} at {loop.act} does not fit a state of shape {list(sensed)}: {error}"

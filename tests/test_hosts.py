@@ -262,9 +262,9 @@ class Product(sl.Law):
     def __init__(self, v):
         self.v = v
 
-    def act(self, x, memory):
+    def act(self, x, now):
         product = x @ self.v
-        return product[..., None] * self.v, {"product": product}
+        return product[..., None] * self.v, {"product": lambda: product}
 
 
 def test_laws_compute_in_float32_under_autocast(host, tiny_model):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Loop, Part, tensors_of
+from steerlens.core.law import Loop
+from steerlens.core.part import Part, tensors_of
 from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
 

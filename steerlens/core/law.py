@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from steerlens.core.now import Now
+from steerlens.core.part import Part, map_tensors
 from steerlens.core.sites import Site
 
 if TYPE_CHECKING:
     from steerlens.core.prompt import Direction, Gate, Schedule, Summary
 
-Memory = dict[str, Any]
-
-
-def observed(memory: Memory) -> bool:
-    """Whether somebody asks for signals; where nobody does, a law or setpoint may return none of them."""
-    return memory.get("observed", True)
+#: How to compute each of several signals. A function is called only if somebody looks at its signal.
+Signals = Mapping[str, Callable[[], Tensor]]
 
 
 def numbered(name: str, taken: dict[str, int]) -> str:
     """A name, with its count behind it from the second time on: `score`, `score2`. `taken` counts."""
     taken[name] = count = taken.get(name, 0) + 1
     return name if count == 1 else f"{name}{count}"
-
-
-class Part:
-    """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
-
-    Parts are moved, saved, loaded and sent to a server by walking their attributes (`map_tensors`), so a part needs no
-    code of its own for that, and may hold nothing else.
-    """
-
-
-def map_tensors(value: Any, change: Any) -> Any:
-    """A copy of a part, list, tuple or dict with `change` applied to every tensor in it; other values are shared."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Part):
-        copy = object.__new__(type(value))
-        copy.__dict__.update({name: map_tensors(entry, change) for name, entry in value.__dict__.items()})
-        return copy
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(entry, change) for entry in value)
-    if isinstance(value, dict):
-        return {name: map_tensors(entry, change) for name, entry in value.items()}
-    return value
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in a part, list, tuple or dict, in a fixed order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(value, note)
-    return found
 
 
 class Setpoint(Part):
@@ -68,44 +31,64 @@ class Setpoint(Part):
 
         e = r - x = c @ basis,   basis: [m d], rows of unit norm
 
-    A subclass is final, holds tensors and numbers only, and defines `basis` and `measure`. What a law is told about
-    `memory` holds here too.
+    A subclass is final, holds tensors and numbers only, and defines `basis` and `measure`.
 
     Attributes:
-        signals: Names of what `measure` reports besides the coordinates; `"error"` is among them.
+        signals: Names of what `measure` reports in addition to the coordinates; `"error"` is among them.
     """
 
     basis: Tensor
     signals: tuple[str, ...] = ("error",)
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """The error in coordinates, and signals: `[... d] -> ([... m], {name: [...]})`.
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
+        """The error in coordinates, and its signals: `[... d] -> ([... m], {name: () -> [...]})`. A pure function.
 
         The signal `error` is the norm of e, the distance to the setpoint in activation units.
         """
         raise NotImplementedError
 
-    def error(self, x: Tensor, memory: Memory) -> Tensor:
+    def lift(self, c: Tensor) -> Tensor:
+        """The error e of coordinates, `[... m] -> [... d]`."""
+        return c @ self.basis
+
+    def error(self, x: Tensor) -> Tensor:
         """The error e on the setpoint's subspace, `[... d] -> [... d]`."""
-        return self.measure(x, memory)[0] @ self.basis
+        return self.lift(self.measure(x)[0])
 
 
 class Law(Part):
-    """Abstract: tensors plus one pure function of the state.
+    """Abstract: tensors plus one function of the state.
+
+        x <- x + u,   u = act(x)
 
     A subclass is final, holds tensors, numbers, strings and setpoints only, and defines `act`. It sees float32 (or
-    float64) states and knows neither layer nor host nor token positions; `memory` is a dict that all loops of its
-    controller share during one forward pass, and `memory["sequence"]` one that lives until the sequence ends.
-    Signals need to be returned only if `observed(memory)`.
+    float64) states and knows neither layer nor host nor token positions. A clipped proportional law:
+
+        class Clipped(Law):
+            signals = ("error",)
+
+            def __init__(self, setpoint, gain, most):
+                self.setpoint, self.gain, self.most = setpoint, gain, most
+
+            def act(self, x, now):
+                c, signals = self.setpoint.measure(x)
+                u = self.gain * self.setpoint.lift(c)
+                return u.clamp(-self.most, self.most), signals
 
     Attributes:
-        signals: Names that `act` returns besides the control itself, each a tensor `[...]` or `[... k]`.
+        signals: Names of what `act` reports in addition to the control: its signals' names, no more and no fewer.
+        vectors: Those of them that have more than one number per token.
     """
 
     signals: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """The control to add, and the signals: `[... d] -> ([... d], {name: [...]})`."""
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
+        """The control to add, and its signals: `[batch pos ...] -> ([batch pos ...], {name: () -> [batch pos]})`.
+
+        Signals are functions without arguments, called after `act` and only if somebody looks at them. One that is
+        among `vectors` gives `[batch pos k]`.
+        """
         raise NotImplementedError
 
 
@@ -123,11 +106,11 @@ class Loop:
             activation two orders of magnitude larger than elsewhere; a slice, mask or callable is taken literally.
         strength: Factor on the control.
         name: Prefix of the loop's own signals where several loops act at one layer.
-        group: Loops with the same group share `memory`.
+        group: Loops with the same group share what their laws remember, see `Now`.
         gates: Decisions made once for each row of a prompt, which multiply the control; see `when`.
         schedules: Factors on the control over a generation; see `schedule`.
-        summary: What the law finds as `memory["summary"]`: the prompt's pooled state, `[batch ...]`.
-        tangent: A direction in the space of the parameters. The law finds as `memory["tangent"]` how the unsteered
+        summary: What the law finds as `now.summary`: the prompt's pooled state, `[batch ...]`.
+        tangent: A direction in the space of the parameters. The law finds as `now.tangent` how the unsteered
             state at the acting site changes along it, in the state's shape; see `cold_fd`.
     """
 

@@ -171,13 +171,29 @@ class Host(Dimensions):
                 rows[row] = [values[position] for values in read]
         return [rows[row] for row in range(len(tokens))]
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits of rows without pads, `[batch pos] -> [batch pos vocab]`, steered by what is attached.
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of rows, `[batch pos] -> [batch pos vocab]`, steered by what is attached.
 
-        With a graph where gradients are enabled; no parameter gets a gradient by itself.
+        With a graph if gradients are enabled; no parameter gets a gradient by itself.
+
+        Args:
+            ids: Token ids, padded on the right if the rows differ in length.
+            mask: 1 for tokens, 0 for pads, `[batch pos]`; None if there are no pads.
         """
         ids = ids.to(self.device)
-        return self._logits(ids, torch.ones_like(ids))
+        return self._logits(ids, torch.ones_like(ids) if mask is None else mask.to(self.device))
+
+    def sample(self, ids: Tensor, count: int, *, temperature: float) -> Tensor:
+        """Prompts of equal length and their continuations, `[batch pos] -> [batch pos+count]` or shorter.
+
+        Steered by what is attached. A row that has ended goes on with end or pad tokens.
+
+        Args:
+            ids: Token ids of the prompts, without pads.
+            count: Largest number of new tokens.
+            temperature: Of the sampling from the whole vocabulary with torch's global generator; 0 is greedy.
+        """
+        raise NotImplementedError
 
     def gradients(
         self,

@@ -289,7 +289,7 @@ def _raise_inside(case: Case) -> None:
 
 def _failing(controller: Controller) -> Controller:
     class Failing(Law):
-        def act(self, x: Tensor, memory: Any) -> Any:
+        def act(self, x: Tensor, now: Any) -> Any:
             if x.any():  # steer() tries a law on a zero state
                 raise RuntimeError("the law fails on purpose")
             return torch.zeros_like(x), {}

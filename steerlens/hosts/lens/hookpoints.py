@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from steerlens.core import POINTS, Pass, Site
+from steerlens.core import POINTS, Display, Pass, Site
 from steerlens.hosts.base import Attachment, Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
@@ -110,6 +110,19 @@ class LensHost(Host):
         """Permanent hooks at the sites of the pass, and hook points for its signals."""
         return LensAttachment(self, run)
 
+    def sample(self, ids: Tensor, count: int, *, temperature: float) -> Tensor:
+        """Prompts and their continuations, by the model's own `generate`."""
+        ends = getattr(self.tokenizer, "eos_token_id", None) is not None
+        return self.model.generate(
+            ids.to(self.device),
+            max_new_tokens=count,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            stop_at_eos=ends,
+            return_type="tokens",
+            verbose=False,
+        )
+
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         found: dict[Site, Tensor] = {}
 
@@ -190,7 +203,7 @@ class LensAttachment(Attachment):
                 for name in names.names():
                     self._points[name] = point = HookPoint()
                     point.name = name
-            run.tap = self._tap
+            run.display = SignalPoints(self._points)
             host.publish(self._points)
         modules = host.find({place for site in run.sites for place in (site, *self._around(site))})
         self._check_transcoders(modules)
@@ -241,9 +254,6 @@ class LensAttachment(Attachment):
         for seat in reversed(self._seats):
             seat.follow()
 
-    def _tap(self, name: str, value: Tensor) -> Tensor:
-        return self._points[name](value)
-
     def detach(self) -> None:
         """Take every hook and hook point off again."""
         for seat in self._seats:
@@ -252,7 +262,25 @@ class LensAttachment(Attachment):
         steered = Steered.of(self._host.model)
         if steered is not None:
             steered.leave(self)
-        self.run.tap = None
+        self.run.display = None
+
+
+class SignalPoints(Display):
+    """Hook points of ours, by name."""
+
+    def __init__(self, points: Mapping[str, HookPoint]):
+        self._points = points
+
+    def looks(self, name: str) -> bool:
+        """Whether a hook of any kind is there."""
+        point = self._points[name]
+        return bool(
+            point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks
+        )
+
+    def show(self, name: str, value: Tensor) -> Tensor:
+        """What the hooks leave."""
+        return self._points[name](value)
 
 
 def _acting(run: Pass, site: Site) -> Change:

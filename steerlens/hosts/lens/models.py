@@ -164,6 +164,11 @@ class BridgeHost(LensHost):
         else:
             self.model(ids, stop_at_layer=stop)
 
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of rows; a mask goes to the model, which `_logits` can do without on the right."""
+        ids = ids.to(self.device)
+        return self.model(ids) if mask is None else self.model(ids, attention_mask=mask.to(self.device))
+
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model(ids)
 

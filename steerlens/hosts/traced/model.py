@@ -77,13 +77,31 @@ class TracedHost(Anatomy, Host):
         self.need_weights("linearising the blocks")
         return hf.nominal(self.base._module, [layer._module for layer in self.layers], tokens)
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Through a trace, which runs the edits; `_logits` calls the module below them."""
-        self.need_weights("running the model")
+        where = backend(self.model, self.remote, self.timeout_s) if self.remote else None
+        if where is None:
+            self.need_weights("running the model", ", or run it on a server: steerlens.remote(model)")
         ids = ids.to(self.device)
-        with self.model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        mask = torch.ones_like(ids) if mask is None else mask.to(self.device)
+        with self.model.trace({"input_ids": ids, "attention_mask": mask}, backend=where):
             logits = self.model.output.logits.save()
         return logits  # noqa: RET504 (bound by the trace)
+
+    def sample(self, ids: Tensor, count: int, *, temperature: float) -> Tensor:
+        """Prompts and their continuations, by the model's own `generate`."""
+        where = backend(self.model, self.remote, self.timeout_s) if self.remote else None
+        if where is None:
+            self.need_weights("generating", ", or generate on a server: steerlens.remote(model)")
+        ids = ids.to(self.device)
+        options: dict[str, Any] = {"max_new_tokens": count, "do_sample": temperature > 0}
+        if temperature > 0:
+            # the whole vocabulary, whatever the model's generation config prefers
+            options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with self.model.generate(inputs, **options, backend=where) as tracer:
+            tokens = tracer.result.save()
+        return tokens  # noqa: RET504 (bound by the trace)
 
     def entrance(self) -> nn.Module:
         """The first block."""
