@@ -46,6 +46,9 @@ class Aside:
         # what is before the first control is unsteered by itself
         self._clean = [summary for summary in self._asked if first is not None and first < summary.site]
         self._own = [summary for summary in self._asked if summary not in self._clean]
+        # of these, what is asked for before it is seen, if one pass holds the prompt and what is generated
+        earliest = min((loop.act for loop in loops), default=None)
+        self._late = [summary for summary in self._own if earliest is not None and earliest < summary.site]
         #: Sites that the pass must show to `see`.
         self.watched = {summary.site for summary in self._own}
         self._directions: list[Direction] = []
@@ -77,6 +80,8 @@ class Aside:
         positions, beside = sequence.positions, None if companion is None else companion(sequence.kept)
         sequence.tangents = {}
         clean = self._clean if alone else self._asked
+        if alone and positions.past < positions.end and positions.start < positions.seen:
+            clean = [*clean, *self._late]
         missing = [summary for summary in clean if id(summary) not in sequence.pooled]
         if missing and positions.past < positions.end:
             states = _required(beside).states(sorted({summary.site for summary in missing}))
@@ -101,7 +106,16 @@ class Aside:
 
     def see(self, site: Site, x: Tensor) -> None:
         """Take a state of the pass itself, before any control has reached it."""
-        self.sequence.states.setdefault(site, []).append(x.detach())
+        pieces = self.sequence.states.setdefault(site, [])
+        pieces.append(x.detach())
+        pooled, positions = self.sequence.pooled, self.sequence.positions
+        if not positions.complete:
+            return
+        for summary in self._own:
+            wanted = summary.site == site and id(summary) not in pooled
+            if wanted and sum(piece.shape[1] for piece in pieces) == positions.seen:
+                state = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+                pooled[id(summary)] = summary.of(state, positions.whole().select(summary.where))
 
     def summary(self, summary: Summary) -> Tensor:
         """A summary of the prompt of this sequence, `[batch ...]`.
@@ -109,24 +123,18 @@ class Aside:
         Raises:
             RuntimeError: parts of the prompt are still to come, or went through the model before it was steered.
         """
-        sequence = self.sequence
-        held = sequence.pooled.get(id(summary))
+        held = self.sequence.pooled.get(id(summary))
         if held is None:
-            pieces, positions = sequence.states.get(summary.site, []), sequence.positions
+            positions = self.sequence.positions
             if not positions.complete:
                 raise RuntimeError(
                     f"a loop needs the whole prompt at its tokens, but {positions.end - positions.seen} of them are "
                     "still to come: leave prefill_chunk_size out, or act at where='last' or where='generated'"
                 )
-            known = sum(piece.shape[1] for piece in pieces)
-            if known != positions.seen:
-                raise RuntimeError(
-                    f"a loop needs the unsteered state of the whole prompt, but {positions.seen - known} of its tokens "
-                    "went through the model before; begin with an empty KV cache"
-                )
-            whole = positions.whole()
-            x = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-            held = sequence.pooled[id(summary)] = summary.of(x, whole.select(summary.where))
+            raise RuntimeError(
+                "a loop needs the unsteered state of the whole prompt, but a part of it went through the model before; "
+                "begin with an empty KV cache"
+            )
         return held
 
     def tangent(self, loop: int, site: Site) -> Tensor:

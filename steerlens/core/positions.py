@@ -42,13 +42,14 @@ class Positions:
         batch, length, past: Rows and new columns of the present pass, and columns before it.
         seen: Columns up to the end of the present pass.
         end: First column after the prompt; pads behind a short prompt count as prompt here.
+        start: First column that may hold a token after the prompt.
         prompt: Real tokens of the prompt, a number or `[batch]`.
         padded: Some row has a pad.
         index: Positions of the present pass, `[batch length]`, -1 at pads; None if no row has a pad.
     """
 
     def __init__(self) -> None:
-        self.batch = self.length = self.past = self.seen = self.end = 0
+        self.batch = self.length = self.past = self.seen = self.end = self.start = 0
         self.padded = False
         self.prompt: Any = 0
         self.index: Tensor | None = None
@@ -104,7 +105,7 @@ class Positions:
     def _end_prompt(self, first: bool, repeats: bool, end: int | None, lengths: Any) -> bool:
         """Settle where the prompt ends; True if that has changed."""
         if lengths is not None:
-            self.end, before = self.seen, self.prompt
+            self.end, self.start, before = self.seen, 0, self.prompt
             self.prompt = self._rows_of(lengths)
             return first or self.past == 0 or not _same(before, self.prompt)
         if end is not None:
@@ -117,6 +118,7 @@ class Positions:
             self.end = self.past
         else:
             self.end = self.seen
+        self.start = self.end
         reached = min(self.end, self.seen)
         if self._mask is None:
             self.prompt = self.end
@@ -189,7 +191,7 @@ class Positions:
         if isinstance(where, (str, slice)):
             if where in PROMPT_ONLY and self.past >= self.end:
                 return None
-            if where in _FROM_LAST and not self.complete:
+            if (where in _FROM_LAST and not self.complete) or (where == "generated" and self.seen <= self.start):
                 return None
             low, high = _bounds(where, self.prompt)
             if self.index is None and not isinstance(low, Tensor) and not isinstance(high, Tensor):

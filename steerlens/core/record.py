@@ -69,7 +69,8 @@ class Record(Mapping):
         for _, age, value in pieces:
             if value.ndim != 2 + len(trailing):
                 value = value.view(*value.shape, *[1] * len(trailing)).expand(-1, -1, *trailing)
-            whole.append(value if rows[age] is None else value[rows[age].to(value.device)])
+            row = rows[age]
+            whole.append(value if row is None else value[row.to(value.device)])
         return torch.cat(whole, dim=1)
 
     def __iter__(self) -> Iterator[str]:

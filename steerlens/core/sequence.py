@@ -68,7 +68,10 @@ class Sequence:
         """The cache has other rows by now, `[new batch]` numbers of those that were there."""
         self.store["moves"].append(index)
         self.positions.rows(index)
-        for table in (self.pooled, *self.memory.values(), *[memory for _, old in self._before for memory in old.values()]):
+        tables: list[dict[Any, Any]] = [self.pooled, *self.memory.values()]
+        for _, before in self._before:
+            tables += before.values()
+        for table in tables:
             for name, value in table.items():
                 table[name] = _pick(value, index)
         for site, pieces in self.states.items():
@@ -91,9 +94,7 @@ class Sequence:
             "length": self.store["length"],
         }
         twin.memory = {group: dict(memory) for group, memory in self.memory.items()}
-        twin._before = [
-            (past, {group: dict(memory) for group, memory in old.items()}) for past, old in self._before
-        ]
+        twin._before = [(past, {group: dict(memory) for group, memory in old.items()}) for past, old in self._before]
         twin.states = {site: list(pieces) for site, pieces in self.states.items()}
         twin.pooled, twin.decisions = dict(self.pooled), dict(self.decisions)
         twin.kept = {key: kept.fork() for key, kept in self.kept.items()}

@@ -103,6 +103,7 @@ class Following:
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the cache's own."""
         cache = self.mark.cache()
         result = getattr(type(cache), self.name)(cache, *args, **kwargs)
         for sequence in self.mark.held.values():
@@ -158,8 +159,8 @@ class Generation:
 
     Args:
         end: First column after the prompt; None: after the first pass of its own.
-        announced: Its own passes are announced by `announce`; otherwise they are those that write the cache of the first
-            one, or that repeat it and add a token.
+        announced: Its own passes are announced by `announce`; otherwise they are those that write the cache of the
+            first one, or that repeat it and add a token.
     """
 
     def __init__(self, end: int | None = None, *, announced: bool = False):

@@ -14,9 +14,7 @@ from steerlens.hosts.caches import Generation
 from steerlens.hosts.steered import Steered, Wrapped
 
 
-def hf_pass(
-    steered: Steered, beside: Callable[..., Any], inner: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def hf_pass(steered: Steered, beside: Callable[..., Any], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A forward pass of the module that runs the blocks.
 
     Args:

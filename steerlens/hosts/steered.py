@@ -42,6 +42,7 @@ class Wrapped:
         owner.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the method."""
         return self.around(self.inner, *args, **kwargs)
 
     def remove(self) -> None:
@@ -76,7 +77,7 @@ class Steered:
         #: See `Tap.visit`; one for all edits of an nnsight model.
         self.carried: dict[int, Tensor] = {}
         self.marks: WeakSet[Mark] = WeakSet()
-        self.wraps: list[Wrapped] = []
+        self.wraps: list[Any] = []
         self.lock = RLock()
         self.resting = 0
         #: Calls of a model whose pass begins in their midst.
@@ -93,7 +94,7 @@ class Steered:
         return vars(model).get(_NAME)
 
     @classmethod
-    def attach(cls, model: Any, attachment: Attachment, wraps: Callable[[Steered], list[Wrapped]]) -> Steered:
+    def attach(cls, model: Any, attachment: Attachment, wraps: Callable[[Steered], list[Any]]) -> Steered:
         """Add to what is attached to a model; the first one wraps its methods."""
         steered = cls.of(model)
         if steered is None:
@@ -125,7 +126,7 @@ class Steered:
     # -- passes -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def passing(self) -> Iterator[Callable[..., None] | None]:
+    def passing(self) -> Iterator[Callable[..., Identity] | None]:
         """A forward pass of this thread; gives what begins it, see `begin`, or None while the runs stand down."""
         with self.lock:
             if self.resting or not self.attached:

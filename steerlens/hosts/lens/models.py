@@ -14,15 +14,15 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_attention_mask
 
-from steerlens.core import Companion, Direction, Record, Site
+from steerlens.core import Record, Site
 from steerlens.hosts.base import Host
 from steerlens.hosts.blocks import hf
-from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
-from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather, require_whole
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot
 from steerlens.hosts.caches import Generation
 from steerlens.hosts.generation import hf_generations, hf_pass
+from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
 from steerlens.hosts.steered import Steered, Wrapped, unsteered
@@ -120,8 +120,8 @@ class BridgeHost(LensHost):
         ]
 
     def _beside(self, entry: nn.Module) -> Callable[..., Any]:
-        return lambda args, kwargs, past: lambda kept: BaseCompanion(
-            entry, self._aside, self._spots, args, kwargs, past, kept
+        return lambda args, kwargs, past: (
+            lambda kept: BaseCompanion(entry, self._aside, self._spots, args, kwargs, past, kept)
         )
 
     def _list_of_prompts(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +129,7 @@ class BridgeHost(LensHost):
         given = args[0] if args else kwargs.get("input")
         if not isinstance(given, list) or len(given) < 2 or kwargs.get("attention_mask") is not None:
             return inner(*args, **kwargs)
-        side = kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", "right")
+        side = str(kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", "right"))
         with steered.padding(lambda tokens: padding_mask(self.tokenizer, tokens, self.prepends_bos, side)):
             return inner(*args, **kwargs)
 
@@ -305,11 +305,11 @@ class HookedHost(LensHost):
 
     def need_parameters(self) -> None:
         """Raises NotImplementedError."""
-        raise NotImplementedError(_OTHER_PARAMETERS)
+        raise NotImplementedError(OTHER_PARAMETERS)
 
     def learner(self) -> Learner:
         """Raises NotImplementedError."""
-        raise NotImplementedError(_OTHER_PARAMETERS)
+        raise NotImplementedError(OTHER_PARAMETERS)
 
     def _out_weight(self, layer: int) -> Tensor | None:
         return getattr(getattr(self.model.blocks[layer], "mlp", None), "W_out", None)
@@ -319,71 +319,6 @@ class HookedHost(LensHost):
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model(ids, attention_mask=mask)
-
-
-#: A gradient step depends on how a function is parametrised.
-_OTHER_PARAMETERS = (
-    "a HookedTransformer's parameters are not the model's: biases added, embeddings untied, norms perhaps folded, so a "
-    "gradient step on them is another one; use TransformerBridge or nnsight"
-)
-
-
-class BlocksCompanion(Companion):
-    """Runs the blocks of a HookedTransformer again, from the one where a pass begins.
-
-    Args:
-        host: Of the model.
-        layer: The first block.
-        state: What goes into it.
-        options: Of every block.
-        mask: Of all tokens so far.
-        past: Number of tokens in the KV cache.
-        kept: What the sequence keeps for later passes; nothing.
-    """
-
-    def __init__(
-        self,
-        host: HookedHost,
-        layer: int,
-        state: Tensor,
-        options: dict[str, Any],
-        mask: Tensor | None,
-        past: int,
-        kept: dict[Any, Any],
-    ):
-        self.host = host
-        self.layer = layer
-        self.state = state
-        self.options = options | {"attention_mask": mask, "past_kv_cache_entry": None}
-        self.past = past
-
-    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The unsteered states of a prompt."""
-        require_whole(self.past)
-        model = self.host.model
-
-        def run() -> None:
-            state = self.state
-            for block in model.blocks[self.layer :]:
-                state = block(state, **self.options)
-
-        with Bare(model), torch.no_grad():
-            return gather({site: (*place_of(module), 0) for site, module in self.host.find(sites).items()}, run)
-
-    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(_OTHER_PARAMETERS)
-
-
-class FrozenEntry:
-    """Stands in for a TransformerLens cache entry during a replay, as `hf.FrozenCache` does for Hugging Face."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.past_keys, self.past_values = keys, values
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Past and new keys and values, `[n pos head d_head]`."""
-        return FixedContext.join(self.past_keys, keys, 1), FixedContext.join(self.past_values, values, 1)
 
 
 def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

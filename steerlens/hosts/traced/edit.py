@@ -250,4 +250,11 @@ def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:
     seen = run.positions.seen
     # without a KV cache each pass repeats the sequence and adds a token
     past = 0 if x.shape[1] == seen + 1 else seen
-    return {"shape": (x.shape[0], x.shape[1]), "past": past, "mask": None, "device": x.device, "cache": None, "tokens": None}
+    return {
+        "shape": (x.shape[0], x.shape[1]),
+        "past": past,
+        "mask": None,
+        "device": x.device,
+        "cache": None,
+        "tokens": None,
+    }

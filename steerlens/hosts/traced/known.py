@@ -10,7 +10,7 @@ from torch import nn
 from steerlens.core import Pass
 from steerlens.hosts.blocks import hf
 from steerlens.hosts.generation import hf_generations
-from steerlens.hosts.steered import Steered, Wrapped
+from steerlens.hosts.steered import Steered
 from steerlens.hosts.traced.edit import Passes
 
 
@@ -30,7 +30,7 @@ class KnownPasses(Passes):
         return Passes, ()
 
 
-def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered) -> list[Wrapped]:
+def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered) -> list[Any]:
     """Around a Hugging Face model behind nnsight, see `Steered.attach`.
 
     Hooks on the base model and not its `forward`, which nnsight has wrapped: it warns of anybody who does so after it.
