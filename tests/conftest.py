@@ -27,8 +27,18 @@ DATA = Path(__file__).parent / "data"
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="run the tests on this device, as cuda")
 
+    parser.addoption("--all-models", action="store_true", help="run test_roles.py on every architecture")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all-models"):
+        more = [item for item in items if item.get_closest_marker("more_models")]
+        config.hook.pytest_deselected(items=more)
+        items[:] = [item for item in items if item not in more]
+
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "more_models: an architecture like another that is tested; see --all-models")
     config.addinivalue_line("markers", "lens3: needs TransformerLens 3 or what only runs with it")
 
 
