@@ -25,7 +25,7 @@ import torch
 
 import steerlens as sl
 from steerlens.cli.catalogue import MEASURED
-from steerlens.core import map_tensors
+from steerlens.core import Now, map_tensors
 from steerlens.flow.barriers import exact_barrier, truncate
 from steerlens.flow.fields import Quadratic
 from steerlens.flow.flows import Flow
@@ -156,7 +156,7 @@ def odesteer_against_the_paper(device: str, d: int = 4096, n: int = 64) -> dict[
                 if name == "transforms":
                     transforms.steer(x[0], 20.0)
                 else:
-                    laws[name].act(x, {"observed": False})  # as when nothing is recorded
+                    laws[name].act(x, Now())  # as when nothing is recorded
 
         with torch.no_grad():
             calls = {name: (lambda name=name, call=call: call(name)) for name in repeats}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 
-from steerlens import diagnose
+from steerlens import diagnose, methods
 from steerlens.control.linearization import Linearization, linearize
-from steerlens.core import Condition, Controller, Gate, Law, Loop, Record, Setpoint, Site, Summary
+from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
 from steerlens.fit.contrast import Pairs, shipped
+from steerlens.fit.method import exported
 from steerlens.flow.fields import Field
 from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
@@ -21,28 +22,7 @@ from steerlens.hosts.roles import roles
 from steerlens.laws.conditions import Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
-from steerlens.methods import (
-    ablation,
-    actadd,
-    angular,
-    caa,
-    cast,
-    cold_fd,
-    cold_kernel,
-    hpr,
-    inferaligner,
-    iti,
-    linear_act,
-    lqr,
-    mean_act,
-    mimic,
-    odesteer,
-    pid,
-    repe,
-    sadi,
-    tda,
-    track,
-)
+from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
 from steerlens.sae import Feature, Target, describe, feature, hold, lead, rank_features, watch
 from steerlens.steering import Run, apply, steer
 from steerlens.version import __version__
@@ -66,6 +46,7 @@ __all__ = [
     "Level",
     "Linearization",
     "Loop",
+    "Now",
     "Pairs",
     "Pid",
     "Point",
@@ -76,44 +57,26 @@ __all__ = [
     "Run",
     "Setpoint",
     "Side",
+    "Signals",
     "Site",
     "Summary",
     "Target",
     "__version__",
-    "ablation",
-    "actadd",
-    "angular",
     "apply",
-    "caa",
-    "cast",
-    "cold_fd",
-    "cold_kernel",
     "describe",
     "diagnose",
     "feature",
     "gate",
     "hold",
-    "hpr",
-    "inferaligner",
-    "iti",
     "lead",
-    "linear_act",
     "linearize",
-    "lqr",
-    "mean_act",
-    "mimic",
-    "odesteer",
-    "pid",
     "rank_features",
     "remote",
-    "repe",
     "roles",
-    "sadi",
     "schedule",
     "shipped",
     "steer",
-    "tda",
-    "track",
     "watch",
     "when",
+    *exported(methods),
 ]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steerlens.core import PROMPT_ONLY, Controller, Gate, Schedule, Site, Summary, check_where
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import check_contrast, check_finite, check_option, every_layer, resolve
-from steerlens.hosts import Host
+from steerlens.fit.reading import check_contrast, check_finite, check_option, every_layer
+from steerlens.hosts import Host, host_of
 from steerlens.laws.conditions import Side
 
 #: How a prompt is pooled -> the tokens whose mean it is.
@@ -52,7 +52,7 @@ def gate(
         TypeError: data that are not `Pairs`.
         ValueError: an unknown pool, a layer or point the model does not have, texts that give no difference.
     """
-    host = resolve(model)
+    host = host_of(model)
     sites = [Site(layer, point) for layer in every_layer(host, layers)]
     host.check(sites)
     states = prompt_states(host, data, sites, pool)

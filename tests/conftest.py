@@ -42,6 +42,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "lens3: needs TransformerLens 3 or what only runs with it")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests in the list of open failures must fail; once they pass they are to be taken off the list."""
+    path = DATA / "open.txt"
+    known = set(path.read_text().splitlines()) if path.exists() else set()
+    for item in items:
+        if f"{item.path.name}::{item.name}" in known:
+            item.add_marker(pytest.mark.xfail(strict=True, reason="open, see tests/data/open.txt"))
+
+
 @pytest.fixture(scope="session")
 def device(request):
     name = request.config.getoption("--device")

@@ -119,7 +119,7 @@ def test_under_steer_and_twice_it_acts_as_nested_steering():
 
 
 class Failing(sl.Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         if x.any():
             raise ArithmeticError("the law fails on purpose")
         return torch.zeros_like(x), {}

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerlens import Pairs
+from steerlens.core import Now
 from steerlens.methods.angular import Turn, plane
 from steerlens.methods.iti import head_accuracy, head_shift, scaled
 from steerlens.methods.linear_act import Stretch, rank_regression
@@ -45,21 +46,21 @@ def test_linear_act_is_the_authors_map(reference, gauss):
     prefix = "gauss/float64/baselines/LinAcT"
     torch.testing.assert_close(slope, reference[f"{prefix}/w"], rtol=0, atol=1e-12)
     torch.testing.assert_close(shift, reference[f"{prefix}/b"], rtol=0, atol=1e-12)
-    u, _ = Stretch(slope, shift).act(x, {})
+    u, _ = Stretch(slope, shift).act(x, Now())
     torch.testing.assert_close(x + u, reference[f"{prefix}/ref_steered"], rtol=0, atol=1e-12)
 
 
 def test_gated_mimic_is_the_authors_map(reference, gauss):
     positive, negative, x = gauss
-    u, signals = transport(positive, negative, 1e-2, gate=True).act(x, {})
+    u, signals = transport(positive, negative, 1e-2, gate=True).act(x, Now())
     prefix = "gauss/float64/baselines/MiMiC"
-    torch.testing.assert_close(signals["gate"], 1 - reference[f"{prefix}/pred_X"].double())
+    torch.testing.assert_close(signals["gate"](), 1 - reference[f"{prefix}/pred_X"].double())
     torch.testing.assert_close(x + u, reference[f"{prefix}/ref_steered"], rtol=0, atol=1e-7 * float(x.abs().max()))
 
 
 def test_mimic_matches_mean_and_covariance(gauss):
     positive, negative, _ = gauss
-    moved = negative + transport(positive, negative, 1e-9).act(negative, {})[0]
+    moved = negative + transport(positive, negative, 1e-9).act(negative, Now())[0]
     torch.testing.assert_close(moved.mean(0), positive.mean(0), rtol=0, atol=1e-10)
     torch.testing.assert_close(moved.T.cov(correction=0), positive.T.cov(correction=0), rtol=0, atol=1e-6)
 
@@ -70,7 +71,7 @@ def test_mimic_with_fewer_texts_than_dimensions_is_exact_on_their_span(dtype, re
     positive, negative = (reference[f"smollm2/{side}"][:12, :96].to(dtype) for side in ("pos", "neg"))
     law = transport(positive, negative, 1e-2)
     assert law.basis.shape == (24, 96)
-    u, _ = law.act(negative, {})
+    u, _ = law.act(negative, Now())
     assert torch.isfinite(u).all()
 
     def root(matrix, power):
@@ -116,8 +117,8 @@ def test_iti_finds_the_head_that_knows(direction):
 
 def test_iti_acts_on_as_many_heads_as_asked_and_no_others():
     case = Case("iti", "bridge")
-    controller = case.fit(heads=3)
-    chosen = {tuple(pair) for pair in controller.recipe["arguments"]["heads"]}
+    controller = case.fit(n_elements=3)
+    chosen = {tuple(pair) for pair in controller.recipe["found"]["heads"]}
     moved = {
         (loop.act.layer, head)
         for loop in controller.loops
@@ -127,7 +128,7 @@ def test_iti_acts_on_as_many_heads_as_asked_and_no_others():
     assert moved == chosen
     assert len(chosen) == 3
     with pytest.raises(ValueError, match="heads"):
-        case.fit(heads=10_000)
+        case.fit(n_elements=10_000)
 
 
 @pytest.mark.parametrize("degrees", [0.0, 90.0, 200.0])
@@ -138,11 +139,11 @@ def test_angular_is_the_closed_form(degrees, adaptive, reference):
     # Q of QR up to signs: the second made orthogonal to the first
     axes = torch.linalg.qr(torch.stack([first, second]).T)[0].T
     axes = axes * torch.sign((axes * torch.stack([first, second])).sum(1, keepdim=True))
-    u, signals = Turn(axes, math.radians(degrees), adaptive=adaptive).act(h, {})
+    u, signals = Turn(axes, math.radians(degrees), adaptive=adaptive).act(h, Now())
     torch.testing.assert_close(h + u, reference[f"micro/angular/out/{degrees}/{int(adaptive)}"], rtol=0, atol=1e-12)
     if not adaptive:
         torch.testing.assert_close((h + u).norm(dim=-1), h.norm(dim=-1), rtol=0, atol=1e-12)
-        turned = Turn(axes, 0.0).act(h + u, {})[1]["angle_rad"]
+        turned = Turn(axes, 0.0).act(h + u, Now())[1]["angle_rad"]()
         torch.testing.assert_close(torch.cos(turned), torch.full_like(turned, math.cos(math.radians(degrees))))
     assert ("gate" in signals) == adaptive
 
@@ -162,7 +163,7 @@ def test_strength_goes_that_far_along_the_transport(method):
     case = Case(method, "bridge")
     whole, half = case.fit(), case.fit(strength=0.5)
     x = torch.randn(1, 3, case.model.cfg.d_model, generator=torch.Generator().manual_seed(2))
-    a, b = (side.loops[0].law.act(x, {})[0] * side.loops[0].strength for side in (whole, half))
+    a, b = (side.loops[0].law.act(x, Now())[0] * side.loops[0].strength for side in (whole, half))
     torch.testing.assert_close(b, a / 2)
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import steerlens as sl
+from steerlens.core import Now
 from steerlens.hosts import host_of
 from steerlens.methods.caa import Amplify, Push
 from steerlens.methods.repe import principal_difference
@@ -24,19 +25,19 @@ def case(host, device):
 def test_forms_are_their_equations():
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).double()
     v = torch.randn(8, generator=torch.Generator().manual_seed(1)).double()
-    u, signals = Amplify(v).act(x, {})
+    u, signals = Amplify(v).act(x, Now())
     cosine = torch.cosine_similarity(x, v.expand_as(x), dim=-1)
     torch.testing.assert_close(u, (cosine * v.norm())[..., None] * v)
-    torch.testing.assert_close(signals["projection"], cosine * x.norm(dim=-1))
-    u, signals = Push(v).act(x, {})
+    torch.testing.assert_close(signals["projection"](), cosine * x.norm(dim=-1))
+    u, signals = Push(v).act(x, Now())
     torch.testing.assert_close(u, torch.sign(cosine)[..., None] * v)
-    torch.testing.assert_close(signals["projection"], cosine * x.norm(dim=-1))
+    torch.testing.assert_close(signals["projection"](), cosine * x.norm(dim=-1))
 
 
 def test_a_zero_state_is_finite_and_pushed_back_as_the_authors_have_it():
     zero, v = torch.zeros(1, 1, 4), torch.ones(4)
-    assert torch.equal(Amplify(v).act(zero, {})[0], zero)
-    assert torch.equal(Push(v).act(zero, {})[0][0, 0], -v)
+    assert torch.equal(Amplify(v).act(zero, Now())[0], zero)
+    assert torch.equal(Push(v).act(zero, Now())[0][0, 0], -v)
 
 
 @pytest.mark.parametrize("form", ["projection", "piecewise"])
@@ -54,7 +55,7 @@ def test_forms_steer_and_a_row_of_a_batch_equals_the_row_alone(case, form, point
 
 
 def test_an_unknown_form_is_told_before_the_model_runs(case):
-    with pytest.raises(ValueError, match="form='linear'; it is one of add, projection, piecewise"):
+    with pytest.raises(ValueError, match="form='linear'; it is one of 'add', 'projection', 'piecewise'"):
         sl.caa(case.model, case.data, form="linear")
 
 
@@ -64,8 +65,8 @@ class OverWholeText(sl.Law):
     def __init__(self, law):
         self.law = law
 
-    def act(self, x, memory):
-        u, _ = self.law.act(x, memory)
+    def act(self, x, now):
+        u, _ = self.law.act(x, now)
         return u * x.norm(dim=-1, keepdim=True) / x.norm(), {}
 
 

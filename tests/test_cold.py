@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.core import Now
 from steerlens.fit.objectives import labelled, objective
 from steerlens.hosts import host_of
 from steerlens.laws.feedback import Add
@@ -42,9 +43,9 @@ def fit(case, data=None, **options):
 def test_kernels_match_the_closed_form(cold_sadi):
     values, texts = cold_sadi
     z, g, x, eta = values["micro/cold/Z"], values["micro/cold/G"], values["micro/cold/x"], texts["micro/cold/eta"]
-    u, _ = Add(-g.mean(0)).act(x[:, None], {})
+    u, _ = Add(-g.mean(0)).act(x[:, None], Now())
     torch.testing.assert_close(eta * u[:, 0], values["micro/cold/unit"])
-    u, _ = Kernel(z, g, len(z)).act(x[:, None], {})
+    u, _ = Kernel(z, g, len(z)).act(x[:, None], Now())
     torch.testing.assert_close(eta * u[:, 0], values["micro/cold/linear"])
 
 
@@ -172,7 +173,7 @@ def test_relative_scale_is_a_fraction_of_the_state(case, kernel):
     read = host.read([text.tokens for text in texts], [text.weights() for text in texts], sites)
     for loop in controller.loops:
         x = read[loop.act]
-        u = loop.strength * loop.law.act(x[:, None], {})[0][:, 0]
+        u = loop.strength * loop.law.act(x[:, None], Now())[0][:, 0]
         torch.testing.assert_close(u.norm(dim=-1).mean(), 0.25 * x.norm(dim=-1).mean(), rtol=1e-5, atol=0)
 
 
@@ -206,7 +207,7 @@ def test_the_step_of_a_distance_is_the_mean_difference(case):
     x, other = (host_of(case.model).read(side.tokens, side.weights, [SITE])[SITE] for side in sides)
     x.requires_grad_()
     (g,) = torch.autograd.grad(-0.5 * (x - other).square().sum(), x)
-    u, _ = Kernel(torch.ones(3, 1), g, 3).act(torch.ones(1, 1, 1), {})
+    u, _ = Kernel(torch.ones(3, 1), g, 3).act(torch.ones(1, 1, 1), Now())
     torch.testing.assert_close(u[0, 0], caa, rtol=1e-4, atol=1e-6)
 
 

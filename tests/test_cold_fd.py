@@ -200,7 +200,7 @@ def test_one_direction_is_saved_once(case, tmp_path):
 
 def test_bad_input_is_told(case):
     for options, words in (
-        ({"estimator": "entk"}, "estimator='entk'; it is one of auto, jvp, fd"),
+        ({"estimator": "entk"}, "estimator='entk'; it is one of 'auto', 'jvp', 'fd'"),
         ({"embedding": "both"}, "embedding='both'"),
         ({"scale": "mean"}, "scale='mean'"),
         ({"loss": "ppo"}, "loss='ppo'"),

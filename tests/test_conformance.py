@@ -44,8 +44,8 @@ def test_suite_fails_a_method_that_breaks_a_promise(device):
     from steerlens import Controller, Law, Loop, Site
 
     class Drifting(Law):
-        def act(self, x, memory):
-            count = memory["sequence"]["count"] = memory["sequence"].get("count", 0) + 1
+        def act(self, x, now):
+            count = now.sequence["count"] = now.sequence.get("count", 0) + 1
             return torch.ones_like(x) * count, {}
 
     broken = Case("caa", HOSTS[0], device=device)
@@ -55,11 +55,18 @@ def test_suite_fails_a_method_that_breaks_a_promise(device):
         named["check_cache_on_equals_off"](broken)
 
 
-def test_a_declared_exception_that_does_not_happen_is_an_error(device, monkeypatch):
-    from steerlens.methods import caa as function
+def test_suite_fails_a_pass_whose_laws_see_half_precision(device, monkeypatch):
+    from steerlens.core import stops
 
-    module = __import__(function.__module__, fromlist=["caa"])
-    monkeypatch.setattr(module, "EXCEPTIONS", {"check_docstring": "words"}, raising=False)
+    monkeypatch.setattr(stops, "wide_of", lambda x: x.dtype)
+    check = next(check for check in checks() if check.__name__ == "check_dtype_is_kept")
+    with pytest.raises(AssertionError, match=r"laws on a torch\.float16 model saw"):
+        check(Case("caa", HOSTS[0], device=device))
+
+
+def test_a_declared_exception_that_does_not_happen_is_an_error(device, monkeypatch):
+    case = Case("caa", HOSTS[0], device=device)
+    monkeypatch.setitem(case.declared.exceptions, "check_docstring", "words")
     check = next(check for check in checks() if check.__name__ == "check_docstring")
     with pytest.raises(AssertionError, match="but it passes"):
-        run_check(check, Case("caa", HOSTS[0], device=device))
+        run_check(check, case)

@@ -51,9 +51,9 @@ class Origin(Setpoint):
         self.point = point
         self.basis = torch.eye(len(point), dtype=point.dtype)
 
-    def measure(self, x, memory):
+    def measure(self, x):
         c = self.point - x
-        return c, {"error": c.norm(dim=-1)}
+        return c, {"error": lambda: c.norm(dim=-1)}
 
 
 def random(*shape, seed=0):
@@ -302,16 +302,16 @@ def test_tables_and_plots(fitted):
 class Remembering(Law):
     signals = ("error",)
 
-    def act(self, x, memory):
-        memory["seen"] = x
-        return torch.zeros_like(x), {"error": x.norm(dim=-1)}
+    def act(self, x, now):
+        now.layers["seen"] = x
+        return torch.zeros_like(x), {"error": lambda: x.norm(dim=-1)}
 
 
 class Squared(Law):
     signals = ("error",)
 
-    def act(self, x, memory):
-        return 0.1 * x**2, {"error": x.norm(dim=-1)}
+    def act(self, x, now):
+        return 0.1 * x**2, {"error": lambda: x.norm(dim=-1)}
 
 
 @pytest.mark.parametrize(

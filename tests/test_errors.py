@@ -7,7 +7,7 @@ import torch
 
 import steerlens as sl
 from steerlens.models import tiny
-from steerlens.testing import discover_hosts, snapshot
+from steerlens.testing import discover_hosts, discover_methods, snapshot
 
 PAIRS = sl.Pairs([[1, 2, 3]], [[4, 5, 6]])
 
@@ -133,7 +133,7 @@ def test_a_chat_whose_prompt_is_no_prefix_of_it(host, tiny_model):
         tokenizer.chat_template = before
 
 
-@pytest.mark.parametrize("method", sl.methods.__all__)
+@pytest.mark.parametrize("method", discover_methods())
 def test_activations_that_are_not_finite(method, tiny_model):
     """A model whose activations overflow is refused by every method, and left as it was."""
     model = tiny_model(discover_hosts()[0], seed=3)
@@ -154,8 +154,8 @@ def test_activations_that_are_not_finite(method, tiny_model):
 
 def test_more_elements_than_there_are(model):
     for fit, words in (
-        (lambda: sl.sadi(model, PAIRS, k=10_000), "k=10000, but there are"),
-        (lambda: sl.iti(model, PAIRS, heads=10_000), "heads=10000, but there are"),
+        (lambda: sl.sadi(model, PAIRS, n_elements=10_000), "n_elements=10000, but there are"),
+        (lambda: sl.iti(model, PAIRS, n_elements=10_000), "n_elements=10000, but there are"),
     ):
         with pytest.raises(ValueError, match=words):
             fit()
@@ -224,7 +224,7 @@ class Foreign(sl.Law):
     def __init__(self):
         self.size = 2.0
 
-    def act(self, x, memory):
+    def act(self, x, now):
         return self.size * x, {}
 
 
@@ -264,14 +264,14 @@ class TestControl:
             ({"solver": "fast"}, "solver='fast'; it is one of 'dense', 'output', 'scalar'"),
             ({"preview": True}, "preview=True needs solver='output', it is 'dense'"),
             ({"preview": True, "solver": "output", "setpoint": "angular"}, "setpoint='angular' has none"),
-            ({"setpoint": "corner"}, "setpoint='corner'; it is 'level' or 'angular'"),
-            ({"origin": "mean"}, "origin='mean'; it is 'zero' or 'negative' or 'midpoint'"),
+            ({"setpoint": "corner"}, "setpoint='corner'; it is one of 'level', 'angular'"),
+            ({"origin": "mean"}, "origin='mean'; it is one of 'zero', 'negative', 'midpoint'"),
             ({"combine": "sum"}, "combine='sum'"),
-            ({"angle_deg": 10}, "angle_deg=10 belongs to setpoint='angular'"),
-            ({"setpoint": "angular", "strength": 2.0}, "it has no strength and no origin"),
-            ({"setpoint": "angular", "angle_deg": float("nan")}, "angle_deg=nan"),
-            ({"strength": float("nan")}, "strength=nan; it must be finite"),
-            ({"strength": [1.0, 2.0]}, "strength names 2 levels for 1 concepts"),
+            ({"angle_rad": 10}, "angle_rad=10 belongs to setpoint='angular'"),
+            ({"setpoint": "angular", "level": 2.0}, "it has no level and no origin"),
+            ({"setpoint": "angular", "angle_rad": float("nan")}, "angle_rad=nan"),
+            ({"level": float("nan")}, "level=nan; it must be finite"),
+            ({"level": [1.0, 2.0]}, "level has 2 numbers for 1 concepts"),
             ({"q": [0.1, 0.1]}, "q has 2 weights for 4 layers"),
             ({"r": [1, 1, 0, 1]}, "r=0; the weights of the regulator must be positive and finite"),
             ({"q": [1, 1, float("nan"), 1]}, "q=nan"),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from steerlens.core import Now
 from steerlens.flow.barriers import cosine_barrier, diagonal, exact_barrier, truncate
 from steerlens.flow.fields import Polynomial, Quadratic
 from steerlens.flow.flows import SOLVERS, Flow, angle, integrate
@@ -47,8 +48,8 @@ KINDS = ["1", "2", "3", "4", "linear", "truncated", "fourier", "sketch of degree
 
 
 def move(field, x, distance, **options):
-    u, signals = Flow(field, distance, **options).act(x, {})
-    return x + u, signals
+    u, signals = Flow(field, distance, **options).act(x, Now())
+    return x + u, {name: signal() for name, signal in signals.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,9 +190,9 @@ def test_a_state_inside_the_basis_and_a_zero_state_are_finite(sides):
     field = field_of("2", sides)
     inside = 2 * field.basis[:3].sum(0)
     for state in (inside, torch.zeros_like(inside)):
-        u, signals = Flow(field, 0.3).act(state[None, None], {})
+        u, signals = Flow(field, 0.3).act(state[None, None], Now())
         assert torch.isfinite(u).all()
-        assert all(torch.isfinite(value).all() for value in signals.values())
+        assert all(torch.isfinite(value).all() for value in (signal() for signal in signals.values()))
 
 
 def test_illegal_flows_are_refused(sides):

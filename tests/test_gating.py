@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.core import Schedule
+from steerlens.core import Now, Schedule
 from steerlens.gating import best_separating
 from steerlens.hosts import host_of
 from steerlens.laws.feedback import Add
@@ -246,7 +246,7 @@ def test_cast_matches_the_closed_form(cold_sadi):
             gate, signals = condition.decide([pooled])
             torch.testing.assert_close(signals["similarity"][0], expected)
             assert gate.tolist() == [opened]
-    u, _ = Add(values["micro/cast/behavior"]).act(h, {})
+    u, _ = Add(values["micro/cast/behavior"]).act(h, Now())
     torch.testing.assert_close(h + texts["micro/cast/strength"] * u, values["micro/cast/out_if_met"])
 
 
@@ -260,7 +260,7 @@ def test_inferaligner_matches_the_closed_form(cold_sadi):
     h = values["micro/inferaligner/h"]
     gate, _ = sl.Side(direction, middle).decide([h[:, -1]])
     torch.testing.assert_close(gate, values["micro/inferaligner/gate"])
-    u, _ = Add(values["micro/inferaligner/theta"]).act(h, {})
+    u, _ = Add(values["micro/inferaligner/theta"]).act(h, Now())
     torch.testing.assert_close(
         h + texts["micro/inferaligner/alpha"] * gate[:, None, None] * u, values["micro/inferaligner/out"]
     )
@@ -272,9 +272,9 @@ def test_tda_matches_the_closed_form(cold_sadi):
     pooled = sl.Summary(sl.Site(0, "mlp_post"), pool="rms").of(act[None], slice(0, 5))
     torch.testing.assert_close(pooled[0] * 5**0.5, values["micro/tda/neuron_l2"])
     law = Dynamic(torch.ones(32, dtype=act.dtype), torch.tensor(texts["micro/tda/eps"] / 5**0.5, dtype=act.dtype))
-    u, signals = law.act(act[None], {"summary": pooled})
+    u, signals = law.act(act[None], Now(summary=pooled))
     torch.testing.assert_close(act + u[0], act * values["micro/tda/mask"])
-    assert float(signals["kept"][0, 0]) == pytest.approx(float(values["micro/tda/mask"].double().mean()))
+    assert float(signals["kept"]()[0, 0]) == pytest.approx(float(values["micro/tda/mask"].double().mean()))
 
 
 def test_tda_drops_what_carries_little(case):
@@ -315,10 +315,10 @@ def test_inferaligner_tells_its_examples_apart(host, device):
 
 
 def test_cast_decides_as_its_recipe_scores(host, device):
-    """The F1 score of the decisions that are made is the one that fitting promises; two condition layers: either."""
+    """The F1 score of the decisions that are made is the one that fitting promises; two gate layers: either."""
     case = Case("cast", host, device=device)
-    controller = case.fit(condition=sl.Pairs(OPEN, CLOSED), condition_layers=[0, 3], layers=[1, 2])
-    arguments = controller.recipe["arguments"]
+    controller = case.fit(condition=sl.Pairs(OPEN, CLOSED), gate_layers=[0, 3], layers=[1, 2])
+    arguments = controller.recipe["found"]
     _, record = run(case, controller, torch.tensor(OPEN + CLOSED))
     opened = record.layers("gate")[1][:, -1] > 0
     similarity = record.layers("similarity")[1][:, -1]

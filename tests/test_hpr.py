@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerlens import Pairs, hpr, shipped, steer
+from steerlens.core import Now
 from steerlens.fit.logistic import linear_probe
 from steerlens.flow.flows import angle
 from steerlens.methods.hpr import PseudoRotation, fit_angle, fit_probe, predict_angle, probe_score, rotate
@@ -51,7 +52,7 @@ def test_law_is_the_authors_formula():
     w = torch.randn(16, generator=torch.Generator().manual_seed(2)).double()
     weights, biases = network(16)
     law = PseudoRotation(w, weights, biases, alpha=0.7)
-    u, signals = law.act(x, {})
+    u, signals = law.act(x, Now())
     f = x
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         f = f @ weight.T + bias
@@ -62,10 +63,10 @@ def test_law_is_the_authors_formula():
     expected = (torch.sin(g1) * mirrored + torch.sin(g2 - g1) * x) / torch.sin(g2)
     expected = torch.where((x @ w > 0)[..., None], x, expected)
     torch.testing.assert_close(x + u, expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(signals["gate"], (x @ w <= 0).double())
-    torch.testing.assert_close(signals["angle_rad"], g1[..., 0] * signals["gate"])
+    torch.testing.assert_close(signals["gate"](), (x @ w <= 0).double())
+    torch.testing.assert_close(signals["angle_rad"](), g1[..., 0] * signals["gate"]())
     torch.testing.assert_close((x + u).norm(dim=-1), x.norm(dim=-1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(angle(x, x + u), signals["angle_rad"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(angle(x, x + u), signals["angle_rad"](), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e-300, 1e-12, 1e-6])
@@ -74,8 +75,8 @@ def test_near_the_hyperplane_the_rotation_is_finite_and_exact(distance):
     w = torch.tensor([1.0, 0.0, 0.0]).double()
     x = torch.tensor([[[-distance, 3.0, 0.0]]]).double()
     law = PseudoRotation(w, *constant_angle(3, 0.5))
-    u, signals = law.act(x, {})
-    assert float(signals["gate"]) == 1
+    u, signals = law.act(x, Now())
+    assert float(signals["gate"]()) == 1
     expected = 3 * torch.tensor([math.sin(0.5), math.cos(0.5), 0.0], dtype=torch.float64)
     torch.testing.assert_close((x + u)[0, 0], expected, rtol=0, atol=2 * distance + 1e-14)
 
@@ -84,14 +85,14 @@ def test_beyond_the_mirror_image_it_turns_on():
     w = torch.tensor([1.0, 0.0]).double()
     # the mirror image is 0.2 away
     x = 2 * torch.tensor([[[-math.sin(0.1), math.cos(0.1)]]], dtype=torch.float64)
-    u, _ = PseudoRotation(w, *constant_angle(2, 1.0)).act(x, {})
+    u, _ = PseudoRotation(w, *constant_angle(2, 1.0)).act(x, Now())
     torch.testing.assert_close((x + u)[0, 0], 2 * torch.tensor([math.sin(0.9), math.cos(0.9)], dtype=torch.float64))
 
 
 def test_a_zero_state_and_one_along_the_probe_are_finite():
     w = torch.tensor([1.0, 0.0, 0.0]).double()
     x = torch.tensor([[[0.0, 0.0, 0.0], [-2.0, 0.0, 0.0]]]).double().requires_grad_()
-    u, _ = PseudoRotation(w, *constant_angle(3, 0.5)).act(x, {})
+    u, _ = PseudoRotation(w, *constant_angle(3, 0.5)).act(x, Now())
     assert torch.isfinite(u).all()
     assert u[0, 0].abs().max() < 1e-14
     assert torch.isfinite(torch.autograd.grad(u.sum(), x)[0]).all()
@@ -142,7 +143,7 @@ def test_layers_are_chosen_by_held_out_accuracy():
 def test_fitting_leaves_the_global_random_state_alone(device):
     case = Case("hpr", "bridge", device=device)
     state = torch.get_rng_state()
-    assert len(case.fit(count=2).loops) == 2
+    assert len(case.fit(n_layers=2).loops) == 2
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -150,7 +151,7 @@ def test_fitting_leaves_the_global_random_state_alone(device):
     ("options", "words"),
     [
         ({"steps": 0}, "never trained"),
-        ({"count": 0}, "one layer"),
+        ({"n_layers": 0}, "one layer"),
         ({"batch": 0}, "one pair"),
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"rate": 0.0}, "rate=0.0"),
@@ -188,7 +189,7 @@ def test_on_a_real_model_it_keeps_norms_and_turns_only_states_on_the_wrong_side(
     model = smol("bridge")
     model(torch.tensor([[5]]))  # the bridge completes itself in its first pass
     before = snapshot(model)
-    controller = hpr(model, shipped("sentiment")[:16], layers=range(10, 20), count=2, steps=60)
+    controller = hpr(model, shipped("sentiment")[:16], layers=range(10, 20), n_layers=2, steps=60)
     assert snapshot(model) == before
     with steer(model, controller, where="all", record="all") as run:
         ids = model.to_tokens("The film was dull and the food was cold, but I liked the music")
@@ -198,4 +199,4 @@ def test_on_a_real_model_it_keeps_norms_and_turns_only_states_on_the_wrong_side(
     x = cache[str(site)][0, 1:]
     torch.testing.assert_close(x.norm(dim=-1), (x - u).norm(dim=-1), rtol=1e-4, atol=0)
     assert (u.norm(dim=-1)[gate == 0] == 0).all()
-    assert controller.recipe["arguments"]["accuracy"][0] > 0.5
+    assert controller.recipe["found"]["accuracy"][0] > 0.5

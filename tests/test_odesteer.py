@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerlens import Flow, odesteer, shipped, steer
+from steerlens.core import Now
 from steerlens.fit.logistic import linear_probe, logistic
 from steerlens.flow.barriers import (
     _span,
@@ -55,7 +56,7 @@ def replayed(reference, prefix, field, x):
                 solver="rk4_38" if solver == "rk4" else solver,
                 radians=False,
             )
-            worst = max(worst, float((x + flow.act(x, {})[0] - reference[key]).abs().max()) / float(distance))
+            worst = max(worst, float((x + flow.act(x, Now())[0] - reference[key]).abs().max()) / float(distance))
     assert worst > 0, "no flow was replayed"
     return worst
 
@@ -114,7 +115,7 @@ def test_exact_kernel_is_that_of_an_independent_derivation(name, kernel, referen
     torch.testing.assert_close(field.velocity(x), reference[f"{prefix}/x_field"], rtol=0, atol=1e-9)
     for distance in ("2.0", "8.0"):
         for key, solver, steps in ((f"x_rk4/{distance}", "rk4_38", 10), (f"x_geodesic/{distance},3", "geodesic", 3)):
-            u, _ = Flow(field, float(distance), steps=steps, solver=solver, radians=False).act(x, {})
+            u, _ = Flow(field, float(distance), steps=steps, solver=solver, radians=False).act(x, Now())
             torch.testing.assert_close(x + u, reference[f"{prefix}/{key}"], rtol=0, atol=2e-9 * float(distance))
 
 
@@ -123,12 +124,12 @@ def test_exact_kernel_on_real_activations_and_what_truncation_costs(reference):
     field = exact_barrier(positive, negative)
     expected = reference["smollm2/extras_paper/x_field"].double()  # kept in float32
     torch.testing.assert_close(field.velocity(x), expected, rtol=0, atol=1e-6)
-    u, _ = Flow(field, 40.0, steps=200, solver="rk4", radians=False).act(x, {})
+    u, _ = Flow(field, 40.0, steps=200, solver="rk4", radians=False).act(x, Now())
     torch.testing.assert_close(x + u, reference["smollm2/extras_paper/x_rk4_fine/40.0"].double(), rtol=1e-6, atol=1e-4)
-    u, _ = Flow(field, 0.3, steps=20).act(x, {})
+    u, _ = Flow(field, 0.3, steps=20).act(x, Now())
     for rank, degrees in ((0, 0.3), (2, 0.03), (8, 0.02)):
         cut = truncate(field, rank)
-        v, _ = Flow(cut, 0.3, solver="circle" if cut.straight else "rk4", steps=1 if cut.straight else 20).act(x, {})
+        v, _ = Flow(cut, 0.3, solver="circle" if cut.straight else "rk4", steps=1 if cut.straight else 20).act(x, Now())
         cosine = torch.cosine_similarity(x + u, x + v)
         assert torch.rad2deg(torch.arccos(cosine.clamp(max=1))).max() < degrees, f"rank {rank}"
 
@@ -219,4 +220,4 @@ def test_on_a_real_model_it_turns_by_the_angle_asked_and_leaves_position_0(smol)
     # one Runge-Kutta step of 0.3 rad is exact to 1e-4; its path bends a little on the sphere
     assert ((turned[:, 1:] - 0.3).abs() < 3e-3).all()
     assert (after[:, 1:] > before[:, 1:]).all()
-    assert controller.recipe["arguments"]["truncation_rad"][0] < 0.02
+    assert controller.recipe["found"]["truncation_rad"][0] < 0.02

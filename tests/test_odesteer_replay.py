@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerlens import Add, Flow
-from steerlens.core import map_tensors
+from steerlens.core import Now, map_tensors
 from steerlens.fit.logistic import linear_probe
 from steerlens.flow.barriers import _span, diagonal, exact_barrier, sketched_barrier
 from steerlens.flow.fields import Cosines
@@ -63,7 +63,7 @@ def replay(reference, prefix, field, x, tolerance):
         if key.startswith(f"{prefix}/ref_steered/"):
             solver, steps, distance = key.rsplit("/", 1)[1].split(",")
             rule = "rk4_38" if solver == "rk4" else solver
-            u, _ = Flow(field, float(distance), steps=int(steps), solver=rule, radians=False).act(x, {})
+            u, _ = Flow(field, float(distance), steps=int(steps), solver=rule, radians=False).act(x, Now())
             rows = x[: len(expected)] + u[: len(expected)]
             rounding = 2 * torch.finfo(x.dtype).eps * float(x.abs().max())
             assert (rows - expected).abs().max() < tolerance * float(distance) + rounding, key
@@ -100,7 +100,7 @@ def test_one_step_variant_is_the_authors(dtype, reference, gauss):
     coef = reference[f"gauss/{dtype}/poly_paper_n512/coef"].to(x.dtype)
     field = field_of(sketch_of("poly_labels"), coef, coef.new_zeros(()))
     for distance in (0.3, 8.0):
-        u, _ = Flow(field, distance, steps=1, solver="euler", radians=False).act(x, {})
+        u, _ = Flow(field, distance, steps=1, solver="euler", radians=False).act(x, Now())
         expected = reference[f"gauss/{dtype}/step_poly/ref_steered/{distance}"]
         assert (x + u - expected).abs().max() < (2e-7 if dtype == "float64" else 5e-6) * distance
 
@@ -154,7 +154,7 @@ def test_exact_kernel_followed_finely_and_on_great_circles(name, kernel, referen
         ("x_geodesic/8.0,1", "geodesic", 1),
         ("x_geodesic/8.0,10", "geodesic", 10),
     ):
-        u, _ = Flow(field, 8.0, steps=steps, solver=solver, radians=False).act(x, {})
+        u, _ = Flow(field, 8.0, steps=steps, solver=solver, radians=False).act(x, Now())
         torch.testing.assert_close(x + u, reference[f"gauss/{name}/{key}"], rtol=0, atol=2e-8)
 
 
@@ -185,7 +185,7 @@ def test_residual_level_baselines_are_the_authors(dtype, reference, gauss):
         ("ITI", theirs, exact),
     ):
         torch.testing.assert_close(vector.to(kind), reference[f"{prefix}/{name}/vec"], rtol=0, atol=tolerance)
-        steered = x + 8.0 * Add(vector.to(kind)).act(x, {})[0]
+        steered = x + 8.0 * Add(vector.to(kind)).act(x, Now())[0]
         torch.testing.assert_close(steered, reference[f"{prefix}/{name}/ref_steered/8.0"], rtol=0, atol=8 * tolerance)
 
 
@@ -195,14 +195,14 @@ def test_transports_in_float32_are_the_authors(reference, gauss):
     prefix = "gauss/float32/baselines/LinAcT"
     torch.testing.assert_close(slope.float(), reference[f"{prefix}/w"], rtol=0, atol=1e-5)
     torch.testing.assert_close(shift.float(), reference[f"{prefix}/b"], rtol=0, atol=1e-5)
-    u, _ = Stretch(slope.float(), shift.float()).act(x, {})
+    u, _ = Stretch(slope.float(), shift.float()).act(x, Now())
     torch.testing.assert_close(x + u, reference[f"{prefix}/ref_steered"], rtol=0, atol=1e-5 * float(x.abs().max()))
     prefix, whole = "gauss/float32/baselines/MiMiC", reference["gauss/x"].float()
     law = transport(positive, negative, 1e-2, gate=True)
     law = map_tensors(law, lambda t: t.float())
-    torch.testing.assert_close(law.act(whole, {})[1]["gate"], 1 - reference[f"{prefix}/pred_X"].float())
+    torch.testing.assert_close(law.act(whole, Now())[1]["gate"](), 1 - reference[f"{prefix}/pred_X"].float())
     expected = reference[f"{prefix}/ref_steered"]
-    torch.testing.assert_close(x + law.act(x, {})[0], expected, rtol=0, atol=1e-5 * float(x.abs().max()))
+    torch.testing.assert_close(x + law.act(x, Now())[0], expected, rtol=0, atol=1e-5 * float(x.abs().max()))
 
 
 def test_baselines_on_real_activations_are_the_authors(reference):

@@ -10,6 +10,7 @@ from conftest import DATA
 from safetensors.torch import load_file
 
 import steerlens as sl
+from steerlens.core import Now
 from steerlens.testing import Case, checks, discover_hosts
 
 GAINS = [(0.5, 0.5, 0.1), (0.7, 0.01, 0.1)]
@@ -31,29 +32,29 @@ def states(count, seed, shape=(2, 3)):
 
 def test_controls_follow_the_recursion():
     """Written out: a reset layer's error enters no sum, the first layer's change is its error."""
-    chain, x, memory = laws(5), states(5, 1), {"sequence": {}}
-    e = [law.setpoint.error(state, {}) for law, state in zip(chain, x, strict=True)]
+    chain, x, now = laws(5), states(5, 1), Now()
+    e = [law.setpoint.error(state) for law, state in zip(chain, x, strict=True)]
     sums = [0, e[1], e[1] + e[2], 0, e[4]]
     changes = [e[0], *(later - earlier for earlier, later in pairwise(e))]
     for t, law in enumerate(chain):
-        u, signals = law.act(x[t], memory)
+        u, signals = law.act(x[t], now)
         torch.testing.assert_close(u, 0.5 * e[t] + 0.25 * sums[t] + 0.125 * changes[t])
-        torch.testing.assert_close(signals["derivative"], changes[t].norm(dim=-1))
+        torch.testing.assert_close(signals["derivative"](), changes[t].norm(dim=-1))
         norm = sums[t].norm(dim=-1) if torch.is_tensor(sums[t]) else torch.zeros(2, 3, dtype=torch.float64)
-        torch.testing.assert_close(signals["integral"], norm)
+        torch.testing.assert_close(signals["integral"](), norm)
         assert set(signals) == set(law.signals)
 
 
 @pytest.mark.parametrize("carry", [False, True])
 def test_the_first_layer_of_a_token_sees_the_last_error_of_the_one_before_only_if_carried(carry):
     chain, sequence = laws(2, carry=carry), {}
-    before, now = states(2, 1), states(2, 2, (2, 1))
-    memory = {"sequence": sequence}
+    before, after = states(2, 1), states(2, 2, (2, 1))
+    earlier = Now(sequence=sequence)
     for state, law in zip(before, chain, strict=True):
-        law.act(state, memory)
-    u, _ = chain[0].act(now[0], {"sequence": sequence})
-    e = chain[0].setpoint.error(now[0], {})
-    last = chain[1].setpoint.error(before[1], {})[:, -1:]
+        law.act(state, earlier)
+    u, _ = chain[0].act(after[0], Now(sequence=sequence))
+    e = chain[0].setpoint.error(after[0])
+    last = chain[1].setpoint.error(before[1])[:, -1:]
     torch.testing.assert_close(u, 0.5 * e + 0.125 * (e - last if carry else e))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.core import Now
 from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
 from steerlens.methods.sadi import Scale, top_k
@@ -27,13 +28,13 @@ def elements(controller):
 def test_law_matches_the_closed_form(cold_sadi):
     values, texts = cold_sadi
     law = Scale(values["micro/sadi/mask"])
-    u, signals = law.act(values["micro/sadi/a"], {})
+    u, signals = law.act(values["micro/sadi/a"], Now())
     torch.testing.assert_close(values["micro/sadi/a"] + texts["micro/sadi/delta"] * u, values["micro/sadi/out"])
-    assert signals["share"].shape == u.shape[:2]
+    assert signals["share"]().shape == u.shape[:2]
 
 
 def test_a_zero_state_has_share_zero():
-    assert float(Scale(torch.ones(4)).act(torch.zeros(1, 1, 4), {})[1]["share"]) == 0
+    assert float(Scale(torch.ones(4)).act(torch.zeros(1, 1, 4), Now())[1]["share"]()) == 0
 
 
 @pytest.mark.parametrize("select", ["max", "min", "abs"])
@@ -62,7 +63,7 @@ def test_layer_std_ranks_a_quiet_layer_beside_a_loud_one():
 @pytest.mark.parametrize("component", ["head", "neuron", "hidden"])
 def test_swapping_the_sides_swaps_max_and_min(case, component):
     swapped = sl.Pairs(case.data.negative, case.data.positive)
-    options = {"component": component, "k": 3}
+    options = {"component": component, "n_elements": 3}
     assert elements(sl.sadi(case.model, swapped, select="max", **options)) == elements(
         case.fit(select="min", **options)
     )
@@ -75,7 +76,7 @@ def test_swapping_the_sides_swaps_max_and_min(case, component):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_steering_multiplies_the_chosen_elements(host, family, component, device):
     case = Case("sadi", host, family=family, device=device)
-    controller = case.fit(component=component, k=3, strength=2.0)
+    controller = case.fit(component=component, n_elements=3, strength=2.0)
     assert len(elements(controller)) == 3
     loop = controller.loops[0]
     with case.steer(controller=controller.only([loop.act.layer]), where="last", record="all") as run:
@@ -110,7 +111,7 @@ def test_heads_are_query_heads_and_act_through_the_head_writes(device):
 
 def test_scaling_a_neuron_equals_scaling_its_activation_function(device):
     case = Case("sadi", "bridge", device=device)
-    controller = case.fit(component="neuron", k=5, strength=2.0).at(slice(0, None))
+    controller = case.fit(component="neuron", n_elements=5, strength=2.0).at(slice(0, None))
     with case.steer(controller=controller):
         steered = case.logits(IDS)
     handles = []
@@ -154,7 +155,7 @@ def test_left_padded_rows_equal_single_ones(case):
 @pytest.mark.parametrize("component", ["head", "neuron", "hidden"])
 def test_frozen_states_are_those_of_an_unsteered_pass(case, component):
     """The state of every layer at the last prompt token is the unsteered one, scaled; alone, batched, generating."""
-    controller = case.fit(mode="frozen", component=component, k=3, strength=4.0)
+    controller = case.fit(mode="frozen", component=component, n_elements=3, strength=4.0)
     ids = torch.tensor([[3, 17, 25, 29, 41], [7, 30, 31, 32, 33]])
     sites = [loop.act for loop in controller.loops]
     assert [site.layer for site in sites] == list(range(host_of(case.model).n_layers))
@@ -197,14 +198,20 @@ def test_bad_arguments_are_told_before_the_model_runs(case):
     host = host_of(case.model)
     count = host.n_layers * host.n_heads
     for options, words in (
-        ({"k": count + 1}, f"k={count + 1}, but there are {count} head elements in {host.n_layers} layers"),
-        ({"k": 0}, "k=0"),
-        ({"component": "hidden", "layers": 1, "k": host.d_model + 1}, f"there are {host.d_model} hidden elements in 1"),
-        ({"component": "heads"}, "component='heads'; it is one of head, neuron, hidden"),
+        (
+            {"n_elements": count + 1},
+            f"n_elements={count + 1}, but there are {count} head elements in {host.n_layers} layers",
+        ),
+        ({"n_elements": 0}, "n_elements=0"),
+        (
+            {"component": "hidden", "layers": 1, "n_elements": host.d_model + 1},
+            f"there are {host.d_model} hidden elements in 1",
+        ),
+        ({"component": "heads"}, "component='heads'; it is one of 'head', 'neuron', 'hidden'"),
         ({"component": "head", "point": "resid_post"}, "for component='head' it is one of z"),
         ({"select": "top"}, "select='top'"),
         ({"normalize": "std"}, "normalize='std'"),
-        ({"mode": "clean"}, "mode='clean'; it is one of live, frozen"),
+        ({"mode": "clean"}, "mode='clean'; it is one of 'live', 'frozen'"),
         ({"mode": "frozen", "where": "all"}, "where='last_prompt'"),
         ({"layers": 99}, "no layer 99"),
     ):
@@ -243,7 +250,7 @@ def test_reference_masks(real, cold_sadi):
         ("head", "head", 4, "min"),
         ("neuron", "post", 100, "max"),
     ):
-        chosen = elements(real.fit(component=component, k=k, select=select))
+        chosen = elements(real.fit(component=component, n_elements=k, select=select))
         assert chosen == {tuple(pair) for pair in values[f"sadi/top/{name}/{select}"][:k].tolist()}
 
 
@@ -278,7 +285,7 @@ def test_reference_logits(real, cold_sadi, name, k, strength, kind):
     where = slice(0, None) if kind == "live_all" else "last_prompt"
     component = {"head": "head", "post": "neuron"}[name]
     mode = "frozen" if kind == "reference" else "live"
-    controller = real.fit(component=component, k=k, strength=strength, where=where, mode=mode)
+    controller = real.fit(component=component, n_elements=k, strength=strength, where=where, mode=mode)
     assert_logits(
         real, controller, values, texts["sadi/test_prompt_ids"], f"sadi/logits/{name}/K{k}/d{strength}/{kind}"
     )

@@ -13,7 +13,7 @@ from conftest import DATA
 
 import steerlens as sl
 from steerlens.control.linearization import Linearization
-from steerlens.core import Site
+from steerlens.core import Now, Site
 from steerlens.diagnose import reach
 from steerlens.models import smollm2_sae, tiny
 from steerlens.testing import Case
@@ -45,14 +45,14 @@ def test_one_step_reaches_the_level_of_overlapping_features(kind, along):
     # an autoencoder that normalises its input cannot read more than sqrt(d) |w| + b
     level = [0.9, 1.2] if "norm" in kind else [9.0, 5.0]
     setpoint = sl.feature(sae, [3, 7], level=level, along=along).setpoint
-    reached = sae.encode(x + setpoint.error(x, {}))[:, [3, 7]].detach()
+    reached = sae.encode(x + setpoint.error(x))[:, [3, 7]].detach()
     torch.testing.assert_close(reached, torch.tensor(level).expand_as(reached), atol=1e-4, rtol=1e-4)
 
 
 def test_topk_holds_the_preactivation_where_other_features_are_larger():
     sae, x = autoencoder("TopKSAE", k=3), states()
     setpoint = sl.feature(sae, 5, level=2.0).setpoint
-    read = sae.encode(x + setpoint.error(x, {}))[:, 5].detach()
+    read = sae.encode(x + setpoint.error(x))[:, 5].detach()
     assert (read == 0).any()
     torch.testing.assert_close(read[read > 0], torch.full_like(read[read > 0], 2.0), atol=1e-4, rtol=0)
 
@@ -60,17 +60,17 @@ def test_topk_holds_the_preactivation_where_other_features_are_larger():
 def test_a_range_asks_for_nothing_inside_it_and_for_its_edge_outside():
     sae, x = autoencoder(), states()
     setpoint = sl.feature(sae, 3, at_least=2.0, at_most=6.0).setpoint
-    before, after = (sae.encode(state)[:, 3].detach() for state in (x, x + setpoint.error(x, {})))
+    before, after = (sae.encode(state)[:, 3].detach() for state in (x, x + setpoint.error(x)))
     inside = (before >= 2) & (before <= 6)
     assert inside.any()
-    assert (setpoint.error(x, {})[inside] == 0).all()
+    assert (setpoint.error(x)[inside] == 0).all()
     torch.testing.assert_close(after, before.clamp(2.0, 6.0), atol=1e-4, rtol=0)
 
 
 def test_level_zero_and_at_most_turn_a_feature_off_and_leave_it_alone_where_it_is_off():
     sae, x = autoencoder(), states()
     for target in (sl.feature(sae, 3, level=0), sl.feature(sae, 3, at_most=0)):
-        e = target.setpoint.error(x, {})
+        e = target.setpoint.error(x)
         off = sae.encode(x)[:, 3] <= target.setpoint.threshold * 0.99
         assert (sae.encode(x + e)[:, 3] == 0).all()
         assert (e[off & (target.setpoint.preactivation(x)[:, 0] < 0)] == 0).all()
@@ -80,7 +80,7 @@ def test_what_lies_off_the_features_directions_is_kept_the_autoencoders_error_in
     """u = c d: x, and so what the autoencoder leaves unexplained, changes along d alone."""
     sae, x = autoencoder(), states()
     target = sl.feature(sae, [3, 7], level=[9.0, 5.0])
-    moved = x + target.setpoint.error(x, {})
+    moved = x + target.setpoint.error(x)
     frame = torch.linalg.qr(target.setpoint.basis.T).Q
     off = torch.eye(32) - frame @ frame.T
     torch.testing.assert_close(moved @ off, x @ off, atol=1e-5, rtol=0)
@@ -90,7 +90,7 @@ def test_what_lies_off_the_features_directions_is_kept_the_autoencoders_error_in
         quiet.W_dec.copy_(torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(2))).Q.T)
         quiet.W_enc.copy_(quiet.W_dec.T)
         quiet.b_dec.zero_()
-    moved = x + sl.feature(quiet, 1, level=4.0).setpoint.error(x, {})
+    moved = x + sl.feature(quiet, 1, level=4.0).setpoint.error(x)
     already = quiet.encode(x)[:, 1] > 0
     errors = [state - quiet.decode(quiet.encode(state)) for state in (x, moved)]
     torch.testing.assert_close(errors[0][already], errors[1][already], atol=1e-5, rtol=0)
@@ -127,7 +127,7 @@ def plant(model, layers=4, d=32):
     generator = torch.Generator().manual_seed(3)
     jacobians = torch.eye(d) + 0.2 * torch.randn(layers, d, d, generator=generator)
     path = torch.randn(layers + 1, d, generator=generator)
-    return Linearization(jacobians, path, sl.fit.reading.resolve(model).fingerprint(), 1)
+    return Linearization(jacobians, path, sl.hosts.host_of(model).fingerprint(), 1)
 
 
 def test_lead_is_the_least_energy_that_a_dense_solver_finds():
@@ -142,7 +142,7 @@ def test_lead_is_the_least_energy_that_a_dense_solver_finds():
         after = path[t + 1] + jacobians[t] @ (x - path[t])
         sensed = x if loop.sense.point == "resid_pre" else after
         law = sl.core.map_tensors(loop.law, lambda tensor: tensor.double())
-        controls.append(law.act(sensed[None, None], {"sequence": {}})[0][0, 0])
+        controls.append(law.act(sensed[None, None], Now())[0][0, 0])
         x = after + controls[-1]
     setpoint = target.setpoint
     z = setpoint.sensor.double() @ x + setpoint.bias.double()
@@ -163,7 +163,7 @@ def test_lead_at_the_features_layer_alone_is_hold_along_the_encoder():
     led = sl.lead(model, sl.feature(sae, 3, level=4.0), TEXTS, layers=[2], progress=False, limit=None)
     held = sl.hold(model, sl.feature(sae, 3, level=4.0, along="encoder"))
     x = states(5)
-    for u, expected in zip(led.loops[0].law.act(x, {})[:1], held.loops[0].law.act(x, {})[:1], strict=True):
+    for u, expected in zip(led.loops[0].law.act(x, Now())[:1], held.loops[0].law.act(x, Now())[:1], strict=True):
         torch.testing.assert_close(u, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_a_controller_is_kilobytes_and_loads_and_runs_without_sae_lens(tmp_path)
     assert path.stat().st_size < 8_000
     loaded = sl.Controller.load(path)
     x = states(4)
-    assert torch.equal(loaded.loops[0].law.act(x, {})[0], controller.loops[0].law.act(x, {})[0])
+    assert torch.equal(loaded.loops[0].law.act(x, Now())[0], controller.loops[0].law.act(x, Now())[0])
     code = (
         "import sys; sys.modules['sae_lens'] = None\n"
         "import steerlens as sl\n"
@@ -237,7 +237,7 @@ def test_rank_features_puts_a_planted_feature_first(host):
     case, sae = Case("caa", host), autoencoder()
     from steerlens.sae.reading import states_of
 
-    site, model_host = Site(2), sl.fit.reading.resolve(case.model)
+    site, model_host = Site(2), sl.hosts.host_of(case.model)
     sides = [
         torch.stack([x[-1] for x in states_of(model_host, side.tokens, site)]) for side in case.data.sides(model_host)
     ]
@@ -268,7 +268,7 @@ def test_describe_finds_the_token_with_the_highest_reading_and_links_to_neuronpe
     assert read == sorted(read, reverse=True)
     from steerlens.sae.reading import states_of
 
-    x = states_of(sl.fit.reading.resolve(case.model), TEXTS, Site(2))
+    x = states_of(sl.hosts.host_of(case.model), TEXTS, Site(2))
     expected = max(float(sae.encode(state)[1:, 3].detach().max()) for state in x)
     assert read[0] == pytest.approx(expected, rel=1e-4)
     assert sl.describe(case.model, autoencoder(), 3, TEXTS).link is None
@@ -277,7 +277,7 @@ def test_describe_finds_the_token_with_the_highest_reading_and_links_to_neuronpe
 def test_states_of_a_batch_are_those_of_each_text_alone(host):
     from steerlens.sae.reading import states_of
 
-    model_host = sl.fit.reading.resolve(Case("caa", host).model)
+    model_host = sl.hosts.host_of(Case("caa", host).model)
     together = model_host.states(TEXTS, [Site(2)], batch=2)[Site(2)]
     for text, x in zip(TEXTS, together, strict=True):
         torch.testing.assert_close(x, states_of(model_host, [text], Site(2))[0], atol=1e-5, rtol=1e-5)
@@ -287,7 +287,7 @@ def test_quantile_is_that_of_the_readings_where_the_feature_is_on():
     from steerlens.sae.reading import states_of
 
     model, sae = tiny("llama", host="bridge"), autoencoder()
-    x = torch.cat([state[1:] for state in states_of(sl.fit.reading.resolve(model), TEXTS, Site(2))])
+    x = torch.cat([state[1:] for state in states_of(sl.hosts.host_of(model), TEXTS, Site(2))])
     read = sae.encode(x)[:, 3].detach()
     target = sl.feature(sae, 3, quantile=0.75, model=model, texts=TEXTS)
     assert target.at_least[0] == pytest.approx(float(read[read > 0].double().quantile(0.75)), rel=1e-5)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import steerlens as sl
 from steerlens.control import targets
+from steerlens.core import Now
 from steerlens.testing import Case, checks, discover_hosts
 
 
@@ -39,44 +40,42 @@ ALL = {
 @pytest.mark.parametrize("name", ALL)
 def test_error_is_the_coordinates_on_the_basis_and_its_signal_the_norm(name):
     setpoint = ALL[name]
-    c, signals = setpoint.measure(X, {})
-    e = setpoint.error(X, {})
+    c, signals = setpoint.measure(X)
+    e = setpoint.error(X)
     torch.testing.assert_close(e, c @ setpoint.basis)
-    torch.testing.assert_close(signals["error"], e.norm(dim=-1))
+    torch.testing.assert_close(signals["error"](), e.norm(dim=-1))
     assert set(signals) == set(setpoint.signals)
-    assert all(value.shape[:2] == X.shape[:2] for value in signals.values())
+    assert all(value().shape[:2] == X.shape[:2] for value in signals.values())
 
 
 def test_joint_reaches_all_levels_by_the_shortest_way():
-    e = ALL["joint"].error(X, {})
+    e = ALL["joint"].error(X)
     torch.testing.assert_close((X + e) @ V.T, LEVELS.expand(2, 5, 3))
     shortest = torch.linalg.lstsq(V, (LEVELS - X @ V.T).reshape(-1, 3).T, driver="gelsd").solution.T.view(X.shape)
     torch.testing.assert_close(e, shortest)
 
 
 def test_independent_is_the_sum_of_single_levels():
-    single = sum(sl.Level(v, float(level)).error(X, {}) for v, level in zip(V, LEVELS, strict=True))
-    torch.testing.assert_close(ALL["independent"].error(X, {}), single)
+    single = sum(sl.Level(v, float(level)).error(X) for v, level in zip(V, LEVELS, strict=True))
+    torch.testing.assert_close(ALL["independent"].error(X), single)
     orthonormal = torch.linalg.qr(V.T)[0].T
-    torch.testing.assert_close(
-        sl.Joint(orthonormal, LEVELS).error(X, {}), sl.Independent(orthonormal, LEVELS).error(X, {})
-    )
+    torch.testing.assert_close(sl.Joint(orthonormal, LEVELS).error(X), sl.Independent(orthonormal, LEVELS).error(X))
 
 
 def test_joint_of_equal_directions_meets_their_levels_in_the_middle():
-    e = sl.Joint(torch.stack([V[0], V[0]]), torch.tensor([1.0, 2.0])).error(X, {})
+    e = sl.Joint(torch.stack([V[0], V[0]]), torch.tensor([1.0, 2.0])).error(X)
     torch.testing.assert_close((X + e) @ V[0], torch.full((2, 5), 1.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("angle_rad", [0.0, 0.3, 2.0, math.pi, -1.0])
 def test_angle_is_reached_with_the_length_kept(angle_rad):
-    reached = X + sl.Angle(PLANE, angle_rad).error(X, {})
+    reached = X + sl.Angle(PLANE, angle_rad).error(X)
     before, after = X @ PLANE.T, reached @ PLANE.T
     torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
     expected = torch.tensor([math.cos(angle_rad), math.sin(angle_rad)], dtype=torch.float64)
     torch.testing.assert_close(after / after.norm(dim=-1, keepdim=True), expected.expand_as(after))
     torch.testing.assert_close(reached - after @ PLANE, X - before @ PLANE)
-    angle = sl.Angle(PLANE, angle_rad).measure(X, {})[1]["angle_rad"]
+    angle = sl.Angle(PLANE, angle_rad).measure(X)[1]["angle_rad"]()
     torch.testing.assert_close(torch.stack([angle.cos(), angle.sin()], -1) * before.norm(dim=-1, keepdim=True), before)
 
 
@@ -92,7 +91,7 @@ def test_angle_is_reached_with_the_length_kept(angle_rad):
 )
 def test_a_zero_direction_asks_for_nothing_and_has_finite_gradients(setpoint):
     x = X.float().requires_grad_()
-    e = setpoint.error(x, {})
+    e = setpoint.error(x)
     assert not e.any()
     (gradient,) = torch.autograd.grad(e.sum(), x)
     assert torch.isfinite(gradient).all()
@@ -116,14 +115,14 @@ def test_second_direction_of_the_angular_plane_is_the_principal_component(oracle
 
 OTHER = sl.Pairs([[5, 9, 3, 12], [8, 2, 44]], [[5, 9, 3, 20], [8, 2, 17]])
 VARIANTS = {
-    "lqr-angular": ("lqr", {"setpoint": "angular", "angle_deg": 30.0}, False),
-    "lqr-joint": ("lqr", {"strength": [1.0, 0.5]}, True),
+    "lqr-angular": ("lqr", {"setpoint": "angular", "angle_rad": 0.5}, False),
+    "lqr-joint": ("lqr", {"level": [1.0, 0.5]}, True),
     "lqr-output": ("lqr", {"solver": "output"}, False),
     "lqr-output-joint": ("lqr", {"solver": "output", "layers": [1, 3]}, True),
     "lqr-preview": ("lqr", {"solver": "output", "preview": True}, False),
     "lqr-preview-joint": ("lqr", {"solver": "output", "preview": True, "origin": "negative"}, True),
     "lqr-scalar-angular": ("lqr", {"solver": "scalar", "setpoint": "angular"}, False),
-    "pid-angular": ("pid", {"setpoint": "angular", "angle_deg": 90.0}, False),
+    "pid-angular": ("pid", {"setpoint": "angular", "angle_rad": 1.5}, False),
     "pid-independent": ("pid", {"combine": "independent", "ki": 0.2, "reset_every": 3}, True),
     "pid-proportional": ("pid", {"kp": 0.5, "ki": 0, "kd": 0}, False),
     "track-output": ("track", {"solver": "output", "layers": [0, 2, 3]}, False),
@@ -162,9 +161,9 @@ def test_two_equal_concepts_are_one_when_joint_and_twice_when_independent(tiny_m
     twice = sl.lqr(model, [data, data], combine="independent", **plant)
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(4))
     for single, both, double in zip(one.loops, joint.loops, twice.loops, strict=True):
-        u = single.law.act(x, {})[0]
-        torch.testing.assert_close(both.law.act(x, {})[0], u, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(double.law.act(x, {})[0], 2 * u, rtol=1e-4, atol=1e-5)
+        u = single.law.act(x, Now())[0]
+        torch.testing.assert_close(both.law.act(x, Now())[0], u, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(double.law.act(x, Now())[0], 2 * u, rtol=1e-4, atol=1e-5)
     assert isinstance(twice.recipe["data"], list)
     assert twice.recipe["arguments"]["combine"] == "independent"
 

@@ -14,6 +14,7 @@ from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.control.regulator import Weights, solve
 from steerlens.control.riccati import CostToGo
 from steerlens.control.targets import Targets
+from steerlens.core import Now
 from steerlens.hosts import host_of
 from steerlens.hosts.blocks import nominal
 from steerlens.hosts.blocks.nominal import SMALL
@@ -146,7 +147,7 @@ def test_preview_is_the_optimum_for_a_linear_plant(controlled, blind):
     for t in range(5):
         u = torch.zeros(6, dtype=torch.float64)
         if t in controlled:
-            u = laws[t].act(x[None, None], {})[0][0, 0]
+            u = laws[t].act(x[None, None], Now())[0][0, 0]
             torch.testing.assert_close(u, expected[list(controlled).index(t)], rtol=1e-9, atol=1e-10)
         x = plant.jacobian(t) @ x + u
 
@@ -203,13 +204,13 @@ def test_solvers_average_jacobians_over_the_texts(host, solver, tiny_model):
     kept, live = case.fit(solver=solver, linearization=plant), case.fit(solver=solver, linearize_on=3)
     for a, b in zip(kept.loops, live.loops, strict=True):
         torch.testing.assert_close(a.law.gains, b.law.gains, rtol=1e-4, atol=1e-6)
-    assert kept.recipe["arguments"]["linearized_on"] == live.recipe["arguments"]["linearized_on"] == 3
+    assert kept.recipe["found"]["linearized_on"] == live.recipe["found"]["linearized_on"] == 3
 
 
 def test_a_recipe_names_what_was_solved(tiny_model):
     case = Case("lqr", discover_hosts()[0], model=tiny_model(discover_hosts()[0]))
     named = {
-        case.fit(solver=solver, preview=preview, linearize_on=1).recipe["arguments"]["controller"]
+        case.fit(solver=solver, preview=preview, linearize_on=1).recipe["found"]["controller"]
         for solver, preview in (("dense", False), ("output", False), ("output", True), ("scalar", False))
     }
     expected = {"A-LQR", "output-weighted LQR", "output-weighted LQR with preview", "scalar approximation of A-LQR"}
@@ -221,7 +222,7 @@ def test_preview_acts_where_reaction_has_no_direction(host, tiny_model):
     for preview, layers in ((False, [1, 2, 3]), (True, [0, 1, 2, 3])):
         controller = sl.lqr(tiny_model(host), one_last_token, solver="output", preview=preview, progress=False)
         assert controller.layers == layers
-        assert all(bool(loop.law.act(torch.zeros(1, 1, 32), {})[0].any()) for loop in controller.loops)
+        assert all(bool(loop.law.act(torch.zeros(1, 1, 32), Now())[0].any()) for loop in controller.loops)
 
 
 def test_only_the_asked_layers_act(host, tiny_model):

@@ -183,7 +183,7 @@ def test_nested_runs_keep_their_order_when_saes_come_and_go(model):
     site = sl.Site(2)
 
     class Double(sl.Law):
-        def act(self, x, memory):
+        def act(self, x, now):
             return x, {}
 
     first = adding(model, site)

@@ -142,7 +142,7 @@ def test_a_law_that_raises_is_told_in_its_own_words(tiny_model):
 class Late(sl.Law):
     """Fails on more than the one token that `steer` tries it on."""
 
-    def act(self, x, memory):
+    def act(self, x, now):
         if x.shape[1] > 1:
             raise ZeroDivisionError("this law cannot divide")
         return torch.zeros_like(x), {}

@@ -86,43 +86,43 @@ def doubled(function):
 
 
 class Supered(Add):
-    def act(self, x, memory):
-        return super().act(x, memory)
+    def act(self, x, now):
+        return super().act(x, now)
 
 
 class Mangled(Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         return self.__size * x, {}
 
 
 class Decorated(Law):
     @doubled
-    def act(self, x, memory):
+    def act(self, x, now):
         return x, {}
 
 
 class Dataclassed(Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         return x * Settings(2.0).size, {}
 
 
 class Tupled(Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         return x * Kept(2.0).size, {}
 
 
 class ClientOnly(Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         return x if isinstance(x, torch.Tensor) else jaxtyping.Float, {}
 
 
 class Moduled(Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         return hf.FrozenCache(x, x).get_seq_length() * x, {}
 
 
 class Nameless(Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         return x * len(SDPBackend.__members__), {}
 
 

@@ -33,13 +33,13 @@ for text in pairs.negative[:3]:
 # ## Fit
 #
 # `linearize` computes the Jacobian of every block for the last token of four of the texts. The regulator itself takes
-# seconds, so the linearization is kept and used for two strengths. `strength` is the setpoint in units of the distance
+# seconds, so the linearization is kept and used for two levels. `level` is the setpoint in units of the distance
 # between the two classes.
 
 # %%
 plant = sl.linearize(model, pairs.positive[:4], progress=False)
-gentle = sl.lqr(model, pairs, strength=1.0, linearization=plant)
-strong = sl.lqr(model, pairs, strength=2.0, linearization=plant)
+gentle = sl.lqr(model, pairs, level=1.0, linearization=plant)
+strong = sl.lqr(model, pairs, level=2.0, linearization=plant)
 strong
 
 # %% [markdown]
@@ -59,9 +59,9 @@ def continuation() -> str:
 
 print("unsteered: ", continuation())
 with sl.steer(model, gentle):
-    print("strength 1:", continuation())
+    print("level 1:", continuation())
 with sl.steer(model, strong) as run:
-    print("strength 2:", continuation())
+    print("level 2:", continuation())
 print("afterwards:", continuation())
 
 # %% [markdown]
@@ -106,13 +106,16 @@ print("largest change of a logit without it:", round(float((logits - without).ab
 strong.save("ocean.safetensors")
 loaded = sl.Controller.load("ocean.safetensors")
 print(loaded)
-print({name: loaded.recipe["arguments"][name] for name in ("strength", "q", "r", "qf", "origin", "linearized_on")})
+print(
+    {name: loaded.recipe["arguments"][name] for name in ("level", "q", "r", "qf", "origin")},
+    loaded.recipe["found"]["linearized_on"],
+)
 
 # %% [markdown]
 # ## What this notebook does not show
 #
 # That steering is *good*: one prompt and greedy decoding prove nothing about quality. Text about the sea is easy to
-# recognise in a model of this size, but at strength 3 it begins to fall apart.
+# recognise in a model of this size, but at level 3 it begins to fall apart.
 
 # %%
 import os

@@ -26,7 +26,7 @@ prompts = [
 ]
 prompt = prompts[0]
 plant = sl.linearize(model, pairs.positive[:2], progress=False)
-controller = sl.lqr(model, pairs, strength=1.0, linearization=plant, full_gain=True)
+controller = sl.lqr(model, pairs, level=1.0, linearization=plant, full_gain=True)
 controller
 
 # %% [markdown]
@@ -50,7 +50,7 @@ def last_token(controller: sl.Controller, prompt: str) -> sl.Record:
     return run.record
 
 
-mu = torch.tensor(controller.recipe["arguments"]["mu"])[controller.layers]
+mu = torch.tensor(controller.recipe["found"]["mu"])[controller.layers]
 
 
 def error(record: sl.Record) -> torch.Tensor:

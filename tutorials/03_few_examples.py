@@ -172,7 +172,7 @@ aim = objective("dpo", beta=0.1, reference=None)
 direction, step = exact.loops[-1].tangent, float(exact.loops[-1].law.norm)  # step: the learning rate times |g|
 copy, _ = smollm2(host="hf")
 parameters = [copy.base_model.get_parameter(name) for name in direction.names]
-rate = exact.recipe["arguments"]["rates"][-1]  # the learning rate that eta=0.1 became
+rate = exact.recipe["found"]["rates"][-1]  # the learning rate that eta=0.1 became
 etas = [0.05, 0.1, 0.3]
 site = "blocks.14.hook_resid_post"
 

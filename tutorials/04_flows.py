@@ -66,7 +66,7 @@ lengths = [0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2]
 
 
 def move(field, length, **options):
-    return x + sl.Flow(field, length, **options).act(x, {})[0]
+    return x + sl.Flow(field, length, **options).act(x, sl.Now())[0]
 
 
 rows = []

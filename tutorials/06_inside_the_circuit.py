@@ -18,7 +18,7 @@ torch.set_num_threads(2)
 model = smollm2()
 pairs = sl.shipped("sentiment")
 plant = sl.linearize(model, pairs.positive[:2], progress=False)
-controller = sl.lqr(model, pairs, strength=1.0, linearization=plant, progress=False)
+controller = sl.lqr(model, pairs, level=1.0, linearization=plant, progress=False)
 prompts = ["The food at the restaurant was", "I saw the movie and it was", "The weather today is"]
 metric = logit_difference(model, [" great", " wonderful", " delicious"], [" bad", " terrible", " awful"])
 controller

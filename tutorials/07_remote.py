@@ -30,7 +30,7 @@ local = nnsight.TransformersModel(
     MODEL, tokenizer=tokenizer, task="text-generation", dispatch=True, dtype=torch.float32
 )
 pairs = sl.shipped("ocean")
-controller = sl.lqr(local, pairs, strength=2.0, linearize_on=2, progress=False)
+controller = sl.lqr(local, pairs, level=2.0, linearize_on=2, progress=False)
 controller
 
 # %% [markdown]

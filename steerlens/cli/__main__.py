@@ -23,35 +23,37 @@ def demo(
     run_demo(Console(), concept=concept, tokens=tokens, picture=picture)
 
 
-@app.command()
-def methods(
+@app.command("methods")
+def list_methods(
     markdown: bool = typer.Option(False, help="Print the README's table instead."),
     write: Path = typer.Option(None, help="Put the table between its markers in this file."),  # noqa: B008
 ) -> None:
     """List the steering methods."""
+    from steerlens import methods
     from steerlens.cli.catalogue import method_table, write_table
-    from steerlens.cli.cite import method_sources
+    from steerlens.fit.method import exported
 
     if write is not None:
         write_table(write)
     elif markdown:
         typer.echo(method_table())
     else:
-        for name, (summary, source) in method_sources().items():
-            typer.echo(f"{name:12} {summary}\n{'':12} {source}")
+        for name, method in exported(methods).items():
+            typer.echo(f"{name:12} {method.summary}\n{'':12} {method.source}")
 
 
 @app.command()
 def cite(names: list[str] = typer.Argument(None, help="Methods; default all.")) -> None:  # noqa: B008
     """Print the source of each method that you used."""
-    from steerlens.cli.cite import method_sources
+    from steerlens import methods
+    from steerlens.fit.method import exported
 
-    known = method_sources()
+    known = exported(methods)
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise typer.BadParameter(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
     for name in names or known:
-        typer.echo(f"{name}: {known[name][1]}")
+        typer.echo(f"{name}: {known[name].source}")
 
 
 if __name__ == "__main__":

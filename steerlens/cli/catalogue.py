@@ -1,33 +1,20 @@
-"""The table of methods in the README, made from their docstrings, their cards and the benchmark's last run."""
+"""The table of methods in the README, made from their docstrings, their declarations and the benchmark's last run."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from importlib import resources
 from pathlib import Path
 
-from steerlens.cli.cite import method_sources
+from steerlens import methods
 from steerlens.core.sites import POINTS
-from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS, Card
+from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS
+from steerlens.fit.method import Method, exported
 
 START, END = "<!-- methods: steerlens methods --write README.md -->", "<!-- end of methods -->"
 #: What `benchmarks/methods.py` measured, in `steerlens/data`.
 MEASURED = "overhead.json"
-
-
-def method_card(method: str) -> Card:
-    """The declaration of a method's file.
-
-    Raises:
-        ValueError: a name that is no method, or a file that declares nothing.
-    """
-    method_sources([method])
-    card = getattr(importlib.import_module(f"steerlens.methods.{method}"), "CARD", None)
-    if not isinstance(card, Card):
-        raise ValueError(f"steerlens/methods/{method}.py has no CARD; see steerlens.fit.card.Card")
-    return card
 
 
 def measured() -> dict:
@@ -40,8 +27,8 @@ def method_table() -> str:
     run = measured()
     header = ("method", "what it does", "data", "acts on", "derivatives", "remote", "passes", "cost", "source")
     lines = [header, ["---"] * len(header)]
-    for name, (summary, source) in method_sources().items():
-        lines.append(_row(name, summary, source, run["methods"].get(name)))
+    for name, method in exported(methods).items():
+        lines.append(_row(method, run["methods"].get(name)))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{table}\n\n"
@@ -67,17 +54,16 @@ def write_table(path: Path) -> None:
     path.write_text(f"{before}{START}\n{method_table()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
-def _row(name: str, summary: str, source: str, cost: dict | None) -> list[str]:
-    card = method_card(name)
-    module = importlib.import_module(f"steerlens.methods.{name}")
-    steers = "check_runs_on_a_server" not in getattr(module, "EXCEPTIONS", {})
+def _row(method: Method, cost: dict | None) -> list[str]:
+    card, summary = method.card, method.summary
+    steers = "check_runs_on_a_server" not in method.exceptions
     fits = card.derivatives == "none"
-    number = re.search(r"arXiv \d{4}\.\d{5}", source)
+    number = re.search(r"arXiv \d{4}\.\d{5}", method.source)
     passes = str(card.token_passes)
     if card.prompt_passes != card.token_passes:
         passes += f" (prompt {card.prompt_passes})"
     return [
-        f"`{name}`",
+        f"`{method.name}`",
         summary[0].lower() + summary[1:].rstrip("."),
         NEEDS[card.needs] + (f", {card.also}" if card.also else ""),
         _points(card.points),
@@ -85,7 +71,7 @@ def _row(name: str, summary: str, source: str, cost: dict | None) -> list[str]:
         "fit, steer" if fits and steers else "steer" if steers else "no",
         passes,
         "-" if cost is None else _cost(cost),
-        number[0] if number else source.split(".")[0],
+        number[0] if number else method.source.split(".")[0],
     ]
 
 

@@ -17,7 +17,7 @@ from steerlens.plots import plot_record
 from steerlens.steering import steer
 
 PROMPTS = ("My weekend was", "I went to the new restaurant last night and")
-STRENGTHS = (0.5, 1.0, 2.0)
+LEVELS = (0.5, 1.0, 2.0)
 
 
 def run_demo(
@@ -41,18 +41,17 @@ def run_demo(
     # all texts end in a full stop, which is all that layer 0 sees of them
     layers = range(1, model.cfg.n_layers)
     controllers = {
-        strength: lqr(model, pairs, strength=strength, layers=layers, linearization=plant, progress=False)
-        for strength in STRENGTHS
+        level: lqr(model, pairs, level=level, layers=layers, linearization=plant, progress=False) for level in LEVELS
     }
-    texts = Table("strength", *PROMPTS, title="Greedy continuations, unsteered and steered", show_lines=True)
+    texts = Table("level", *PROMPTS, title="Greedy continuations, unsteered and steered", show_lines=True)
     texts.add_row("-", *(_continue(model, prompt, tokens)[0] for prompt in PROMPTS))
-    for strength, controller in controllers.items():
+    for level, controller in controllers.items():
         with steer(model, controller) as run:
             continued = [_continue(model, prompt, tokens) for prompt in PROMPTS]
-            texts.add_row(f"{strength:g}", *(text for text, _ in continued))
+            texts.add_row(f"{level:g}", *(text for text, _ in continued))
             record, words = run.record.copy(), continued[-1][1]
     console.print(texts)
-    console.print(_layers(Table, controller, record, strength))
+    console.print(_layers(Table, controller, record, level))
     for path in write_figure(plot_record(record, tokens=words), picture):
         console.print(f"Tracking error and control norm by layer and token: {path}")
 
@@ -75,7 +74,7 @@ def _continue(model: Any, prompt: str, tokens: int) -> tuple[str, list[str]]:
     return "".join(words)[len(prompt) :].strip(), words
 
 
-def _layers(table: Any, controller: Controller, record: Record, strength: float) -> Any:
+def _layers(table: Any, controller: Controller, record: Record, level: float) -> Any:
     """Means over the steered tokens of one generation."""
     rows = table(
         "layer",
@@ -83,7 +82,7 @@ def _layers(table: Any, controller: Controller, record: Record, strength: float)
         "measured",
         "error",
         "|u|",
-        title=f"Per layer at strength {strength:g}, means",
+        title=f"Per layer at level {level:g}, means",
     )
     signals = {name: record.layers(name) for name in ("projection", "error", "u_norm")}
     for loop in controller.loops:

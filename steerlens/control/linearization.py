@@ -13,8 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import resolve
-from steerlens.hosts import Host
+from steerlens.hosts import Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
 
 
@@ -135,7 +134,7 @@ def linearize(
     Raises:
         ValueError: a text of fewer than 2 tokens, or a state that is not finite.
     """
-    host = resolve(model)
+    host = host_of(model)
     plant = Blocks(host, [tokenize(text, host, prepend_bos)[0] for text in texts])
     jacobians = torch.empty(host.n_layers, host.d_model, host.d_model)
     for t in backwards(plant, progress=progress):

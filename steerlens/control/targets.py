@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,12 @@ from steerlens.fit.reading import contrast_means
 from steerlens.hosts import Host
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level
 
-SETPOINTS = ("level", "angular")
-ORIGINS = ("zero", "negative", "midpoint")
-COMBINATIONS = ("joint", "independent")
+#: The words of an `Aim`, for the declaration of a method that has one.
+AIMS = {
+    "setpoint": ("level", "angular"),
+    "origin": ("zero", "negative", "midpoint"),
+    "combine": ("joint", "independent"),
+}
 
 
 class Targets:
@@ -49,14 +51,13 @@ class Aim:
     Args:
         data: Contrast texts, or several, one for each concept.
         setpoint: `"level"` or `"angular"`.
-        strength: Level in units of the class separation; one for all concepts or one each.
+        level: Level in units of the class separation; one for all concepts or one each.
         origin: Where levels are counted from: `"zero"`, `"negative"` or `"midpoint"`.
-        angle_deg: Where the angular setpoint points.
+        angle_rad: Where the angular setpoint points, in radians from the direction of the positive texts.
         combine: How several concepts are held: `"joint"` or `"independent"`.
 
     Raises:
-        TypeError: data is not `Pairs`.
-        ValueError: an unknown word, or arguments that do not go together.
+        ValueError: arguments that do not go together.
     """
 
     def __init__(
@@ -64,54 +65,30 @@ class Aim:
         data: Pairs | Sequence[Pairs],
         *,
         setpoint: str,
-        strength: float | Sequence[float],
+        level: float | Sequence[float],
         origin: str,
-        angle_deg: float | None,
+        angle_rad: float | None,
         combine: str,
     ):
-        for name, value, known in (
-            ("setpoint", setpoint, SETPOINTS),
-            ("origin", origin, ORIGINS),
-            ("combine", combine, COMBINATIONS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}; it is {' or '.join(map(repr, known))}")
         self.concepts = [data] if isinstance(data, Pairs) else list(data)
-        for pairs in self.concepts:
-            if not isinstance(pairs, Pairs):
-                raise TypeError(
-                    f"data holds a {type(pairs).__name__}; give steerlens.Pairs(positive=[...], negative=[...]), "
-                    "or a list of them, one for each concept"
-                )
-        if not self.concepts:
-            raise ValueError("data is empty; give at least one steerlens.Pairs")
         count = len(self.concepts)
-        given = [strength] * count if isinstance(strength, (int, float)) else list(strength)
-        if len(given) != count:
-            raise ValueError(f"strength names {len(given)} levels for {count} concepts")
-        self.strengths = [float(value) for value in given]
-        if not all(math.isfinite(value) for value in self.strengths):
-            raise ValueError(f"strength={strength}; it must be finite")
+        given = torch.as_tensor(level, dtype=torch.float64).tolist()
+        self.levels: list[float] = given if isinstance(given, list) else [given] * count
+        if len(self.levels) != count:
+            raise ValueError(f"level has {len(self.levels)} numbers for {count} concepts")
+        if not all(math.isfinite(value) for value in self.levels):
+            raise ValueError(f"level={level}; it must be finite")
         if setpoint == "angular":
             if count > 1:
                 raise ValueError(f"the angular setpoint takes one concept, data holds {count}")
-            if self.strengths != [1.0] or origin != "zero":
-                raise ValueError("the angular setpoint keeps the state's own length: it has no strength and no origin")
-            angle_deg = 0.0 if angle_deg is None else float(angle_deg)
-            if not math.isfinite(angle_deg):
-                raise ValueError(f"angle_deg={angle_deg}; it must be finite")
-        elif angle_deg is not None:
-            raise ValueError(f"angle_deg={angle_deg} belongs to setpoint='angular', not to {setpoint!r}")
-        self.setpoint, self.origin, self.angle_deg, self.combine = setpoint, origin, angle_deg, combine
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """For a controller's recipe."""
-        if self.setpoint == "angular":
-            return {"setpoint": "angular", "angle_deg": self.angle_deg}
-        if len(self.concepts) == 1:
-            return {"setpoint": "level", "strength": self.strengths[0], "origin": self.origin}
-        return {"setpoint": "level", "strength": self.strengths, "origin": self.origin, "combine": self.combine}
+            if self.levels != [1.0] or origin != "zero":
+                raise ValueError("the angular setpoint keeps the state's own length: it has no level and no origin")
+            angle_rad = 0.0 if angle_rad is None else float(angle_rad)
+            if not math.isfinite(angle_rad):
+                raise ValueError(f"angle_rad={angle_rad}; it must be finite")
+        elif angle_rad is not None:
+            raise ValueError(f"angle_rad={angle_rad} belongs to setpoint='angular', not to {setpoint!r}")
+        self.setpoint, self.origin, self.angle_rad, self.combine = setpoint, origin, angle_rad or 0.0, combine
 
     def targets(self, host: Host) -> Targets:
         """Read the texts and place the setpoints.
@@ -130,9 +107,8 @@ class Aim:
         mu = difference.norm(dim=-1)
         v = difference / torch.where(mu > 0, mu, 1)[..., None]
         if self.setpoint == "angular":
-            radians = math.radians(self.angle_deg or 0.0)
-            return Targets([Angle(plane, radians) for plane in _planes(difference[:, 0], v[:, 0])], mu)
-        levels = mu * mu.new_tensor(self.strengths)
+            return Targets([Angle(plane, self.angle_rad) for plane in _planes(difference[:, 0], v[:, 0])], mu)
+        levels = mu * mu.new_tensor(self.levels)
         if self.origin != "zero":
             start = negative if self.origin == "negative" else (positive + negative) / 2
             levels = levels + (v * start).sum(-1)

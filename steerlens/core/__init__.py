@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from steerlens.core.aside import Companion
+from steerlens.core.check import check_loops, check_record
 from steerlens.core.controller import Controller
-from steerlens.core.law import Law, Loop, Memory, Part, Setpoint, map_tensors, observed, tensors_of
-from steerlens.core.passing import Pass
+from steerlens.core.law import Law, Loop, Setpoint, Signals
+from steerlens.core.now import Now
+from steerlens.core.part import Part, map_tensors, tensors_of
+from steerlens.core.passing import Display, Pass
 from steerlens.core.positions import PROMPT_ONLY, Positions, check_where
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.record import Record
@@ -19,22 +22,25 @@ __all__ = [
     "Condition",
     "Controller",
     "Direction",
+    "Display",
     "Gate",
     "Law",
     "Loop",
-    "Memory",
+    "Now",
     "Part",
     "Pass",
     "Positions",
     "Record",
     "Schedule",
     "Setpoint",
+    "Signals",
     "Site",
     "SiteSignals",
     "Summary",
+    "check_loops",
+    "check_record",
     "check_where",
     "map_tensors",
     "name_signals",
-    "observed",
     "tensors_of",
 ]

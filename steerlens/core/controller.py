@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Loop, Part, tensors_of
+from steerlens.core.law import Loop, finite
+from steerlens.core.part import Part, tensors_of
 from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
 
@@ -48,7 +49,8 @@ class Controller:
         return Controller(self.loops + moved, {"method": "+", "parts": [self.recipe, other.recipe], "model": model})
 
     def __mul__(self, factor: float) -> Controller:
-        return self._each(lambda loop: loop.replace(strength=loop.strength * float(factor)))
+        by = finite("factor", factor)
+        return self._each(lambda loop: loop.replace(strength=loop.strength * by))
 
     __rmul__ = __mul__
 

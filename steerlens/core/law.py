@@ -2,63 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from steerlens.core.now import Now
+from steerlens.core.part import Part, map_tensors
 from steerlens.core.sites import Site
 
 if TYPE_CHECKING:
     from steerlens.core.prompt import Direction, Gate, Schedule, Summary
 
-Memory = dict[str, Any]
+#: How to compute each of several signals. A function is called only if somebody looks at its signal.
+Signals = Mapping[str, Callable[[], Tensor]]
 
 
-def observed(memory: Memory) -> bool:
-    """Whether somebody asks for signals; where nobody does, a law or setpoint may return none of them."""
-    return memory.get("observed", True)
+def legal(name: str) -> bool:
+    """Whether a name can be part of a hook point's: letters, digits and underscores, a letter first."""
+    return name.isascii() and name.isidentifier() and name[0] != "_"
 
 
-def numbered(name: str, taken: dict[str, int]) -> str:
-    """A name, with its count behind it from the second time on: `score`, `score2`. `taken` counts."""
-    taken[name] = count = taken.get(name, 0) + 1
-    return name if count == 1 else f"{name}{count}"
-
-
-class Part:
-    """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
-
-    Parts are moved, saved, loaded and sent to a server by walking their attributes (`map_tensors`), so a part needs no
-    code of its own for that, and may hold nothing else.
-    """
-
-
-def map_tensors(value: Any, change: Any) -> Any:
-    """A copy of a part, list, tuple or dict with `change` applied to every tensor in it; other values are shared."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Part):
-        copy = object.__new__(type(value))
-        copy.__dict__.update({name: map_tensors(entry, change) for name, entry in value.__dict__.items()})
-        return copy
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(entry, change) for entry in value)
-    if isinstance(value, dict):
-        return {name: map_tensors(entry, change) for name, entry in value.items()}
-    return value
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in a part, list, tuple or dict, in a fixed order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(value, note)
+def free(name: str, taken: set[str]) -> str:
+    """A name that is not taken: itself, or `name2`, `name3`, ...; it is taken from then on."""
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}{count}"
+    taken.add(found)
     return found
+
+
+def finite(name: str, value: Any) -> float:
+    """A factor as a float.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite in float32, in which laws compute.
+    """
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+    number = float(value)
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}={number}; give a number that is finite in float32")
+    return number
 
 
 class Setpoint(Part):
@@ -68,44 +56,64 @@ class Setpoint(Part):
 
         e = r - x = c @ basis,   basis: [m d], rows of unit norm
 
-    A subclass is final, holds tensors and numbers only, and defines `basis` and `measure`. What a law is told about
-    `memory` holds here too.
+    A subclass is final, holds tensors and numbers only, and defines `basis` and `measure`.
 
     Attributes:
-        signals: Names of what `measure` reports besides the coordinates; `"error"` is among them.
+        signals: Names of what `measure` reports in addition to the coordinates; `"error"` is among them.
     """
 
     basis: Tensor
     signals: tuple[str, ...] = ("error",)
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """The error in coordinates, and signals: `[... d] -> ([... m], {name: [...]})`.
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
+        """The error in coordinates, and its signals: `[... d] -> ([... m], {name: () -> [...]})`. A pure function.
 
         The signal `error` is the norm of e, the distance to the setpoint in activation units.
         """
         raise NotImplementedError
 
-    def error(self, x: Tensor, memory: Memory) -> Tensor:
+    def lift(self, c: Tensor) -> Tensor:
+        """The error e of coordinates, `[... m] -> [... d]`."""
+        return c @ self.basis
+
+    def error(self, x: Tensor) -> Tensor:
         """The error e on the setpoint's subspace, `[... d] -> [... d]`."""
-        return self.measure(x, memory)[0] @ self.basis
+        return self.lift(self.measure(x)[0])
 
 
 class Law(Part):
-    """Abstract: tensors plus one pure function of the state.
+    """Abstract: tensors plus one function of the state.
+
+        x <- x + u,   u = act(x)
 
     A subclass is final, holds tensors, numbers, strings and setpoints only, and defines `act`. It sees float32 (or
-    float64) states and knows neither layer nor host nor token positions; `memory` is a dict that all loops of its
-    controller share during one forward pass, and `memory["sequence"]` one that lives until the sequence ends.
-    Signals need to be returned only if `observed(memory)`.
+    float64) states and knows neither layer nor host nor token positions. A clipped proportional law:
+
+        class Clipped(Law):
+            signals = ("error",)
+
+            def __init__(self, setpoint, gain, most):
+                self.setpoint, self.gain, self.most = setpoint, gain, most
+
+            def act(self, x, now):
+                c, signals = self.setpoint.measure(x)
+                u = self.gain * self.setpoint.lift(c)
+                return u.clamp(-self.most, self.most), signals
 
     Attributes:
-        signals: Names that `act` returns besides the control itself, each a tensor `[...]` or `[... k]`.
+        signals: Names of what `act` reports in addition to the control: its signals' names, no more and no fewer.
+        vectors: Those of them that have more than one number per token.
     """
 
     signals: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
-        """The control to add, and the signals: `[... d] -> ([... d], {name: [...]})`."""
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
+        """The control to add, and its signals: `[batch pos ...] -> ([batch pos ...], {name: () -> [batch pos]})`.
+
+        Signals are functions without arguments, called after `act` and only if somebody looks at them. One that is
+        among `vectors` gives `[batch pos k]`.
+        """
         raise NotImplementedError
 
 
@@ -114,21 +122,26 @@ class Loop:
 
     Args:
         law: Computes the control.
-        act: The control is added here.
+        act: The control is added here: a `Site`, its hook name, or a layer for its `resid_post`.
         sense: The state is read here, no later than `act` in the forward pass; default: where it acts.
         where: Token positions: `"last"` (the last real token of a prompt and every token generated after it),
             `"last_prompt"` (that token alone), `"generated"`, `"prompt"`, `"all"`, a slice on absolute positions
             (negative: from the end of the prompt), a boolean mask `[pos]` or `[batch pos]`, or a callable from
             positions `[batch pos]` to such a mask. The names leave position 0 alone, where many models keep an
             activation two orders of magnitude larger than elsewhere; a slice, mask or callable is taken literally.
-        strength: Factor on the control.
-        name: Prefix of the loop's own signals where several loops act at one layer.
-        group: Loops with the same group share `memory`.
+        strength: Factor on the control, no unit; finite.
+        name: Prefix of the loop's own signals if several loops act at one site; letters, digits and underscores. Of
+            loops with the same name the second is called `name2`.
+        group: Loops with the same group share what their laws remember, see `Now`.
         gates: Decisions made once for each row of a prompt, which multiply the control; see `when`.
         schedules: Factors on the control over a generation; see `schedule`.
-        summary: What the law finds as `memory["summary"]`: the prompt's pooled state, `[batch ...]`.
-        tangent: A direction in the space of the parameters. The law finds as `memory["tangent"]` how the unsteered
+        summary: What the law finds as `now.summary`: the prompt's pooled state, `[batch ...]`.
+        tangent: A direction in the space of the parameters. The law finds as `now.tangent` how the unsteered
             state at the acting site changes along it, in the state's shape; see `cold_fd`.
+
+    Raises:
+        TypeError: `law` is not a law (a class of laws is none), or the strength is not a number.
+        ValueError: it would sense after it acts; no such site; an illegal name; a strength that is not finite.
     """
 
     __slots__ = (
@@ -148,8 +161,8 @@ class Loop:
     def __init__(
         self,
         law: Law,
-        act: Site,
-        sense: Site | None = None,
+        act: Site | str | int,
+        sense: Site | str | int | None = None,
         *,
         where: Any = "last",
         strength: float = 1.0,
@@ -160,13 +173,19 @@ class Loop:
         summary: Summary | None = None,
         tangent: Direction | None = None,
     ):
-        if sense is not None and act < sense:
-            raise ValueError(f"a loop cannot sense {sense}, which comes after {act}, where it acts")
+        if not isinstance(law, Law):
+            if isinstance(law, type):
+                raise TypeError(f"a loop needs a law, it got the class {law.__name__}; make one: {law.__name__}(...)")
+            raise TypeError(f"a loop needs a law, it got a {type(law).__name__}; a law is a subclass of steerlens.Law")
         self.law = law
-        self.act = act
-        self.sense = act if sense is None else sense
+        self.act = Site.of(act)
+        self.sense = self.act if sense is None else Site.of(sense)
+        if self.act < self.sense:
+            raise ValueError(f"a loop cannot sense {self.sense}, which comes after {self.act}, where it acts")
+        if not (isinstance(name, str) and legal(name)):
+            raise ValueError(f"name={name!r}; a loop's name has letters, digits and underscores, a letter first")
         self.where = where
-        self.strength = float(strength)
+        self.strength = finite("strength", strength)
         self.name = name
         self.group = group
         self.gates = tuple(gates)
@@ -185,8 +204,8 @@ class Loop:
     @property
     def measured(self) -> list[dict[str, str]]:
         """What each gate's condition reports, and its name here: the second `score` is `score2`."""
-        taken = dict.fromkeys(self.law.signals, 1)
-        return [{name: numbered(name, taken) for name in gate.condition.signals} for gate in self.gates]
+        taken = {"u", "u_norm", "gate", *self.law.signals}
+        return [{name: free(name, taken) for name in gate.condition.signals} for gate in self.gates]
 
     @property
     def summaries(self) -> list[Summary]:

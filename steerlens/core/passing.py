@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core.aside import Aside
-from steerlens.core.law import Loop, Memory
+from steerlens.core.law import Loop, Signals
+from steerlens.core.now import Now
 from steerlens.core.positions import Positions
 from steerlens.core.prompt import Gate
 from steerlens.core.record import Record
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import Site
-from steerlens.core.stops import Fitted, Turn, stops_of, wide_of
+from steerlens.core.stops import Action, Placed, Shown, stops_of, wide_of
 
-Tap = Callable[[str, Tensor], Tensor]
+
+class Display:
+    """Abstract: where a host shows signals while a pass runs. A host makes it."""
+
+    def looks(self, name: str) -> bool:
+        """Whether anybody looks at the signal of this hook name; if nobody does, it need not be computed."""
+        raise NotImplementedError
+
+    def show(self, name: str, value: Tensor) -> Tensor:
+        """Show a signal; returns it, or what somebody has put in its place."""
+        raise NotImplementedError
 
 
 class Pass:
@@ -40,16 +52,15 @@ class Pass:
         self.names: dict[Site, SiteSignals] = name_signals(self.loops, run)
         self.positions = Positions()
         self.log = Record()
-        self.tap: Tap | None = None
+        self.display: Display | None = None
         self.aside = Aside(self.loops)
         # what would be asked anew at every site and token
-        self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.watched)
+        self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.watched, record)
         self._reached: tuple[int, int] = (-1, -1)
         self._observed = False
         self._selection: list[tuple[Any, bool]] = []
         self._states: dict[Site, Tensor] = {}
-        self._memory: dict[int, Memory] = {}
-        self._sequence: dict[int, Memory] = {}
+        self._now: dict[int, Now] = {}  # by group
 
     @property
     def sites(self) -> list[Site]:
@@ -75,11 +86,12 @@ class Pass:
         """
         fresh = self.positions.begin(shape, past, mask, continues=continues, device=device)
         if fresh:
-            self._sequence = {loop.group: {} for loop in self.loops}
+            self._now = {loop.group: Now() for loop in self.loops}
         if self.record is not None:
             self.log.begin(fresh=fresh, column=past)
-        self._observed = observed = self.record is not None or self.tap is not None
-        self._memory = {group: {"sequence": kept, "observed": observed} for group, kept in self._sequence.items()}
+        self._observed = self.record is not None or self.display is not None
+        for now in self._now.values():
+            now.layers = {}
         selections = [self.positions.select(where) for where in self._wheres]
         self._selection = [(selection, _whole(selection, shape[1])) for selection in selections]
         self._states = {}
@@ -112,118 +124,167 @@ class Pass:
         self._reached = stop.order
         if stop.kept:
             self._states[site] = x
-        if stop.watched:
+        if stop.summarised:
             self.aside.see(site, x, self.positions)
-        if not stop.turns:
+        if not stop.actions:
             return carrier
         observed = self._observed
+        several = len(stop.actions) > 1
+        # the total error is asked of each loop
+        squared = (
+            observed
+            and several
+            and any(signal == "error" and self._looks(name, kept) for signal, name, kept in stop.shown)
+        )
         total, squares = None, None
-        for turn in stop.turns:
-            selection, whole = self._selection[turn.where]
-            if not observed and (selection is None or turn.strength == 0):
+        for action in stop.actions:
+            selection, whole = self._selection[action.where]
+            if not observed and (selection is None or action.strength == 0):
                 continue
-            state = x if turn.sense is None else self._states[turn.sense]
-            if whole and turn.plain:
-                u, signals = self._law(turn, state)
+            state = x if action.sense is None else self._states[action.sense]
+            if whole and action.plain:
+                u, signals = self._law(action, state, self._now[action.loop.group])
             else:
-                u, signals = self._control(turn, state, selection, whole, carrier)
+                u, signals = self._control(action, state, selection, whole, carrier)
             if u.dtype != carrier.dtype or u.device != carrier.device:
                 u = u.to(dtype=carrier.dtype, device=carrier.device)
             if observed:
-                u = self._publish(turn.names, u, signals)
-                if stop.total and "error" in signals:
-                    square = signals["error"].square()
-                    squares = square if squares is None else squares + square
+                u, error = self._publish(action.shown, u, signals, squared)
+                if error is not None:
+                    squares = error.square() if squares is None else squares + error.square()
             total = u if total is None else total + u
-            if len(stop.turns) > 1:
+            if several:
                 x = x + u
-        if observed and stop.total and total is not None:
-            total = self._publish(stop.total, total, {} if squares is None else {"error": squares.sqrt()})
+        if observed and several and total is not None:
+            together = {} if squares is None else {"error": squares.sqrt}
+            total, _ = self._publish(stop.shown, total, together)
         for sensed in stop.spent:
             self._states.pop(sensed, None)
         return carrier if total is None else carrier + total
 
-    def _law(self, turn: Turn, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the law says of a state, and the loop's strength makes of it."""
-        law, memory = turn.law.to(seen), self._memory[turn.loop.group]
-        exact = seen if seen.dtype is turn.law.wide else seen.to(turn.law.wide)
+    def _law(self, action: Action, seen: Tensor, now: Now) -> tuple[Tensor, Signals]:
+        """The control that a law gives for a state, times the loop's strength."""
+        law = action.law.to(seen)
+        exact = seen if seen.dtype is action.law.wide else seen.to(action.law.wide)
         # NDIF runs every request to a half-precision GPU model under autocast
-        if torch.is_autocast_enabled(turn.law.kind):
-            with torch.autocast(turn.law.kind, enabled=False):
-                u, signals = law.act(exact, memory)
+        if torch.is_autocast_enabled(action.law.kind):
+            with torch.autocast(action.law.kind, enabled=False):
+                u, signals = law.act(exact, now)
         else:
-            u, signals = law.act(exact, memory)
-        if turn.strength != 1:
-            u = u * turn.strength if turn.strength else torch.zeros_like(u)
+            u, signals = law.act(exact, now)
+        if action.strength != 1:
+            u = u * action.strength if action.strength else torch.zeros_like(u)
         return u, signals
 
     def _control(
-        self, turn: Turn, state: Tensor, selection: Any, whole: bool, carrier: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, action: Action, state: Tensor, selection: Any, whole: bool, carrier: Tensor
+    ) -> tuple[Tensor, Signals]:
         """The control in full shape, zero at unselected tokens, and the signals, NaN there."""
-        loop, shape = turn.loop, state.shape[:2]
+        loop, shape = action.loop, state.shape[:2]
         if selection is None:
-            blank = torch.full(shape, torch.nan, device=state.device)
+            blank = partial(torch.full, shape, torch.nan, device=state.device)
             return torch.zeros_like(carrier), dict.fromkeys(loop.signals, blank)
         part = slice(None) if isinstance(selection, Tensor) or whole else selection
         seen = state[:, part]
-        memory = self._memory[loop.group]
-        if loop.summary is not None:
-            memory["summary"] = self.aside.summary(loop.summary).to(seen.device, wide_of(seen))
-        if loop.tangent is not None:
-            memory["tangent"] = self.aside.tangent(turn.index, loop.act)[:, part].to(wide_of(seen))
-        u, signals = self._law(turn, seen)
-        for schedule in turn.schedules:
+        now = self._now[loop.group]
+        if loop.summary is not None or loop.tangent is not None:
+            summary = None if loop.summary is None else self.aside.summary(loop.summary)
+            tangent = None if loop.tangent is None else self.aside.tangent(action.index, loop.act)[:, part]
+            now = Now(
+                now.layers,
+                now.sequence,
+                summary=None if summary is None else summary.to(seen.device, wide_of(seen)),
+                tangent=None if tangent is None else tangent.to(wide_of(seen)),
+            )
+        u, signals = self._law(action, seen, now)
+        for schedule in action.schedules:
             u = u * _over(schedule.to(seen).at(self.positions.steps())[:, part], u)
-        for number, (gate, fitted, table) in enumerate(turn.gates):
-            decided, measured = self._decision((turn.index, number), gate, fitted, seen)
-            said = {name: measured[own] for own, name in table.items()}
+        for number, (gate, placed, table) in enumerate(action.gates):
+            decided, measured = self._decision((action.index, number), gate, placed, seen)
             u = u * _over(decided[:, None], u)
-            before = signals.get("gate", torch.ones(u.shape[:2], dtype=u.dtype, device=u.device))
-            signals = {**signals, **said, "gate": decided[:, None] * before}
+            if self._observed:
+                signals = _gated(signals, decided, {name: measured[own] for own, name in table.items()}, u.shape[:2])
         if not whole:
             u = _spread(u, selection, shape, 0.0)
-        if not whole and self._observed:
-            signals = {name: _spread(value, selection, shape, torch.nan) for name, value in signals.items()}
+            if self._observed:
+                signals = {name: partial(_spread_of, of, selection, shape) for name, of in signals.items()}
         return u, signals
 
-    def _decision(self, key: Any, gate: Gate, fitted: Fitted, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A gate's decision, `[batch]`, and its signals, `[batch pos]`; made once for a prompt."""
+    def _decision(self, key: Any, gate: Gate, placed: Placed, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A gate's decision, `[batch]`, and what it measured, `[batch]` each; made once for a prompt."""
         held = self.aside.decisions.get(key)
         if held is None:
             # what is known of the prompt goes by the summaries of the gate itself, not by those of its copy
             pooled = [self.aside.summary(summary).to(x.device, wide_of(x)) for summary in gate.summaries]
-            held = self.aside.decisions[key] = fitted.to(x).decide(pooled)
-        decided, said = held
-        return decided.to(x.device), {name: value[:, None].expand(-1, x.shape[1]) for name, value in said.items()}
+            held = self.aside.decisions[key] = _exactly(x.device.type, partial(placed.to(x).decide, pooled))
+        decided, measured = held
+        return decided.to(x.device), measured
 
-    def _publish(self, names: dict[str, str], u: Tensor, signals: dict[str, Tensor]) -> Tensor:
-        """Show the signals to the host's hook points, which may change `u`, and log them."""
-        u = self._emit("u", names["u"], u)
-        norm = torch.linalg.vector_norm(u.flatten(2), dim=-1, dtype=torch.promote_types(u.dtype, torch.float32))
-        self._emit("u_norm", names["u_norm"], norm)
-        for signal, value in signals.items():
-            if signal in names:
-                self._emit(signal, names[signal], value)
-        return u
+    def _publish(
+        self, shown: list[Shown], u: Tensor, signals: Signals, error: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Show the signals that somebody looks at to the host's hook points, which may change `u`, and log them.
 
-    def _emit(self, signal: str, name: str, value: Tensor) -> Tensor:
-        if self.tap is not None:
-            value = self.tap(name, value)
-        if self.record is not None and _keeps(self.record, signal, value):
-            self.log.put(name, value)
-        return value
+        Returns:
+            u, and the signal `error`, if it was asked for and the loop has it.
+        """
+        kind, found = u.device.type, None
+        if error and "error" in signals:
+            found = _exactly(kind, signals["error"])
+        for signal, name, kept in shown:
+            display = self.display if self.display is not None and self.display.looks(name) else None
+            if not kept and display is None:
+                continue
+            if signal == "u":
+                value = u
+            elif signal == "u_norm":
+                wide = torch.promote_types(u.dtype, torch.float32)
+                value = torch.linalg.vector_norm(u.flatten(2), dim=-1, dtype=wide)
+            elif signal == "error" and found is not None:
+                value = found
+            elif signal in signals:
+                value = _exactly(kind, signals[signal])
+            else:
+                continue  # a total that no loop has
+            if display is not None:
+                value = display.show(name, value)
+                u = value if signal == "u" else u
+            if kept:
+                self.log.put(name, value)
+        return u, found
+
+    def _looks(self, name: str, kept: bool) -> bool:
+        return kept or (self.display is not None and self.display.looks(name))
+
+
+def _exactly(kind: str, function: Callable[[], Any]) -> Any:
+    """What a function gives without autocast, under which NDIF runs every request to a half-precision GPU model."""
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return function()
+    return function()
+
+
+def _gated(signals: Signals, decided: Tensor, measured: dict[str, Tensor], shape: Any) -> Signals:
+    """The signals of a loop with a gate: the product of all gates, and what this one measured, `[batch]` each."""
+    before = signals.get("gate")
+
+    def product() -> Tensor:
+        gate = decided[:, None].expand(shape)
+        return gate if before is None else gate * before()
+
+    rows = {name: partial(_rows, value, shape, decided.device) for name, value in measured.items()}
+    return {**signals, **rows, "gate": product}
+
+
+def _rows(value: Tensor, shape: Any, device: Any) -> Tensor:
+    """`[batch]` at every token, `[batch pos]`."""
+    return value.to(device)[:, None].expand(shape)
 
 
 def _whole(selection: Any, length: int) -> bool:
     """Whether all tokens of a pass are selected, as far as that can be told without looking at tensors."""
     return isinstance(selection, slice) and selection.stop - selection.start == length
-
-
-def _keeps(record: Any, signal: str, value: Tensor) -> bool:
-    if record == "all":
-        return True
-    return value.ndim == 2 if record == "scalars" else signal in record
 
 
 def _spread(value: Tensor, selection: Any, shape: Any, blank: float) -> Tensor:
@@ -233,6 +294,11 @@ def _spread(value: Tensor, selection: Any, shape: Any, blank: float) -> Tensor:
         full[:, selection] = value
         return full
     return torch.where(selection.view(*shape, *[1] * (value.ndim - 2)), value, blank)
+
+
+def _spread_of(function: Callable[[], Tensor], selection: Any, shape: Any) -> Tensor:
+    """A signal, NaN at tokens that are not selected."""
+    return _spread(function(), selection, shape, torch.nan)
 
 
 def _over(factors: Tensor, u: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Part
+from steerlens.core.part import Part
 from steerlens.core.sites import Site
 
 POOLS = ("mean", "rms")

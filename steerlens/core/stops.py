@@ -8,38 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Loop, Part, map_tensors
+from steerlens.core.law import Loop
+from steerlens.core.part import Part, map_tensors
 from steerlens.core.signals import SiteSignals
 from steerlens.core.sites import Site
 
+#: A signal: name, hook name, and whether the record keeps it.
+Shown = tuple[str, str, bool]
 
-class Fitted:
+
+class Placed:
     """A part of a loop, kept in the dtype that laws compute in and on the device of the state it last met.
 
     Args:
         part: As it is in the controller.
     """
 
-    __slots__ = ("_device", "_dtype", "_now", "kind", "part", "wide")
+    __slots__ = ("_copy", "_device", "_dtype", "kind", "part", "wide")
 
     def __init__(self, part: Part):
         self.part = part
         self.wide = torch.float32
         self.kind = "cpu"  # of device
-        self._now: Any = part
+        self._copy: Any = part
         self._device: Any = None
         self._dtype: Any = None
 
     def to(self, x: Tensor) -> Any:
-        """The part for a state; `wide` and `kind` then tell the dtype to compute in and the kind of device."""
+        """The part for a state; `wide` and `kind` are then the dtype to compute in and the kind of device."""
         if x.dtype is not self._dtype or x.device != self._device:
             self.wide = wide = wide_of(x)
             # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
             # later forward pass with gradients could not use
             with torch.inference_mode(False):
-                self._now = map_tensors(self.part, lambda t: t.to(x.device, wide if t.is_floating_point() else t.dtype))
+                self._copy = map_tensors(
+                    self.part, lambda t: t.to(x.device, wide if t.is_floating_point() else t.dtype)
+                )
             self._device, self._dtype, self.kind = x.device, x.dtype, x.device.type
-        return self._now
+        return self._copy
 
 
 def wide_of(x: Tensor) -> torch.dtype:
@@ -47,7 +53,7 @@ def wide_of(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class Turn:
+class Action:
     """One loop, at the site where it acts.
 
     Attributes:
@@ -55,22 +61,22 @@ class Turn:
         sense: Site whose state it needs, None for the one where it acts.
         where: Index of its token positions among those of the pass.
         plain: A law and a factor, nothing else.
-        names: Hook names of its signals.
+        shown: Its signals: name, hook name, and whether the record keeps it.
     """
 
-    __slots__ = ("gates", "index", "law", "loop", "names", "plain", "schedules", "sense", "strength", "where")
+    __slots__ = ("gates", "index", "law", "loop", "plain", "schedules", "sense", "shown", "strength", "where")
 
-    def __init__(self, index: int, loop: Loop, where: int, names: dict[str, str]):
+    def __init__(self, index: int, loop: Loop, where: int, shown: list[Shown]):
         self.index = index
         self.loop = loop
         self.strength = loop.strength
         self.sense = None if loop.sense == loop.act else loop.sense
         self.where = where
         self.plain = not (loop.gates or loop.schedules or loop.summary or loop.tangent)
-        self.names = names
-        self.law = Fitted(loop.law)
-        self.gates = [(gate, Fitted(gate), table) for gate, table in zip(loop.gates, loop.measured, strict=True)]
-        self.schedules = [Fitted(schedule) for schedule in loop.schedules]
+        self.shown = shown
+        self.law = Placed(loop.law)
+        self.gates = [(gate, Placed(gate), table) for gate, table in zip(loop.gates, loop.measured, strict=True)]
+        self.schedules = [Placed(schedule) for schedule in loop.schedules]
 
 
 class Stop:
@@ -79,44 +85,55 @@ class Stop:
     Attributes:
         order: Of the site, see `Site`.
         kept: A later loop needs the state that is here.
-        watched: A summary of the prompt is made of the state that is here.
-        turns: Loops that act here, in their order.
-        total: Hook names of what they do together, see `SiteSignals`.
+        summarised: A summary of the prompt is made of the state that is here.
+        actions: Loops that act here, in their order.
+        shown: Signals of all of them together, as in `Action`; see `SiteSignals`.
         spent: Sites whose states no loop after this site needs.
     """
 
-    __slots__ = ("kept", "order", "spent", "total", "turns", "watched")
+    __slots__ = ("actions", "kept", "order", "shown", "spent", "summarised")
 
-    def __init__(self, site: Site, *, kept: bool, watched: bool, turns: list[Turn], total: dict[str, str]):
+    def __init__(self, site: Site, *, kept: bool, summarised: bool, actions: list[Action], shown: list[Shown]):
         self.order = site.order
         self.kept = kept
-        self.watched = watched
-        self.turns = turns
-        self.total = total
+        self.summarised = summarised
+        self.actions = actions
+        self.shown = shown
         self.spent: list[Site] = []
 
 
 def stops_of(
-    loops: Sequence[Loop], names: dict[Site, SiteSignals], watched: set[Site]
+    loops: Sequence[Loop], names: dict[Site, SiteSignals], summarised: set[Site], record: Any
 ) -> tuple[dict[Site, Stop], list[Any]]:
-    """What to do at each site, in the order of the forward pass, and the token positions that its turns name."""
+    """What to do at each site, in the order of the forward pass, and the token positions that its actions name."""
     wheres: list[Any] = []
-    kept = {loop.sense for loop in loops if loop.sense != loop.act}
+    sensed = {loop.sense for loop in loops if loop.sense != loop.act}
     stops = {}
-    for site in sorted({*names, *kept, *watched}):
+    for site in sorted({*names, *sensed, *summarised}):
         signals = names.get(site)
         own = iter(() if signals is None else signals.own)
-        turns = [
-            Turn(index, loop, _index(wheres, loop.where), next(own))
+        actions = [
+            Action(index, loop, _index(wheres, loop.where), _shown(next(own), record, loop.law.vectors))
             for index, loop in enumerate(loops)
             if loop.act == site
         ]
-        total = {} if signals is None else signals.total
-        stops[site] = Stop(site, kept=site in kept, watched=site in watched, turns=turns, total=total)
-    for sensed in kept:
+        shown = [] if signals is None else _shown(signals.total, record, ())
+        stops[site] = Stop(site, kept=site in sensed, summarised=site in summarised, actions=actions, shown=shown)
+    for site in sensed:
         # a long prompt's states at all layers would fill a GPU
-        stops[max(loop.act for loop in loops if loop.sense == sensed)].spent.append(sensed)
+        stops[max(loop.act for loop in loops if loop.sense == site)].spent.append(site)
     return stops, wheres
+
+
+def _shown(names: dict[str, str], record: Any, vectors: Sequence[str]) -> list[Shown]:
+    """Signals of one loop, or of all at a site; `names`: by signal, as in `SiteSignals`."""
+    if record in (None, "all"):
+        kept = set(names) if record else set()
+    elif record == "scalars":
+        kept = {name for name in names if name != "u" and name not in vectors}
+    else:
+        kept = set(record)
+    return [(signal, name, signal in kept) for signal, name in names.items()]
 
 
 def _index(wheres: list[Any], where: Any) -> int:

@@ -14,8 +14,7 @@ from steerlens.diagnose.given import Weighted, given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
 from steerlens.diagnose.result import frame
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import resolve
-from steerlens.hosts import Host
+from steerlens.hosts import Host, host_of
 from steerlens.plots import load_plotly
 
 BY = ("layer", "loop")
@@ -155,7 +154,7 @@ def attribute(
     Source: leaving one out and its first-order estimate are attribution patching (arXiv 2310.10348), here with
     controls for the activations that are patched.
     """
-    host = resolve(model)
+    host = host_of(model)
     for name, value, known in (("by", by, BY), ("others", others, OTHERS)):
         if value not in known:
             raise ValueError(f"{name}={value!r}; it is one of {', '.join(known)}")

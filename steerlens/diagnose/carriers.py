@@ -14,8 +14,8 @@ from steerlens.diagnose.components import Components
 from steerlens.diagnose.given import given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import every_layer, resolve
-from steerlens.hosts import Host
+from steerlens.fit.reading import every_layer
+from steerlens.hosts import Host, host_of
 
 #: Kind of a component -> the point whose state it is a slice of.
 _POINTS = {"head": "z", "neuron": "mlp_post", "attn": "attn_out", "mlp": "mlp_out"}
@@ -60,7 +60,7 @@ def carriers(
 
     Source: attribution patching, arXiv 2310.10348; with SAE features arXiv 2403.19647.
     """
-    host = resolve(model)
+    host = host_of(model)
     tokens = [tokenize(prompt, host, prepend_bos)[0] for prompt in listed(prompts)]
     metrics = each_metric(metric, len(tokens))
     view = _view(host, controller, components, layers)

@@ -143,7 +143,7 @@ def _costs(
 
 def _error(setpoint: Setpoint, x: Tensor) -> Tensor:
     """e at the state x, `[d]`, float64."""
-    return map_tensors(setpoint, lambda tensor: tensor.to(x)).error(x, {"sequence": {}})
+    return map_tensors(setpoint, lambda tensor: tensor.to(x)).error(x)
 
 
 def _law(loop: Loop) -> Feedback:

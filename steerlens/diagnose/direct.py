@@ -15,8 +15,7 @@ from steerlens.diagnose.components import Components
 from steerlens.diagnose.given import given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import resolve
-from steerlens.hosts import Host
+from steerlens.hosts import Host, host_of
 
 #: A part of the stream: kind, layer, unit.
 _Part = tuple[str, int, int]
@@ -64,7 +63,7 @@ def direct(
     Source: direct logit attribution (TransformerLens's `logit_attrs`), with the norm integrated as in integrated
     gradients, arXiv 1703.01365.
     """
-    host = resolve(model)
+    host = host_of(model)
     tokens = [tokenize(prompt, host, prepend_bos)[0] for prompt in listed(prompts)]
     metrics = each_metric(metric, len(tokens))
     rows = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory, Site
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site
 from steerlens.hosts import Host
 from steerlens.steering import steer
 
@@ -29,10 +29,11 @@ class Weighted(Law):
         self.law = law
         self.weights = weights
         self.signals = law.signals
+        self.vectors = law.vectors
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """The weighted control."""
-        u, signals = self.law.act(x, memory)
+        u, signals = self.law.act(x, now)
         # as many rows as there are: attaching tries a law on one
         weights = self.weights[: u.shape[0]]
         return u * weights.view(-1, *[1] * (u.ndim - 1)), signals
@@ -48,14 +49,15 @@ class Given(Law):
     """
 
     signals = ("state",)
+    vectors = ("state",)
 
     def __init__(self, u: Tensor):
         self.u = u
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """The control for as many rows and tokens as there are."""
         u = self.u[: x.shape[0], : x.shape[1]]
-        return u.expand_as(x), {"state": x}
+        return u.expand_as(x), {"state": lambda: x}
 
 
 def given(u: Tensor, site: Site) -> Loop:

@@ -14,8 +14,7 @@ from steerlens.control.linearization import Linearization
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_model, exact_dtype
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import resolve
-from steerlens.hosts import Nominal
+from steerlens.hosts import Nominal, host_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def linearity(
 
     Source: the alignment measure of A-LQR (arXiv 2604.19018); the direct test is ours.
     """
-    host = resolve(model)
+    host = host_of(model)
     _check(texts, sizes, start, host.n_layers)
     if linearization is not None:
         check_model(host, linearization)

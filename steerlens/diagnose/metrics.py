@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.fit.reading import resolve
+from steerlens.hosts import host_of
 
 #: From the logits of one prompt, `[1 pos vocab]`, to one number.
 Metric = Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ def logit_difference(model: Any, a: Any, b: Any) -> LogitDifference:
     Raises:
         ValueError: a string that is not one token; the message shows its pieces.
     """
-    tokenizer = resolve(model).tokenizer
+    tokenizer = host_of(model).tokenizer
     name = f"logit difference (logits): {_words(a)} minus {_words(b)}"
     return LogitDifference(_ids(a, tokenizer), _ids(b, tokenizer), name)
 

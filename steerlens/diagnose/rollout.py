@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.control.linearization import Linearization
-from steerlens.core import Controller, Loop, Pass, Record, Site, map_tensors
+from steerlens.core import Controller, Loop, Now, Pass, Record, Site, map_tensors
 from steerlens.hosts import Host, Nominal
 
 Block = Callable[[Tensor], Tensor]
@@ -145,9 +144,9 @@ def _check_markov(acting: Sequence[Loop], x: Tensor) -> None:
         if (loop.sense, loop.act) != (Site(loop.act.layer, "resid_pre"), Site(loop.act.layer, "resid_post")):
             words = f"senses {loop.sense} and acts at {loop.act}, not before and after one block"
         else:
-            memory: dict[str, Any] = {"sequence": {}}
-            map_tensors(loop.law, lambda tensor: tensor.to(x)).act(x[None, None], memory)
-            if memory == {"sequence": {}}:
+            now = Now()
+            map_tensors(loop.law, lambda tensor: tensor.to(x)).act(x[None, None], now)
+            if not now.layers and not now.sequence:
                 continue
             words = f"remembers earlier layers ({type(loop.law).__name__})"
         raise ValueError(f"the loop {loop.name!r} {words}: no bound is known; pass bound=False")

@@ -15,8 +15,7 @@ from steerlens.diagnose.bound import Lyapunov, tracking_bound
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import Rollout, affine, check_followed, close, exact_dtype, plant_of, roll
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import resolve
-from steerlens.hosts import Nominal
+from steerlens.hosts import Nominal, host_of
 from steerlens.laws.feedback import Feedback
 
 
@@ -120,7 +119,7 @@ def tracking(
     Source: arXiv 2604.19018, whose bound is for tracking a path with the whole gain; here it is carried over to
     setpoints, which force the loop: `u_t` on the unsteered path is part of the prediction.
     """
-    host = resolve(model)
+    host = host_of(model)
     check_followed(controller)
     tokens = tokenize(text, host, prepend_bos)[0]
     nominal = host.nominal(tokens)
@@ -209,7 +208,7 @@ def _error_rows(setpoint: Setpoint, x: Tensor) -> Tensor:
     """Rows J with `|J d|` the change of the error e when the state x moves by d, `[m d]`."""
     setpoint = map_tensors(setpoint, lambda tensor: tensor.to(x))
     with torch.inference_mode(False), torch.enable_grad():
-        slope = torch.func.jacrev(lambda x: setpoint.measure(x, {"sequence": {}})[0])(x).detach()
+        slope = torch.func.jacrev(lambda x: setpoint.measure(x)[0])(x).detach()
     # e = c @ basis: an orthonormal frame of the basis leaves norms as they are
     return torch.linalg.qr(setpoint.basis.T).R @ slope
 

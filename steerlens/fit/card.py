@@ -26,7 +26,7 @@ DERIVATIVES = {
 
 @dataclass(frozen=True)
 class Card:
-    """The declaration `CARD` of a method's file. The conformance suite checks every field.
+    """What a method declares of itself. The conformance suite checks every field.
 
     Args:
         needs: The data, a key of `NEEDS`, for the method's defaults.
@@ -35,6 +35,7 @@ class Card:
             fit needs no weights on this machine.
         prompt_passes: Forward passes of a steered model at a prompt.
         token_passes: Forward passes at each generated token.
+        concepts: Whether it also takes a list of `Pairs`, one for each concept.
         also: What else it needs, in words.
 
     Raises:
@@ -46,6 +47,7 @@ class Card:
     derivatives: str = "none"
     prompt_passes: int = 1
     token_passes: int = 1
+    concepts: bool = False
     also: str = ""
 
     def __post_init__(self) -> None:

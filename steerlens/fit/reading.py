@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -10,13 +11,7 @@ from torch import Tensor
 
 from steerlens.core import Site
 from steerlens.fit.contrast import Pairs
-from steerlens.hosts import Host, host_of
-from steerlens.version import __version__
-
-
-def resolve(model: Any) -> Host:
-    """The host of a model, or of a model's host."""
-    return host_of(model)
+from steerlens.hosts import Host
 
 
 def every_layer(host: Host, layers: int | Sequence[int] | None) -> list[int]:
@@ -27,7 +22,9 @@ def every_layer(host: Host, layers: int | Sequence[int] | None) -> list[int]:
     """
     if layers is None:
         return list(range(host.n_layers))
-    given = [layers] if isinstance(layers, int) else list(layers)
+    # numpy's and torch's integers and arrays of them are as good as Python's
+    single = isinstance(layers, int) or getattr(layers, "ndim", 1) == 0
+    given = [index(layer) for layer in ([layers] if single else list(layers))]  # type: ignore[arg-type]
     if not given:
         raise ValueError("layers is empty; name at least one")
     counted = [layer + host.n_layers if layer < 0 else layer for layer in given]
@@ -76,7 +73,7 @@ def contrast_means(host: Host, data: Pairs, sites: Sequence[Site]) -> tuple[dict
 def check_option(name: str, value: Any, known: Collection[Any]) -> None:
     """Raises ValueError unless an argument is one of its known values; the message lists them."""
     if value not in known:
-        raise ValueError(f"{name}={value!r}; it is one of {', '.join(map(str, known))}")
+        raise ValueError(f"{name}={value!r}; it is one of {', '.join(map(repr, known))}")
 
 
 def mean_norm(x: Tensor) -> float:
@@ -96,6 +93,18 @@ def check_contrast(data: Any) -> None:
         raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
 
 
+def check_concepts(data: Any) -> None:
+    """Raises TypeError unless the data are `Pairs` or a list of them, ValueError if the list is empty."""
+    for pairs in [data] if isinstance(data, Pairs) else list(data):
+        if not isinstance(pairs, Pairs):
+            raise TypeError(
+                f"data holds a {type(pairs).__name__}; give steerlens.Pairs(positive=[...], negative=[...]), "
+                "or a list of them, one for each concept"
+            )
+    if not isinstance(data, Pairs) and not data:
+        raise ValueError("data is empty; give at least one steerlens.Pairs")
+
+
 def check_paired(method: str, data: Pairs) -> None:
     """Raises TypeError unless the data are `Pairs`, ValueError unless every positive text has its negative one."""
     check_contrast(data)
@@ -111,20 +120,3 @@ def unit(vector: Tensor, site: Site) -> Tensor:
     if norm == 0:
         raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
     return vector / norm
-
-
-def recipe(
-    method: str, host: Host, arguments: dict[str, Any], *, data: Pairs | Sequence[Pairs] | None = None
-) -> dict[str, Any]:
-    """Provenance of a controller as plain JSON; the data's hash is a list where there are several concepts."""
-    if data is None or isinstance(data, Pairs):
-        digest: Any = None if data is None else data.digest()
-    else:
-        digest = [pairs.digest() for pairs in data]
-    return {
-        "method": method,
-        "steerlens": __version__,
-        "arguments": arguments,
-        "model": host.fingerprint(),
-        "data": digest,
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Part
+from steerlens.core.part import Part
 
 #: Keeps the zero state, on which every law is tried, free of NaN.
 _TINY = 1e-30

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Law, Memory, observed
+from steerlens.core.law import Law, Signals
+from steerlens.core.now import Now
 from steerlens.flow.fields import Field
 
 #: Field evaluations per step of each solver.
@@ -52,17 +53,14 @@ class Flow(Law):
         self.solver = solver
         self.radians = bool(radians)
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = x(T) - x`"""
         start, outside = self.field.enter(x)
         end = self.follow(start)
-        u = self.field.leave(start, end, outside)
-        if not observed(memory):
-            return u, {}
-        return u, {
-            "barrier_before": self.field.level(start),
-            "barrier_after": self.field.level(end),
-            "angle_rad": angle(start, end),
+        return self.field.leave(start, end, outside), {
+            "barrier_before": lambda: self.field.level(start),
+            "barrier_after": lambda: self.field.level(end),
+            "angle_rad": lambda: angle(start, end),
         }
 
     def follow(self, z: Tensor) -> Tensor:

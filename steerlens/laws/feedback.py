@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steerlens.core.law import Law, Memory, Setpoint, observed
+from steerlens.core.law import Law, Setpoint, Signals
+from steerlens.core.now import Now
+from steerlens.laws.norms import norm
 
 
 class Feedback(Law):
@@ -34,9 +36,9 @@ class Feedback(Law):
         """Those of the setpoint."""
         return self.setpoint.signals
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = c @ gains`"""
-        c, signals = self.setpoint.measure(x, memory)
+        c, signals = self.setpoint.measure(x)
         # one direction: the same numbers from a product element by element, at half the price of a matrix product
         return (c * self.gains if self.gains.shape[0] == 1 else c @ self.gains), signals
 
@@ -64,10 +66,10 @@ class FactoredFeedback(Law):
         """Those of the setpoint."""
         return self.setpoint.signals
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = (e @ inputs') @ outputs`"""
-        u = linear(self.setpoint.error(x, memory), self.inputs) @ self.outputs
-        return u, self.setpoint.measure(x, memory)[1] if observed(memory) else {}
+        c, signals = self.setpoint.measure(x)
+        return linear(self.setpoint.lift(c), self.inputs) @ self.outputs, signals
 
 
 class Preview(Law):
@@ -97,14 +99,12 @@ class Preview(Law):
         """Those of the setpoint, and `predicted_error`."""
         return (*self.setpoint.signals, "predicted_error")
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = (targets - inputs x) @ outputs`"""
         c = self.targets - linear(x, self.inputs)
-        u = c @ self.outputs
-        if not observed(memory):
-            return u, {}
-        _, signals = self.setpoint.measure(x, memory)
-        return u, {**signals, "predicted_error": torch.linalg.vector_norm(c, dim=-1)}
+        # measured only if somebody looks: the setpoint does not enter the control
+        signals = {name: lambda name=name: self.setpoint.measure(x)[1][name]() for name in self.setpoint.signals}
+        return c @ self.outputs, {**signals, "predicted_error": lambda: norm(c)}
 
 
 class Pid(Law):
@@ -142,28 +142,22 @@ class Pid(Law):
         """Those of the setpoint, `integral` and `derivative`."""
         return (*self.setpoint.signals, "integral", "derivative")
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = kp e + ki s + kd (e - e_before)`"""
-        e = self.setpoint.error(x, memory)
-        before = memory.get("pid_error")
+        c, signals = self.setpoint.measure(x)
+        e = self.setpoint.lift(c)
+        before = now.layers.get("pid_error")
         if before is None and self.carry:
-            before = memory["sequence"].get("pid_error")
-        total = memory.get("pid_sum")
+            before = now.sequence.get("pid_error")
+        total = now.layers.get("pid_sum")
         total = e if total is None else total + e
         total = torch.zeros_like(total) if self.reset else total
         change = e if before is None else e - before
-        memory["pid_sum"], memory["pid_error"] = total, e
+        now.layers["pid_sum"], now.layers["pid_error"] = total, e
         if self.carry:
-            memory["sequence"]["pid_error"] = e[:, -1:].detach()
+            now.sequence["pid_error"] = e[:, -1:].detach()
         u = self.kp * e + self.ki * total + self.kd * change
-        if not observed(memory):
-            return u, {}
-        _, signals = self.setpoint.measure(x, memory)
-        norms = {
-            "integral": torch.linalg.vector_norm(total, dim=-1),
-            "derivative": torch.linalg.vector_norm(change, dim=-1),
-        }
-        return u, {**signals, **norms}
+        return u, {**signals, "integral": lambda: norm(total), "derivative": lambda: norm(change)}
 
 
 class Add(Law):
@@ -176,7 +170,7 @@ class Add(Law):
     def __init__(self, vector: Tensor):
         self.vector = vector
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = v`, at every token."""
         return self.vector.expand_as(x), {}
 
@@ -201,8 +195,7 @@ class Project(Law):
         self.basis = basis
         self.reference = reference
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = (r - x) B' B`"""
         c = (self.reference - x) @ self.basis.T
-        u = c @ self.basis
-        return u, {"projection": torch.linalg.vector_norm(c, dim=-1)} if observed(memory) else {}
+        return c @ self.basis, {"projection": lambda: norm(c)}

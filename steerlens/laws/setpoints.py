@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steerlens.core.law import Memory, Setpoint, observed
+from steerlens.core.law import Setpoint, Signals
+from steerlens.laws.norms import norm
 
 
 class Level(Setpoint):
@@ -33,13 +34,11 @@ class Level(Setpoint):
         self.basis = direction[None]
         self.level = direction.new_tensor([float(level)])
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
         """`[... d] -> ([... 1], signals)`"""
         projection = linear(x, self.basis)
         c = self.level - projection
-        if not observed(memory):
-            return c, {}
-        return c, {"error": c[..., 0].abs(), "projection": projection[..., 0]}
+        return c, {"error": lambda: c[..., 0].abs(), "projection": lambda: projection[..., 0]}
 
 
 class Joint(Setpoint):
@@ -69,11 +68,11 @@ class Joint(Setpoint):
         """`error`, and a projection for each direction."""
         return ("error", *(f"projection_{index}" for index in range(self.basis.shape[0])))
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = linear(self.levels - projection, self.inverse)
-        return c, _signals(c, self.basis, projection) if observed(memory) else {}
+        return c, _signals(c, self.basis, projection)
 
 
 class Independent(Setpoint):
@@ -102,17 +101,17 @@ class Independent(Setpoint):
         """`error`, and a projection for each direction."""
         return ("error", *(f"projection_{index}" for index in range(self.basis.shape[0])))
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
         """`[... d] -> ([... m], signals)`"""
         projection = linear(x, self.basis)
         c = self.levels - projection
-        return c, _signals(c, self.basis, projection) if observed(memory) else {}
+        return c, _signals(c, self.basis, projection)
 
 
-def _signals(c: Tensor, basis: Tensor, projection: Tensor) -> dict[str, Tensor]:
+def _signals(c: Tensor, basis: Tensor, projection: Tensor) -> Signals:
     """One number per token each, so that all of them are recorded as scalars."""
-    single = {f"projection_{index}": value for index, value in enumerate(projection.unbind(-1))}
-    return {"error": torch.linalg.vector_norm(c @ basis, dim=-1), **single}
+    single = {f"projection_{i}": lambda i=i: projection[..., i] for i in range(basis.shape[0])}
+    return {"error": lambda: norm(c @ basis), **single}
 
 
 class Angle(Setpoint):
@@ -136,16 +135,14 @@ class Angle(Setpoint):
         self.basis = plane
         self.target = plane.new_tensor([math.cos(angle_rad), math.sin(angle_rad)])
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
         """`[... d] -> ([... 2], signals)`"""
         p = linear(x, self.basis)
         c = torch.linalg.vector_norm(p, dim=-1, keepdim=True) * self.target - p
-        if not observed(memory):
-            return c, {}
         return c, {
-            "error": torch.linalg.vector_norm(c, dim=-1),
-            "projection": p[..., 0],
-            "angle_rad": torch.atan2(p[..., 1], p[..., 0]),
+            "error": lambda: norm(c),
+            "projection": lambda: p[..., 0],
+            "angle_rad": lambda: torch.atan2(p[..., 1], p[..., 0]),
         }
 
 
@@ -169,14 +166,14 @@ class Point(Setpoint):
 
     @property
     def basis(self) -> Tensor:  # type: ignore[override]
-        """The identity, `[d d]`, made anew at each call: laws use `measure`, whose coordinates are the error itself."""
+        """The identity, `[d d]`, made anew at each call: laws use `lift`, which does without it."""
         return torch.eye(self.point.shape[0]).to(self.point)
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
         """`[... d] -> ([... d], signals)`"""
         e = self.point - x
-        return e, {"error": torch.linalg.vector_norm(e, dim=-1)} if observed(memory) else {}
+        return e, {"error": lambda: norm(e)}
 
-    def error(self, x: Tensor, memory: Memory) -> Tensor:
-        """`r - x`"""
-        return self.point - x
+    def lift(self, c: Tensor) -> Tensor:
+        """The coordinates are the error itself."""
+        return c

@@ -8,17 +8,20 @@ from typing import Any
 from steerlens.core import Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_means, every_layer, pick_layers, recipe, resolve, unit
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_means, every_layer, pick_layers, unit
 from steerlens.laws.feedback import Project
 
-CARD = Card(needs="sets", points=("resid_pre", "resid_mid", "resid_post"))
 
-
+@method(
+    card=Card(needs="sets", points=("resid_pre", "resid_mid", "resid_post")),
+    options={"origin": ("zero", "negative")},
+)
 def ablation(
     model: Any,
     data: Pairs,
     *,
-    layer: int | None = None,
+    read_layer: int | None = None,
     layers: int | Sequence[int] | None = None,
     origin: str = "zero",
     strength: float = 1.0,
@@ -26,12 +29,12 @@ def ablation(
 ) -> Controller:
     """Take one direction out of the residual stream, everywhere.
 
-        u = s (<v, r> - <v, x>) v,   v = unit mean difference at `layer`
+        u = s (<v, r> - <v, x>) v,   v = unit mean difference at `read_layer`
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; the positive ones show what is to be removed.
-        layer: Where the direction is read (after the block); default the middle layer.
+        read_layer: Where the direction is read (after the block); default the middle layer.
         layers: Where it is removed: before the first of them, and after attention and after the MLP of each; default
             all.
         origin: `"zero"` (the paper: r = 0) or `"negative"` (r = mean of the negative texts at the site: the direction
@@ -49,20 +52,16 @@ def ablation(
     Source: Arditi et al. (arXiv 2406.11717), who ablate every write to the residual stream; ablating the stream after
     each write is the same for r = 0.
     """
-    if origin not in ("zero", "negative"):
-        raise ValueError(f"origin={origin!r}; it is 'zero' or 'negative'")
-    host = resolve(model)
-    (source,) = pick_layers(host, layer, "resid_post", default="middle")
-    acted = every_layer(host, layers)
-    after = [point for point in ("resid_mid", "resid_post") if point in host.points()]
+    (source,) = pick_layers(model, read_layer, "resid_post", default="middle")
+    acted = every_layer(model, layers)
+    after = [point for point in ("resid_mid", "resid_post") if point in model.points()]
     sites = [Site(acted[0], "resid_pre"), *(Site(number, point) for number in acted for point in after)]
     read = {source, *sites} if origin == "negative" else {source}
-    positive, negative = contrast_means(host, data, sorted(read))
+    positive, negative = contrast_means(model, data, sorted(read))
     direction = unit(positive[source] - negative[source], source)
     loops = []
     for site in sites:
         reference = negative[site] if origin == "negative" else direction * 0
         law = Project(direction[None], reference)
-        loops.append(Loop(law, site, where=where, strength=strength, name="ablation"))
-    arguments = {"layer": source.layer, "layers": acted, "origin": origin, "strength": strength}
-    return Controller(loops, recipe("ablation", host, arguments, data=data))
+        loops.append(Loop(law, site, where=where, strength=strength))
+    return Controller(loops, {"read_layer": source.layer})

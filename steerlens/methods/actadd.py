@@ -8,13 +8,13 @@ from typing import Any
 from steerlens.core import POINTS, Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, tokenize
-from steerlens.fit.reading import check_finite, check_paired, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import check_finite, pick_layers
 from steerlens.hosts import Host
 from steerlens.laws.feedback import Add
 
-CARD = Card(needs="pairs", points=POINTS)
 
-
+@method(card=Card(needs="pairs", points=POINTS))
 def actadd(
     model: Any,
     data: Pairs,
@@ -47,25 +47,22 @@ def actadd(
 
     Source: Turner et al. (arXiv 2308.10248).
     """
-    host = resolve(model)
-    check_paired("actadd", data)
-    sites = pick_layers(host, layers, point, default="fifth")
-    space = _space(host)
-    texts = [tokenize(text, host, data.prepend_bos)[0] for side in (data.positive, data.negative) for text in side]
+    sites = pick_layers(model, layers, point, default="fifth")
+    space = _space(model)
+    texts = [tokenize(text, model, data.prepend_bos)[0] for side in (data.positive, data.negative) for text in side]
     length = max(map(len, texts))
     # a row of the batch for each position to read: the texts are a few tokens long
     tokens = [text + space * (length - len(text)) for text in texts for _ in range(length)]
     weights = [[float(t == position) for t in range(length)] for _ in texts for position in range(length)]
-    read = host.read(tokens, weights, sites)
+    read = model.read(tokens, weights, sites)
     loops = []
     for site in sites:
-        check_finite(read[site], site, host)
-        positive, negative = read[site].view(2, len(data), length, *host.shape(site)).mean(1)
+        check_finite(read[site], site, model)
+        positive, negative = read[site].view(2, len(data), length, *model.shape(site)).mean(1)
         for position, vector in enumerate(positive - negative):
             where = slice(position, position + 1)
-            loops.append(Loop(Add(vector), site, where=where, strength=strength, name="actadd"))
-    arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength}
-    return Controller(loops, recipe("actadd", host, arguments, data=data))
+            loops.append(Loop(Add(vector), site, where=where, strength=strength))
+    return Controller(loops)
 
 
 def _space(host: Host) -> list[int]:

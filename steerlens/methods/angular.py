@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, observed
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_means, every_layer, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_means, every_layer
 
-CARD = Card(needs="sets", points=("resid_pre", "resid_mid"))
 
-
+@method(card=Card(needs="sets", points=("resid_pre", "resid_mid")))
 def angular(
     model: Any,
     data: Pairs,
     *,
-    angle_deg: float = 0.0,
-    layer: int | None = None,
+    angle_rad: float = 0.0,
+    read_layer: int | None = None,
     layers: int | Sequence[int] | None = None,
     adaptive: bool = False,
     strength: float = 1.0,
@@ -33,14 +33,14 @@ def angular(
         u = |P x| (cos(theta) b1 + sin(theta) b2) - P x,   P = b1 b1' + b2 b2'
 
     b1 is the mean difference of one layer, b2 the first principal component of the mean differences of all layers,
-    made orthogonal to b1. The angle is set, not added to: 0 degrees points along the feature, 180 against it, and at 90
-    it is absent.
+    made orthogonal to b1. The angle is set, not added to: 0 points along the feature, pi against it, and at pi / 2 it
+    is absent.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` says which token's activation is used.
-        angle_deg: theta, in degrees; the paper's grid is 0, 10, ... 350.
-        layer: After which block b1 is read; default the one whose direction is most like those of the others.
+        angle_rad: theta, in radians; the paper's grid is 0, 10, ... 350 degrees.
+        read_layer: After which block b1 is read; default the one whose direction is most like those of the others.
         layers: Where to act: before the attention and before the MLP of each; default all.
         adaptive: Turn only states that have the feature, `<b1, x> > 0`.
         strength: s, the fraction of u that is added; only 1 keeps the norm.
@@ -58,32 +58,26 @@ def angular(
     Source: Vu and Nguyen (arXiv 2510.26243). The authors act on the outputs of the normalisation modules; here, as in
     IBM's port, on their inputs: the residual stream before attention and before the MLP.
     """
-    host = resolve(model)
-    source = [Site(number, "resid_post") for number in range(host.n_layers)]
-    before = [point for point in ("resid_pre", "resid_mid") if point in host.points()]
-    acted = every_layer(host, layers)
+    source = [Site(number, "resid_post") for number in range(model.n_layers)]
+    before = [point for point in ("resid_pre", "resid_mid") if point in model.points()]
+    acted = every_layer(model, layers)
     sites = [Site(number, point) for number in acted for point in before]
-    host.check(sites)
-    asked = None if layer is None else every_layer(host, layer)[0]
-    positive, negative = contrast_means(host, data, source)
+    model.check(sites)
+    asked = None if read_layer is None else every_layer(model, read_layer)[0]
+    positive, negative = contrast_means(model, data, source)
     difference = {site.layer: positive[site].double() - negative[site].double() for site in source}
     known = [number for number, value in difference.items() if value.norm() > 0]
     if len(known) < 2 or (asked is not None and asked not in known):
-        raise ValueError(f"the texts give a difference at layers {known} only; angular needs two, and layer={layer}")
+        raise ValueError(
+            f"the texts give a difference at layers {known} only; angular needs two, and read_layer={read_layer}"
+        )
     directions = torch.stack([difference[number] / difference[number].norm() for number in known])
     index = most_alike(directions) if asked is None else known.index(asked)
     first, second = plane(directions, index)
     dtype = positive[source[0]].dtype
-    law = Turn(torch.stack([first, second]).to(dtype), math.radians(angle_deg), adaptive=adaptive)
-    loops = [Loop(law, site, where=where, strength=strength, name="angular") for site in sites]
-    arguments = {
-        "angle_deg": angle_deg,
-        "layer": known[index],
-        "layers": acted,
-        "adaptive": adaptive,
-        "strength": strength,
-    }
-    return Controller(loops, recipe("angular", host, arguments, data=data))
+    law = Turn(torch.stack([first, second]).to(dtype), angle_rad, adaptive=adaptive)
+    loops = [Loop(law, site, where=where, strength=strength) for site in sites]
+    return Controller(loops, {"read_layer": known[index]})
 
 
 class Turn(Law):
@@ -109,18 +103,18 @@ class Turn(Law):
         """`angle_rad`, and `gate` where adaptive."""
         return ("angle_rad", "gate") if self.adaptive else ("angle_rad",)
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x)`"""
         c = x @ self.plane.T
         # a state outside the plane has no angle in it; the floor, far below rounding, keeps its gradient finite
         radius = (c.square().sum(-1, keepdim=True) + 1e-30).sqrt()
         wanted = torch.cat([radius * math.cos(self.angle_rad), radius * math.sin(self.angle_rad)], dim=-1)
         u = (wanted - c) @ self.plane
-        signals = {"angle_rad": torch.atan2(c[..., 1], c[..., 0])} if observed(memory) else {}
+        signals: Signals = {"angle_rad": lambda: torch.atan2(c[..., 1], c[..., 0])}
         if not self.adaptive:
             return u, signals
         gate = (c[..., 0] > 0).to(x.dtype)
-        return gate[..., None] * u, signals | {"gate": gate}
+        return gate[..., None] * u, {**signals, "gate": lambda: gate}
 
 
 def most_alike(directions: Tensor) -> int:

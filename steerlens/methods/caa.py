@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import check_option, contrast_means, pick_layers, recipe, resolve, unit
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_means, pick_layers, unit
 from steerlens.laws.feedback import Add
 
-CARD = Card(needs="sets", points=POINTS)
 
-
+@method(card=Card(needs="sets", points=POINTS), options={"form": ("add", "projection", "piecewise")})
 def caa(
     model: Any,
     data: Pairs,
@@ -58,24 +58,14 @@ def caa(
     COLD-Steer (arXiv 2603.06495), whose code divides the projection by the norm of all states of a batch together, so
     that a token's control depends on the length of the text and of the other texts; here it is the token's own norm.
     """
-    check_option("form", form, FORMS)
-    host = resolve(model)
-    sites = pick_layers(host, layers, point, default="middle")
-    positive, negative = contrast_means(host, data, sites)
+    sites = pick_layers(model, layers, point, default="middle")
+    positive, negative = contrast_means(model, data, sites)
     loops = []
     for site in sites:
-        difference = positive[site] - negative[site]
-        direction = unit(difference, site)
-        vector = direction if normalize else difference
-        loops.append(Loop(FORMS[form](vector), site, where=where, strength=strength, name="caa"))
-    arguments = {
-        "layers": [site.layer for site in sites],
-        "point": point,
-        "strength": strength,
-        "form": form,
-        "normalize": normalize,
-    }
-    return Controller(loops, recipe("caa", host, arguments, data=data))
+        v = positive[site] - negative[site]
+        direction = unit(v, site)
+        loops.append(Loop(FORMS[form](direction if normalize else v), site, where=where, strength=strength))
+    return Controller(loops)
 
 
 class Amplify(Law):
@@ -92,12 +82,12 @@ class Amplify(Law):
     def __init__(self, vector: Tensor):
         self.vector = vector
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = <v, x>/|x| v`"""
         along = x.flatten(2) @ self.vector.flatten()
         # a zero state has no cosine; the smallest normal number keeps the quotient finite
         norm = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return _along(along / norm, self.vector), {"projection": along / self.vector.norm()}
+        return _along(along / norm, self.vector), {"projection": lambda: along / self.vector.norm()}
 
 
 class Push(Law):
@@ -114,10 +104,10 @@ class Push(Law):
     def __init__(self, vector: Tensor):
         self.vector = vector
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = sgn(<v, x>) v`"""
         along = x.flatten(2) @ self.vector.flatten()
-        return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": along / self.vector.norm()}
+        return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": lambda: along / self.vector.norm()}
 
 
 def _along(factor: Tensor, vector: Tensor) -> Tensor:

@@ -11,22 +11,22 @@ from torch import Tensor
 from steerlens.core import POINTS, Controller, Gate, Loop, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import check_paired, contrast_states, every_layer, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import check_paired, contrast_states, every_layer
 from steerlens.gating import POOLS, prompt_states
 from steerlens.hosts import Host
 from steerlens.laws.conditions import Resemblance, resemblance
 from steerlens.laws.feedback import Add
 
-CARD = Card(needs="pairs", points=POINTS)
 
-
+@method(card=Card(needs="pairs", points=POINTS), options={"pool": tuple(POOLS)})
 def cast(
     model: Any,
     data: Pairs,
     *,
     condition: Pairs | None = None,
     layers: int | Sequence[int] | None = None,
-    condition_layers: int | Sequence[int] | None = None,
+    gate_layers: int | Sequence[int] | None = None,
     point: str = "resid_post",
     pool: str = "mean",
     threshold: float | None = None,
@@ -48,7 +48,7 @@ def cast(
         condition: Pairs of prompts for c: positive ones to be steered, negative ones to be left alone. Default: those
             of `data`. They are read as prompts are when the gate decides.
         layers: Where v is added; default the middle third (the authors: 15 to 23 of 32).
-        condition_layers: Where the prompt is looked at; default the layer after the first fifth (the authors: 7 of 32).
+        gate_layers: Where the prompt is looked at; default the layer after the first fifth (the authors: 7 of 32).
             One behind the first of `layers` costs a second pass over each prompt.
         point: Point of the block, see `Site`.
         pool: What of the prompt is looked at: `"mean"` over its tokens but that at position 0, or `"last"`.
@@ -70,36 +70,24 @@ def cast(
     last condition layer are steered in the prompt, too; the threshold is searched among all that tell the examples
     apart, not in a fixed range.
     """
-    host = resolve(model)
-    check_paired("cast", data)
     told = data if condition is None else condition
     check_paired("cast's condition", told)
-    depth = host.n_layers
+    depth = model.n_layers
     sites = [
         Site(n, point)
-        for n in every_layer(host, list(range(depth // 3, -(-2 * depth // 3))) if layers is None else layers)
+        for n in every_layer(model, list(range(depth // 3, -(-2 * depth // 3))) if layers is None else layers)
     ]
-    early = depth // 5 if condition_layers is None else condition_layers
-    looked = [Site(n, point) for n in every_layer(host, early)]
-    host.check([*sites, *looked])
-    condition_met, f1 = _fit_condition(host, told, looked, pool, threshold)
+    early = depth // 5 if gate_layers is None else gate_layers
+    looked = [Site(n, point) for n in every_layer(model, early)]
+    model.check([*sites, *looked])
+    condition_met, f1 = _fit_condition(model, told, looked, pool, threshold)
     gate = Gate(condition_met, [Summary(site, where=POOLS[pool]) for site in looked])
     loops = []
-    for site, (positive, negative) in contrast_states(host, data, sites).items():
+    for site, (positive, negative) in contrast_states(model, data, sites).items():
         v = pairwise_component(positive.flatten(1), negative.flatten(1), site)
         vector = v.to(positive.dtype).reshape(positive.shape[1:])
-        loops.append(Loop(Add(vector), site, where=where, strength=strength, name="cast", gates=(gate,)))
-    arguments = {
-        "layers": [site.layer for site in sites],
-        "condition_layers": [site.layer for site in looked],
-        "point": point,
-        "pool": pool,
-        "threshold": float(condition_met.threshold),
-        "above": condition_met.above,
-        "f1": f1,
-        "strength": strength,
-    }
-    return Controller(loops, recipe("cast", host, arguments, data=[data, told]))
+        loops.append(Loop(Add(vector), site, where=where, strength=strength, gates=(gate,)))
+    return Controller(loops, {"threshold": condition_met.threshold, "above": condition_met.above, "f1": f1})
 
 
 def pairwise_component(positive: Tensor, negative: Tensor, site: Site) -> Tensor:

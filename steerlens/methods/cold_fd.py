@@ -8,26 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Direction, Law, Loop, Memory, observed
+from steerlens.core import POINTS, Controller, Direction, Law, Loop, Now, Signals
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.objectives import Labelled, Objective, labelled, objective
-from steerlens.fit.reading import check_option, mean_norm, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
+from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
+from steerlens.laws.norms import share
 
-CARD = Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2)
-
-# a gradient step depends on how a function is parametrised
-EXCEPTIONS = {"hooked": "a HookedTransformer's parameters are not the model's"}
-ESTIMATORS = ("auto", "jvp", "fd")
-EMBEDDINGS = ("tied", "untied", None)
-SCALES = ("relative", "absolute")
 #: Step of a central difference as a fraction of the parameters' norm: truncation and float32 rounding both stay
 #: below 1e-2 of the tangent there.
 RELATIVE_STEP = 3e-6
 
 
+@method(
+    card=Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2),
+    # a gradient step depends on how a function is parametrised
+    exceptions={"hooked": "a HookedTransformer's parameters are not the model's"},
+    options={"estimator": ("auto", "jvp", "fd"), "embedding": ("tied", "untied", None), "scale": SCALES},
+)
 def cold_fd(
     model: Any,
     data: Pairs,
@@ -41,6 +42,7 @@ def cold_fd(
     scale: str = "relative",
     layers: int | Sequence[int] | None = None,
     point: str = "resid_post",
+    strength: float = 1.0,
     where: Any = "prompt",
     batch: int = 4,
 ) -> Controller:
@@ -70,6 +72,7 @@ def cold_fd(
         scale: See `eta`. The recipe holds the learning rate of each layer.
         layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
         point: Point of the block, see `Site`.
+        strength: Factor on the control, no unit; it multiplies the learning rate.
         where: Token positions, see `Loop`. The paper changes the prompt and no generated token; its own code includes
             position 0, whose change is far larger than the others'. Positions beyond the prompt cost a second pass for
             each generated token.
@@ -91,18 +94,11 @@ def cold_fd(
     that the first has already moved, and at decoding steps against a pass without context; here both are unsteered
     passes of the same tokens.
     """
-    host = resolve(model)
-    for name, value, known in (
-        ("estimator", estimator, ESTIMATORS),
-        ("embedding", embedding, EMBEDDINGS),
-        ("scale", scale, SCALES),
-    ):
-        check_option(name, value, known)
-    learner = host.learner()
+    learner = model.learner()
     aim = objective(loss, beta=beta, reference=reference)
-    sites = pick_layers(host, layers, point, default="middle")
-    texts = labelled(data, host, aim.sides)
-    direction, norm = learner.gradient(_losses(host, aim, texts, batch), max(site.layer for site in sites), embedding)
+    sites = pick_layers(model, layers, point, default="middle")
+    texts = labelled(data, model, aim.sides)
+    direction, norm = learner.gradient(_losses(model, aim, texts, batch), max(site.layer for site in sites), embedding)
     differences = Direction(direction.names, direction.values, RELATIVE_STEP * learner.norm(direction.names))
     if scale == "absolute":
         texts = texts[:1]  # no more than shows whether the model can be differentiated
@@ -115,25 +111,13 @@ def cold_fd(
             raise
         direction = differences
         moved = learner.tangents(tokens, weights, sites, direction)
-    states = host.read(tokens, weights, sites) if scale == "relative" else {}
+    states = model.read(tokens, weights, sites) if scale == "relative" else {}
     loops, rates = [], []
     for site in sites:
         rate = eta if scale == "absolute" else eta * mean_norm(states[site]) / (norm * mean_norm(moved[site]))
-        loops.append(Loop(Drift(torch.tensor(rate * norm)), site, where=where, name="cold_fd", tangent=direction))
+        loops.append(Loop(Drift(torch.tensor(rate * norm)), site, where=where, strength=strength, tangent=direction))
         rates.append(rate)
-    arguments = {
-        "loss": aim.name,
-        "beta": beta,
-        "reference": reference,
-        "estimator": "fd" if direction.step else "jvp",
-        "embedding": embedding,
-        "eta": eta,
-        "scale": scale,
-        "rates": rates,
-        "layers": [site.layer for site in sites],
-        "point": point,
-    }
-    return Controller(loops, recipe("cold_fd", host, arguments, data=data))
+    return Controller(loops, {"estimator": "fd" if direction.step else "jvp", "rates": rates})
 
 
 class Drift(Law):
@@ -152,13 +136,10 @@ class Drift(Law):
     def __init__(self, norm: Tensor):
         self.norm = norm
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = -n dx`"""
-        u = -self.norm * memory["tangent"]
-        if not observed(memory):
-            return u, {}
-        whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return u, {"relative": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
+        u = -self.norm * now.tangent
+        return u, {"relative": lambda: share(u, x)}
 
 
 def _losses(

@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Memory, Site
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.objectives import Labelled, Objective, labelled, objective
-from steerlens.fit.reading import check_option, mean_norm, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
+from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.hosts import Host
 from steerlens.laws.feedback import Add
 
-KERNELS = ("unit", "linear")
-SCALES = ("relative", "absolute")
-RUNS = ("sum", "rejected_only")
 
-CARD = Card(needs="completions", points=POINTS, derivatives="activations")
-
-
+@method(
+    card=Card(needs="completions", points=POINTS, derivatives="activations"),
+    options={"pairs": ("sum", "rejected_only"), "kernel": ("unit", "linear"), "scale": SCALES},
+)
 def cold_kernel(
     model: Any,
     data: Pairs,
@@ -36,6 +35,7 @@ def cold_kernel(
     scale: str = "relative",
     layers: int | Sequence[int] | None = None,
     point: str = "resid_post",
+    strength: float = 1.0,
     where: Any = "prompt",
     batch: int = 4,
 ) -> Controller:
@@ -68,9 +68,10 @@ def cold_kernel(
             result to every token; here each token has its own.
         eta: With `scale="relative"`: mean norm of u over mean norm of x, both at the fitting positions, no unit. With
             `"absolute"`: the learning rate (paper: 0.1 to 2), which does not carry over from one model to another.
-        scale: See `eta`. In both cases the loop's strength is the learning rate.
+        scale: See `eta`. The recipe holds the learning rate of each layer.
         layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
         point: Point of the block, see `Site`.
+        strength: Factor on the control, no unit; it multiplies the learning rate.
         where: Token positions, see `Loop`. The paper changes the prompt and no generated token; its own code includes
             position 0, whose change is far larger than the others'.
         batch: Pairs in one forward and backward pass.
@@ -86,34 +87,21 @@ def cold_kernel(
     Source: COLD-Steer (arXiv 2603.06495). The authors' released code overwrites the chosen run's dpo gradient with the
     rejected run's (see `pairs`) and reads it at a position of the wrong sequence where lengths differ.
     """
-    host = resolve(model)
-    for name, value, known in (("pairs", pairs, RUNS), ("kernel", kernel, KERNELS), ("scale", scale, SCALES)):
-        check_option(name, value, known)
     aim = objective(loss, beta=beta, reference=reference)
     if pairs == "rejected_only" and aim.sides != "both":
         raise ValueError(f"pairs='rejected_only' reproduces a defect of dpo; loss={loss!r} has no rejected run to keep")
-    sites = pick_layers(host, layers, point, default="middle")
+    sites = pick_layers(model, layers, point, default="middle")
     states, gradients, count = example_gradients(
-        host, data, aim, sites, rejected_only=pairs == "rejected_only", batch=batch
+        model, data, aim, sites, rejected_only=pairs == "rejected_only", batch=batch
     )
-    loops = []
+    loops, rates = [], []
     for site in sites:
         x, g = states[site], gradients[site]
         law: Law = Add(-(g.sum(0) / count)) if kernel == "unit" else Kernel(x, g, count)
         rate = eta if scale == "absolute" else eta * mean_norm(x) / _moved(law, x, site)
-        loops.append(Loop(law, site, where=where, strength=rate, name="cold_kernel"))
-    arguments = {
-        "loss": aim.name,
-        "beta": beta,
-        "reference": reference,
-        "pairs": pairs,
-        "kernel": kernel,
-        "eta": eta,
-        "scale": scale,
-        "layers": [site.layer for site in sites],
-        "point": point,
-    }
-    return Controller(loops, recipe("cold_kernel", host, arguments, data=data))
+        loops.append(Loop(law, site, where=where, strength=strength * rate))
+        rates.append(rate)
+    return Controller(loops, {"rates": rates})
 
 
 class Kernel(Law):
@@ -132,7 +120,7 @@ class Kernel(Law):
         self.gradients = gradients
         self.count = count
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = -(1/N) (x X') G`"""
         return (x @ self.states.T) @ self.gradients / -self.count, {}
 
@@ -174,7 +162,7 @@ def example_gradients(
 
 def _moved(law: Law, x: Tensor, site: Site) -> float:
     """Mean norm of the control at the fitting states."""
-    moved = mean_norm(law.act(x[:, None], {})[0][:, 0])
+    moved = mean_norm(law.act(x[:, None], Now())[0][:, 0])
     if moved == 0:
         raise ValueError(f"the loss has no gradient at {site}; do its labels depend on what comes before them?")
     return moved

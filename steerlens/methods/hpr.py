@@ -11,28 +11,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, map_tensors
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site, map_tensors
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
-from steerlens.fit.reading import check_paired, contrast_states, every_layer, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_states, every_layer
 from steerlens.flow.flows import angle
 
-CARD = Card(needs="pairs", points=("resid_post",))
 
-
+@method(card=Card(needs="pairs", points=("resid_post",)))
 def hpr(
     model: Any,
     data: Pairs,
     *,
     layers: int | Sequence[int] | None = None,
-    count: int = 5,
+    n_layers: int = 5,
     alpha: float = 1.0,
     steps: int = 200,
     rate: float = 5e-4,
     batch: int = 16,
     held_out: float = 0.2,
     seed: int = 0,
+    strength: float = 1.0,
     where: Any = "last",
 ) -> Controller:
     """Turn states that a probe takes for negative towards its hyperplane and across, by an angle that a network gives.
@@ -49,7 +50,7 @@ def hpr(
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast pairs; `Pairs.read` says which token's activation is x.
         layers: Layers to choose from; default all.
-        count: How many are steered: those of highest probe accuracy on held-out pairs, at most all. 5 in the paper.
+        n_layers: How many are steered: those of highest probe accuracy on held-out pairs, at most all. 5 in the paper.
         alpha: Factor on the angle, no unit. Beyond the mirror image, where g is large, it turns on, as in the paper.
         steps: Steps of AdamW for each network.
         rate: Learning rate, after a warm-up over a twentieth of the steps.
@@ -57,6 +58,7 @@ def hpr(
         held_out: Share of the pairs on which the probes are compared, one pair at least. Probe and network that are
             kept see all pairs.
         seed: Of the held-out pairs, the networks' first weights and the batches.
+        strength: Factor on the control, no unit; only 1 keeps the norm.
         where: Token positions, see `Loop`.
 
     Returns:
@@ -65,25 +67,23 @@ def hpr(
         `[batch pos]`, the angle turned, in radians, 0 where it does not; `u`; `u_norm`.
 
     Raises:
-        ValueError: a layer the model does not have; sides of different number or fewer than two pairs; a count, a
-            number of steps or of pairs in a step below 1; pairs that do not differ; activations that are not finite.
+        ValueError: a layer the model does not have; fewer than two pairs; a number of layers, of steps or of pairs in a
+            step below 1; pairs that do not differ; activations that are not finite.
 
     Source: Pham and Nguyen, Householder Pseudo-Rotation (EMNLP 2024, arXiv 2409.10053). Deviations: the authors train
     probe and network by one loss, whose two terms share no parameter; here the probe is the optimum of its own. They
     read every token of two responses, here `Pairs.read` gives one state a text. The network's input is divided by a
     layer's root mean square activation, within its first weights.
     """
-    check_training(count=count, steps=steps, batch=batch, alpha=alpha, rate=rate, held_out=held_out)
-    host = resolve(model)
-    check_paired("hpr", data)
+    check_training(n_layers=n_layers, steps=steps, batch=batch, alpha=alpha, rate=rate, held_out=held_out)
     if len(data) < 2:
         raise ValueError(f"hpr needs two pairs, one of them to compare layers on; there is {len(data)}")
-    sites = [Site(layer, "resid_post") for layer in every_layer(host, layers)]
-    host.check(sites)
-    states = contrast_states(host, data, sites)
+    sites = [Site(layer, "resid_post") for layer in every_layer(model, layers)]
+    model.check(sites)
+    states = contrast_states(model, data, sites)
     scores = {site: probe_score(*states[site], held_out=held_out, seed=seed) for site in sites}
     # stable: layers that score the same go by depth
-    chosen = sorted(sorted(sites, key=lambda site: scores[site], reverse=True)[:count])
+    chosen = sorted(sorted(sites, key=lambda site: scores[site], reverse=True)[:n_layers])
     loops, errors = [], []
     for site in chosen:
         positive, negative = states[site]
@@ -92,22 +92,14 @@ def hpr(
         probe = fit_probe(positive, negative)
         weights, biases, error = fit_angle(positive, negative, steps=steps, rate=rate, batch=batch, seed=seed)
         law = map_tensors(PseudoRotation(probe, weights, biases, alpha), lambda t, like=positive: t.to(like.dtype))
-        loops.append(Loop(law, site, where=where, name="hpr"))
+        loops.append(Loop(law, site, where=where, strength=strength))
         errors.append(error)
-    arguments = {
-        "layers": [site.layer for site in sites],
-        "chosen": [site.layer for site in chosen],
+    found = {
+        "layers": [site.layer for site in chosen],
         "accuracy": [scores[site][0] for site in chosen],
         "angle_error_rad": errors,
-        "count": count,
-        "alpha": alpha,
-        "steps": steps,
-        "rate": rate,
-        "batch": batch,
-        "held_out": held_out,
-        "seed": seed,
     }
-    return Controller(loops, recipe("hpr", host, arguments, data=data))
+    return Controller(loops, found)
 
 
 class PseudoRotation(Law):
@@ -140,11 +132,11 @@ class PseudoRotation(Law):
         self.biases = list(biases)
         self.alpha = float(alpha)
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x)`"""
         gate = (x @ self.probe <= 0).to(x.dtype)
         turned = gate * self.alpha * predict_angle(x, self.weights, self.biases)
-        return gate[..., None] * rotate(x, self.probe, turned), {"gate": gate, "angle_rad": turned}
+        return gate[..., None] * rotate(x, self.probe, turned), {"gate": lambda: gate, "angle_rad": lambda: turned}
 
 
 def rotate(x: Tensor, probe: Tensor, turned: Tensor) -> Tensor:
@@ -240,10 +232,10 @@ def fit_angle(
     return [weights[0] / scale, *weights[1:]], biases, error
 
 
-def check_training(*, count: int, steps: int, batch: int, alpha: float, rate: float, held_out: float) -> None:
+def check_training(*, n_layers: int, steps: int, batch: int, alpha: float, rate: float, held_out: float) -> None:
     """Raises ValueError for what cannot be trained."""
-    if count < 1 or batch < 1:
-        raise ValueError(f"count={count}, batch={batch}; one layer and one pair in a step are the least")
+    if n_layers < 1 or batch < 1:
+        raise ValueError(f"n_layers={n_layers}, batch={batch}; one layer and one pair in a step are the least")
     if steps < 1:
         raise ValueError(f"steps={steps}: an angle network that was never trained turns everything by a right angle")
     if not math.isfinite(alpha):

@@ -8,13 +8,14 @@ from typing import Any
 from steerlens.core import POINTS, Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_means, every_layer, recipe, resolve, unit
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_means, every_layer, unit
 from steerlens.gating import gate
+from steerlens.hosts import host_of
 from steerlens.laws.feedback import Add
 
-CARD = Card(needs="sets", points=POINTS, also="at best an aligned model")
 
-
+@method(card=Card(needs="sets", points=POINTS, also="ideally also an aligned model"))
 def inferaligner(
     model: Any,
     data: Pairs,
@@ -60,20 +61,19 @@ def inferaligner(
     Source: Wang et al. (arXiv 2401.11206). No code was released: the gate's boundary, half way between the means, and
     the layers are our choice.
     """
-    host = resolve(model)
-    guide = host if aligned is None else resolve(aligned)
-    if (guide.n_layers, guide.d_model) != (host.n_layers, host.d_model):
+    guide = model if aligned is None else host_of(aligned)
+    if (guide.n_layers, guide.d_model) != (model.n_layers, model.d_model):
         raise ValueError(
-            f"the aligned model has {guide.n_layers} layers of width {guide.d_model}, the model {host.n_layers} of "
-            f"{host.d_model}; their residual streams do not correspond"
+            f"the aligned model has {guide.n_layers} layers of width {guide.d_model}, the model {model.n_layers} of "
+            f"{model.d_model}; their residual streams do not correspond"
         )
-    depth = host.n_layers
+    depth = model.n_layers
     third = list(range(depth // 3, -(-2 * depth // 3)))
-    sites = [Site(layer, point) for layer in every_layer(host, third if layers is None else layers)]
-    host.check(sites)
+    sites = [Site(layer, point) for layer in every_layer(model, third if layers is None else layers)]
+    model.check(sites)
     before = list(range(sites[0].layer)) or [0]
     opened = gate(
-        host,
+        model,
         data if condition is None else condition,
         layers=before if gate_layers is None else gate_layers,
         point=point,
@@ -84,12 +84,9 @@ def inferaligner(
     for site in sites:
         theta = positive[site] - negative[site]
         unit(theta, site)  # raises for a zero difference
-        loops.append(Loop(Add(theta), site, where=where, strength=strength, name="inferaligner", gates=(opened,)))
-    arguments = {
-        "layers": [site.layer for site in sites],
+        loops.append(Loop(Add(theta), site, where=where, strength=strength, gates=(opened,)))
+    found = {
         "gate_layer": opened.summaries[0].site.layer,
-        "point": point,
-        "strength": strength,
         "aligned": None if aligned is None else guide.fingerprint(),
     }
-    return Controller(loops, recipe("inferaligner", host, arguments, data=[data, condition or data]))
+    return Controller(loops, found)

@@ -12,18 +12,18 @@ from steerlens.core import Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
-from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_states, pick_layers
 from steerlens.laws.feedback import Add
 
-CARD = Card(needs="sets", points=("z",))
 
-
+@method(card=Card(needs="sets", points=("z",)), options={"direction": ("mean", "probe")})
 def iti(
     model: Any,
     data: Pairs,
     *,
     layers: int | Sequence[int] | None = None,
-    heads: int | None = None,
+    n_elements: int | None = None,
     strength: float = 15.0,
     direction: str = "mean",
     held_out: float = 0.2,
@@ -41,7 +41,7 @@ def iti(
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` says which token's activation is z.
         layers: Where heads may be chosen; default all.
-        heads: K, over all layers; default a twentieth of the heads, as the paper's 48 of 1024.
+        n_elements: K, over all layers; default a twentieth of the heads, as the paper's 48 of 1024.
         strength: alpha, in standard deviations; 15 in the paper.
         direction: v: `"mean"` (difference of means) or `"probe"` (weights of a logistic regression on all texts).
         held_out: Share of each side's texts on which the probes are compared, one text at least.
@@ -60,36 +60,28 @@ def iti(
     Source: Li et al. (arXiv 2306.03341). The authors take sigma over texts of its own and act on the first row of a
     batch only; with `direction="probe"` their code fails.
     """
-    if direction not in ("mean", "probe"):
-        raise ValueError(f"direction={direction!r}; it is 'mean' or 'probe'")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}; it is a share between 0 and 1")
-    host = resolve(model)
-    sites = pick_layers(host, layers, "z", default="all")
-    total = len(sites) * host.n_heads
-    count = max(1, round(total / 20)) if heads is None else heads
+    sites = pick_layers(model, layers, "z", default="all")
+    total = len(sites) * model.n_heads
+    count = max(1, round(total / 20)) if n_elements is None else n_elements
     if not 0 < count <= total:
-        raise ValueError(f"heads={count}, but there are {total} heads in layers {[site.layer for site in sites]}")
-    states = contrast_states(host, data, sites)
+        raise ValueError(f"n_elements={count}, but there are {total} heads in layers {[site.layer for site in sites]}")
+    states = contrast_states(model, data, sites)
     accuracy = torch.stack([head_accuracy(*states[site], held_out=held_out, seed=seed) for site in sites])
     best = accuracy.flatten().argsort(descending=True, stable=True)[:count].tolist()
-    chosen = [divmod(index, host.n_heads) for index in best]
+    chosen = [divmod(index, model.n_heads) for index in best]
     loops = []
     for row in sorted({row for row, _ in chosen}):
         site = sites[row]
         picked = sorted(head for layer, head in chosen if layer == row)
         vector = head_shift(*states[site], picked, direction=direction, site=site)
-        loops.append(Loop(Add(vector), site, where=where, strength=strength, name="iti"))
-    arguments = {
-        "layers": [site.layer for site in sites],
+        loops.append(Loop(Add(vector), site, where=where, strength=strength))
+    found = {
         "heads": [[sites[row].layer, head] for row, head in chosen],
         "accuracy": accuracy.flatten()[best].tolist(),
-        "strength": strength,
-        "direction": direction,
-        "held_out": held_out,
-        "seed": seed,
     }
-    return Controller(loops, recipe("iti", host, arguments, data=data))
+    return Controller(loops, found)
 
 
 def head_accuracy(positive: Tensor, negative: Tensor, *, held_out: float, seed: int) -> Tensor:

@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Memory
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_states, pick_layers
 
 #: Keeps a coordinate that never varies in the negative texts at slope 0, as in the authors' code.
 RIDGE = 1e-10
 
-CARD = Card(needs="sets", points=POINTS)
 
-
+@method(card=Card(needs="sets", points=POINTS))
 def linear_act(
     model: Any,
     data: Pairs,
@@ -54,15 +54,13 @@ def linear_act(
     Source: Linear-AcT of Rodriguez et al. (arXiv 2410.23054), each layer fitted on unsteered activations. ODESteer's
     code for it ignores the strength.
     """
-    host = resolve(model)
-    sites = pick_layers(host, layers, point, default="middle")
+    sites = pick_layers(model, layers, point, default="middle")
     loops = []
-    for site, (positive, negative) in contrast_states(host, data, sites).items():
+    for site, (positive, negative) in contrast_states(model, data, sites).items():
         slope, shift = rank_regression(positive, negative)
         law = Stretch(slope.to(positive.dtype), shift.to(positive.dtype))
-        loops.append(Loop(law, site, where=where, strength=strength, name="linear_act"))
-    arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength}
-    return Controller(loops, recipe("linear_act", host, arguments, data=data))
+        loops.append(Loop(law, site, where=where, strength=strength))
+    return Controller(loops)
 
 
 class Stretch(Law):
@@ -77,7 +75,7 @@ class Stretch(Law):
         self.slope = slope
         self.shift = shift
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = (w - 1) * x + b`"""
         return (self.slope - 1) * x + self.shift, {}
 

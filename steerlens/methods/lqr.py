@@ -10,25 +10,28 @@ import torch
 
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.control.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
-from steerlens.control.targets import Aim, Targets
+from steerlens.control.targets import AIMS, Aim, Targets
 from steerlens.core import Controller, Law, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
-from steerlens.fit.reading import every_layer, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import every_layer
 from steerlens.hosts import Host
 from steerlens.laws.feedback import Feedback, Preview
 
-CARD = Card(needs="sets", points=("resid_post",), derivatives="blocks")
 
-
+@method(
+    card=Card(needs="sets", points=("resid_post",), derivatives="blocks", concepts=True),
+    options={**AIMS, "solver": tuple(SOLVERS)},
+)
 def lqr(
     model: Any,
     data: Pairs | Sequence[Pairs],
     *,
-    strength: float | Sequence[float] = 1.0,
+    level: float | Sequence[float] = 1.0,
     setpoint: str = "level",
     origin: str = "zero",
-    angle_deg: float | None = None,
+    angle_rad: float | None = None,
     combine: str = "joint",
     q: float | Sequence[float] = 0.1,
     r: float | Sequence[float] = 1.0,
@@ -36,6 +39,7 @@ def lqr(
     solver: str = "dense",
     preview: bool = False,
     layers: int | Sequence[int] | None = None,
+    strength: float = 1.0,
     where: Any = "last",
     linearize_on: int | Sequence[Text] = 4,
     linearization: Linearization | None = None,
@@ -71,13 +75,13 @@ def lqr(
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` says which token's activation is used. A list of `Pairs` steers several
             concepts at once; Jacobians are then taken on the first one's texts.
-        strength: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
-            concept. 0 holds the feature at the origin, which is not the same as no steering: that is `controller * 0`.
+        level: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
+            concept. 0 holds the feature at the origin; no steering is `strength=0`.
         setpoint: `"level"`, as above, or `"angular"`: the state is turned in the plane of v_t and the first principal
             component of all mean differences, keeping its length there, see `steerlens.laws.setpoints.Angle`.
         origin: Where levels are counted from: `"zero"` (the paper), `"negative"` (the negative texts' mean, so that
-            strength 1 asks for the positive texts' mean) or `"midpoint"` of the two means.
-        angle_deg: Of the angular setpoint: 0 (default) points to the positive texts, 180 away from them.
+            level 1 asks for the positive texts' mean) or `"midpoint"` of the two means.
+        angle_rad: Of the angular setpoint, in radians: 0 (default) points to the positive texts, pi away from them.
         combine: `"joint"` holds all concepts' levels at once; `"independent"` adds up single errors, as the authors
             do, so that overlapping directions pull twice.
         q, r: Weights of the state and of the control, times the identity; one number, or one for each layer. Only the
@@ -86,13 +90,14 @@ def lqr(
         solver: See above.
         preview: See above; only with `solver="output"` and levels.
         layers: Where to act; default all. The cost still counts the others, through which the state moves freely.
+        strength: Factor on the control, no unit: 0 is off, and only 1 is the regulator's control.
         where: Token positions, see `Loop`. `"last"` is A-LQR; A-LQR+ steers all of them: `"all"`, or
             `slice(0, None)` with position 0, as in the authors' code.
         linearize_on: Texts whose last token the Jacobians are taken at, or how many of the positive texts to take
             (fewer where there are fewer). What is averaged over them is the Jacobian of each block, for every solver;
             gradients through several blocks are products of the averages.
         linearization: Jacobians from `linearize`, used instead of `linearize_on`: a sweep over weights, setpoints and
-            strengths then costs seconds.
+            levels then costs seconds.
         full_gain: Keep K_t in `controller.loops[i].law.matrix`, `[d d]` per layer, for inspection.
         progress: Show a progress bar over the layers.
 
@@ -116,39 +121,31 @@ def lqr(
     backwards, so that no [T d d] tensor exists, in float32 for a float32 model (gains agree with float64 to 1e-5);
     position 0 is left alone by `where="all"`; several concepts are joint.
     """
-    aim = Aim(data, setpoint=setpoint, strength=strength, origin=origin, angle_deg=angle_deg, combine=combine)
+    aim = Aim(data, setpoint=setpoint, level=level, origin=origin, angle_rad=angle_rad, combine=combine)
     _check_solver(solver, preview, setpoint)
-    host = resolve(model)
-    weights = Weights(q, r, qf, host.n_layers)
-    asked = every_layer(host, layers)
+    weights = Weights(q, r, qf, model.n_layers)
+    asked = every_layer(model, layers)
     plant: Plant
     if linearization is None:
-        plant = Blocks(host, _nominal_tokens(host, aim.concepts[0], linearize_on))
+        plant = Blocks(model, _nominal_tokens(model, aim.concepts[0], linearize_on))
     else:
-        check_plant(host, linearization)
+        check_plant(model, linearization)
         plant = linearization
-    targets = aim.targets(host)
+    targets = aim.targets(model)
     controlled = asked if preview else [t for t in asked if targets.asks(t)]
     _check_directions(asked, controlled, targets)
     features = [target.basis for target in targets.setpoints]
     loops = []
-    for t, gain in solve(solver, plant, weights, controlled, features, device=host.device, progress=progress):
+    for t, gain in solve(solver, plant, weights, controlled, features, device=model.device, progress=progress):
         law = _foresee(t, gain, plant, targets) if preview else _react(t, gain, targets, full_gain)
-        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, name="lqr"))
+        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
         del gain  # before the next one is computed
-    arguments = {
-        **aim.arguments,
+    found = {
         "controller": SOLVERS[solver] + (" with preview" if preview else ""),
-        "solver": solver,
-        "preview": preview,
-        "q": q if isinstance(q, (int, float)) else weights.q,
-        "r": r if isinstance(r, (int, float)) else weights.r,
-        "qf": qf,
-        "layers": asked,
         "linearized_on": plant.n_texts,
         "mu": targets.mu[:-1].squeeze(-1).tolist(),
     }
-    return Controller(sorted(loops, key=lambda loop: loop.act), recipe("lqr", host, arguments, data=data))
+    return Controller(sorted(loops, key=lambda loop: loop.act), found)
 
 
 def _react(t: int, gain: Gain, targets: Targets, full_gain: bool) -> Law:
@@ -185,8 +182,6 @@ def _last_read(weights: Sequence[float]) -> int:
 
 
 def _check_solver(solver: str, preview: bool, setpoint: str) -> None:
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}; it is one of {', '.join(map(repr, SOLVERS))}")
     if preview and solver != "output":
         raise ValueError(f"preview=True needs solver='output', it is {solver!r}")
     if preview and setpoint != "level":

@@ -8,12 +8,12 @@ from typing import Any
 from steerlens.core import POINTS, Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_means, pick_layers, recipe, resolve, unit
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_means, pick_layers, unit
 from steerlens.laws.feedback import Add
 
-CARD = Card(needs="sets", points=POINTS)
 
-
+@method(card=Card(needs="sets", points=POINTS))
 def mean_act(
     model: Any,
     data: Pairs,
@@ -47,13 +47,11 @@ def mean_act(
 
     Source: Mean-AcT of Rodriguez et al. (arXiv 2410.23054), each layer fitted on unsteered activations.
     """
-    host = resolve(model)
-    sites = pick_layers(host, layers, point, default="middle")
-    positive, negative = contrast_means(host, data, sites)
+    sites = pick_layers(model, layers, point, default="middle")
+    positive, negative = contrast_means(model, data, sites)
     loops = []
     for site in sites:
         shift = positive[site] - negative[site]
         unit(shift, site)
-        loops.append(Loop(Add(shift), site, where=where, strength=strength, name="mean_act"))
-    arguments = {"layers": [site.layer for site in sites], "point": point, "strength": strength}
-    return Controller(loops, recipe("mean_act", host, arguments, data=data))
+        loops.append(Loop(Add(shift), site, where=where, strength=strength))
+    return Controller(loops)

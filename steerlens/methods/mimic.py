@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory
+from steerlens.core import Controller, Law, Loop, Now, Signals
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
-from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_states, pick_layers
 
-CARD = Card(needs="sets", points=VECTORS)
 
-
+@method(card=Card(needs="sets", points=VECTORS))
 def mimic(
     model: Any,
     data: Pairs,
@@ -59,22 +59,14 @@ def mimic(
     """
     if not 0 < ridge < float("inf"):
         raise ValueError(f"ridge={ridge}; it must be positive and finite, or the covariances have no inverse")
-    host = resolve(model)
-    sites = pick_layers(host, layers, point, default="middle")
-    if len(host.shape(sites[0])) != 1:
+    sites = pick_layers(model, layers, point, default="middle")
+    if len(model.shape(sites[0])) != 1:
         raise ValueError(f"mimic maps the state as one vector, which it is not at point={point!r}")
     loops = []
-    for site, (positive, negative) in contrast_states(host, data, sites).items():
+    for site, (positive, negative) in contrast_states(model, data, sites).items():
         law = transport(positive, negative, ridge, gate=gate)
-        loops.append(Loop(law, site, where=where, strength=strength, name="mimic"))
-    arguments = {
-        "layers": [site.layer for site in sites],
-        "point": point,
-        "strength": strength,
-        "ridge": ridge,
-        "gate": gate,
-    }
-    return Controller(loops, recipe("mimic", host, arguments, data=data))
+        loops.append(Loop(law, site, where=where, strength=strength))
+    return Controller(loops)
 
 
 class Transport(Law):
@@ -104,13 +96,13 @@ class Transport(Law):
         """`gate` where there is a probe."""
         return () if self.probe is None else ("gate",)
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = g (U'(A - I) U (x - m) + t)`"""
         u = ((x - self.source) @ self.basis.T) @ self.stretch @ self.basis + self.shift
         if self.probe is None:
             return u, {}
         gate = (x @ self.probe[:-1] + self.probe[-1] <= 0).to(x.dtype)
-        return gate[..., None] * u, {"gate": gate}
+        return gate[..., None] * u, {"gate": lambda: gate}
 
 
 def transport(positive: Tensor, negative: Tensor, ridge: float, *, gate: bool = False) -> Transport:

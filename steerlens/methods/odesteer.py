@@ -10,15 +10,18 @@ import torch
 from steerlens.core import Controller, Loop, map_tensors
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_states, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_states, pick_layers
 from steerlens.flow.barriers import cosine_barrier, exact_barrier, sketched_barrier, truncate
 from steerlens.flow.fields import Field, Quadratic
 from steerlens.flow.flows import Flow, angle
 from steerlens.flow.sketch import TensorSketch
 
-CARD = Card(needs="sets", points=VECTORS)
 
-
+@method(
+    card=Card(needs="sets", points=VECTORS),
+    options={"mode": ("exact", "paper"), "kernel": ("polynomial", "fourier")},
+)
 def odesteer(
     model: Any,
     data: Pairs,
@@ -39,6 +42,7 @@ def odesteer(
     components: int | None = None,
     sigma: str | float = "median",
     seed: int = 0,
+    strength: float = 1.0,
     where: Any = "last",
 ) -> Controller:
     """Follow the unit gradient of the log-density ratio of the positive and the negative texts.
@@ -71,6 +75,7 @@ def odesteer(
         components: Random features of the sketch (default 8000) or of the Fourier kernel (default d).
         sigma: Width of the Fourier kernel, see `cosine_barrier`.
         seed: Of the random features.
+        strength: Factor on the control, no unit; only 1 ends on the flow.
         where: Token positions, see `Loop`.
 
     Returns:
@@ -87,15 +92,14 @@ def odesteer(
     sketch from the global random state; here the optimum is exact and the seed explicit. h is bounded on the sphere:
     no flow, however long, is sure to reach h >= 0, so look at `barrier_after`.
     """
-    _check(mode, kernel, degree, angle_rad, distance)
-    host = resolve(model)
-    sites = pick_layers(host, layers, point, default="middle")
-    if len(host.shape(sites[0])) != 1:
+    _check(mode, degree, angle_rad, distance)
+    sites = pick_layers(model, layers, point, default="middle")
+    if len(model.shape(sites[0])) != 1:
         raise ValueError(f"odesteer follows the state as one vector, which it is not at point={point!r}")
     length = distance if distance is not None else 0.3 if angle_rad is None else angle_rad
     polynomial: dict[str, Any] = {"degree": degree, "gamma": gamma, "coef0": coef0}
     loops, lost, norms = [], [], []
-    for site, (positive, negative) in contrast_states(host, data, sites).items():
+    for site, (positive, negative) in contrast_states(model, data, sites).items():
         states = torch.cat([positive, negative])
         if not bool((states != states[0]).any()):
             raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
@@ -114,34 +118,14 @@ def odesteer(
         count = steps or (10 if mode == "paper" else 1)
         law = Flow(field, length, steps=count, solver=name, radians=distance is None)
         law = map_tensors(law, lambda t, like=states: t.to(like.dtype) if t.is_floating_point() else t)
-        loops.append(Loop(law, site, where=where, name="odesteer"))
+        loops.append(Loop(law, site, where=where, strength=strength))
         lost.append(float(angle(whole.velocity(states.double()), field.velocity(states.double())).max()))
         norms.append(float(states.norm(dim=1).median()))
-    arguments = polynomial | {
-        "layers": [site.layer for site in sites],
-        "point": point,
-        "angle_rad": length if distance is None else None,
-        "distance": distance,
-        "mode": mode,
-        "kernel": kernel,
-        "C": C,
-        "rank": rank,
-        "solver": name,
-        "steps": count,
-        "components": components,
-        "sigma": sigma,
-        "seed": seed,
-        "median_norm": norms,
-        "truncation_rad": lost,
-    }
-    return Controller(loops, recipe("odesteer", host, arguments, data=data))
+    found = {"length": length, "solver": name, "steps": count, "median_norm": norms, "truncation_rad": lost}
+    return Controller(loops, found)
 
 
-def _check(mode: str, kernel: str, degree: int, angle_rad: float | None, distance: float | None) -> None:
-    if mode not in ("exact", "paper"):
-        raise ValueError(f"mode={mode!r}; it is 'exact' or 'paper'")
-    if kernel not in ("polynomial", "fourier"):
-        raise ValueError(f"kernel={kernel!r}; it is 'polynomial' or 'fourier'")
+def _check(mode: str, degree: int, angle_rad: float | None, distance: float | None) -> None:
     if degree < 1:
         raise ValueError(f"degree={degree}; a polynomial kernel has degree 1 at least")
     if angle_rad is not None and distance is not None:

@@ -6,24 +6,24 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from steerlens.control.targets import Aim
+from steerlens.control.targets import AIMS, Aim
 from steerlens.core import Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import every_layer, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import every_layer
 from steerlens.laws.feedback import Pid
 
-CARD = Card(needs="sets", points=("resid_post",))
 
-
+@method(card=Card(needs="sets", points=("resid_post",), concepts=True), options=AIMS)
 def pid(
     model: Any,
     data: Pairs | Sequence[Pairs],
     *,
-    strength: float | Sequence[float] = 1.0,
+    level: float | Sequence[float] = 1.0,
     setpoint: str = "level",
     origin: str = "zero",
-    angle_deg: float | None = None,
+    angle_rad: float | None = None,
     combine: str = "joint",
     kp: float = 0.7,
     ki: float = 0.01,
@@ -31,6 +31,7 @@ def pid(
     reset_every: int | None = 10,
     carry: bool = False,
     layers: int | Sequence[int] | None = None,
+    strength: float = 1.0,
     where: Any = "last",
 ) -> Controller:
     """Track a semantic setpoint with a PID controller whose time is the layer.
@@ -45,7 +46,7 @@ def pid(
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts, or a list of them, one for each concept, as for `lqr`.
-        strength, setpoint, origin, angle_deg, combine: What to track, as for `lqr`.
+        level, setpoint, origin, angle_rad, combine: What to track, as for `lqr`.
         kp, ki, kd: Gains, no unit; the defaults are the paper's for Gemma-2-2B, where kp is 0.1 to 0.7 over the models,
             ki 0.01 to 0.5 and kd 0 to 0.1. A gain may be 0.
         reset_every: Empty the sum s at the layers that this number divides, the first included, as the paper does
@@ -55,6 +56,7 @@ def pid(
             without a KV cache equals steering with one. With `carry` it does not: a pass without a cache computes all
             tokens at once, each of them with the error the pass before it ended on.
         layers: Where to act; default all. Time counts these layers only.
+        strength: Factor on the control, no unit: 0 is off.
         where: Token positions, see `Loop`. The paper steers the last one.
 
     Returns:
@@ -69,14 +71,13 @@ def pid(
 
     Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.
     """
-    aim = Aim(data, setpoint=setpoint, strength=strength, origin=origin, angle_deg=angle_deg, combine=combine)
+    aim = Aim(data, setpoint=setpoint, level=level, origin=origin, angle_rad=angle_rad, combine=combine)
     if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
         raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
     if reset_every is not None and reset_every < 1:
         raise ValueError(f"reset_every={reset_every}; it is a number of layers, or None")
-    host = resolve(model)
-    asked = every_layer(host, layers)
-    targets = aim.targets(host)
+    asked = every_layer(model, layers)
+    targets = aim.targets(model)
     first = next((t for t in asked if targets.asks(t)), None)
     if first is None:
         raise ValueError("the texts give no difference at any layer; are both sides the same?")
@@ -85,15 +86,5 @@ def pid(
     for t in asked if carry else asked[asked.index(first) :]:
         reset = reset_every is not None and t % reset_every == 0
         law = Pid(targets.setpoints[t], float(kp), float(ki), float(kd), reset=reset, carry=carry)
-        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, name="pid"))
-    arguments = {
-        **aim.arguments,
-        "kp": kp,
-        "ki": ki,
-        "kd": kd,
-        "reset_every": reset_every,
-        "carry": carry,
-        "layers": asked,
-        "mu": targets.mu[:-1].squeeze(-1).tolist(),
-    }
-    return Controller(loops, recipe("pid", host, arguments, data=data))
+        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
+    return Controller(loops, {"mu": targets.mu[:-1].squeeze(-1).tolist()})

@@ -11,12 +11,12 @@ from torch import Tensor
 from steerlens.core import POINTS, Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import check_paired, contrast_states, pick_layers, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_states, pick_layers
 from steerlens.laws.feedback import Add
 
-CARD = Card(needs="pairs", points=POINTS)
 
-
+@method(card=Card(needs="pairs", points=POINTS))
 def repe(
     model: Any,
     data: Pairs,
@@ -52,24 +52,15 @@ def repe(
     Source: Zou et al. (arXiv 2310.01405). The authors leave the sign to the solver or to labelled data; with the
     solver's, half of all models are steered backwards.
     """
-    host = resolve(model)
-    check_paired("repe", data)
-    sites = pick_layers(host, layers, point, default="middle")
+    sites = pick_layers(model, layers, point, default="middle")
     loops, shares, cosines = [], [], []
-    for site, (positive, negative) in contrast_states(host, data, sites).items():
+    for site, (positive, negative) in contrast_states(model, data, sites).items():
         v, share, cosine = principal_difference(positive.flatten(1), negative.flatten(1))
         vector = v.to(positive.dtype).reshape(positive.shape[1:])
-        loops.append(Loop(Add(vector), site, where=where, strength=strength, name="repe"))
+        loops.append(Loop(Add(vector), site, where=where, strength=strength))
         shares.append(share)
         cosines.append(cosine)
-    arguments = {
-        "layers": [site.layer for site in sites],
-        "point": point,
-        "strength": strength,
-        "explained": shares,
-        "cosine_with_mean": cosines,
-    }
-    return Controller(loops, recipe("repe", host, arguments, data=data))
+    return Controller(loops, {"explained": shares, "cosine_with_mean": cosines})
 
 
 def principal_difference(positive: Tensor, negative: Tensor) -> tuple[Tensor, float, float]:

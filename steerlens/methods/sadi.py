@@ -8,27 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import check_option, contrast_means, every_layer, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.laws.norms import share
 
 #: Component -> points of the block where its elements are; the first is the default.
 POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
 #: Component -> default number of elements, from the middle of the paper's grids.
 COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
-SELECT = ("max", "min", "abs")
-MODES = ("live", "frozen")
-
-CARD = Card(needs="sets", points=("z", "mlp_post", "mlp_out", "resid_post"))
 
 
+@method(
+    card=Card(needs="sets", points=("z", "mlp_post", "mlp_out", "resid_post")),
+    options={
+        "component": tuple(POINTS),
+        "select": ("max", "min", "abs"),
+        "normalize": (None, "layer_std"),
+        "mode": ("live", "frozen"),
+    },
+)
 def sadi(
     model: Any,
     data: Pairs,
     *,
     component: str = "head",
-    k: int | None = None,
+    n_elements: int | None = None,
     strength: float = 4.0,
     select: str = "max",
     normalize: str | None = None,
@@ -53,8 +60,10 @@ def sadi(
         data: Contrast texts; `Pairs.read` says which token's activation is x (paper: the last of question + answer).
         component: `"head"`: query heads at `z`, also where keys and values are shared. `"neuron"`: `mlp_post`.
             `"hidden"`: coordinates of `mlp_out`, as the authors' code has it, or of `resid_post` (see `point`).
-        k: Number of elements; default 4 heads, 50 neurons or 10 coordinates. At most as many as there are.
-        strength: s, no unit; delta in the paper. The authors' code calls `1 + s` the strength: 5 to 80 for heads.
+        n_elements: k, the number of elements, at most as many as there are; default 4 heads, 50 neurons or 10
+            coordinates.
+        strength: s, no unit; delta in the paper. 0 is off in both modes. The authors' code calls `1 + s` the
+            strength: 5 to 80 for heads.
         select: `"max"` (largest D), `"min"` (most negative D) or `"abs"`.
         normalize: None, as in the paper, which favours late layers, where activations are large; `"layer_std"` divides
             D by its standard deviation over the elements of its layer before ranking.
@@ -70,31 +79,26 @@ def sadi(
         `share` (norm of `m * x` over norm of `x`, no unit; not where frozen).
 
     Raises:
-        ValueError: k below 1 or above the number of elements; an unknown component, point, `select`, `normalize` or
-            `mode`; other tokens than the last prompt token where frozen; a layer the model does not have; texts that
-            give no difference anywhere.
+        ValueError: `n_elements` below 1 or above the number of elements; an unknown component, point, `select`,
+            `normalize` or `mode`; other tokens than the last prompt token if frozen; a layer the model does not have;
+            both sides with identical activations everywhere.
 
     Source: Wang et al. (arXiv 2410.12299). Deviations from the authors' code: their neuron is act(gate) of a gated MLP.
     Scaling it and scaling `mlp_post`, act(gate) * up, are the same, but D here is that of `mlp_post`, so other neurons
     are chosen. Their head indices are wrong where a model has more layers than heads. Theirs is `mode="frozen"`; the
     paper's equation is `"live"`.
     """
-    host = resolve(model)
     chosen_point = _point(component, point)
-    check_option("select", select, SELECT)
-    if normalize not in (None, "layer_std"):
-        raise ValueError(f"normalize={normalize!r}; it is None or 'layer_std'")
-    check_option("mode", mode, MODES)
     if mode == "frozen" and where != "last_prompt":
         raise ValueError(f"where={where!r}; frozen states are those of the last prompt token, where='last_prompt'")
-    sites = [Site(layer, chosen_point) for layer in every_layer(host, layers)]
-    host.check(sites)
-    count = COUNTS[component] if k is None else k
+    sites = [Site(layer, chosen_point) for layer in every_layer(model, layers)]
+    model.check(sites)
+    count = COUNTS[component] if n_elements is None else n_elements
     # heads are whole rows of [head d_head]; neurons and coordinates are single numbers
-    total = len(sites) * host.shape(sites[0])[0]
+    total = len(sites) * model.shape(sites[0])[0]
     if not 1 <= count <= total:
-        raise ValueError(f"k={count}, but there are {total} {component} elements in {len(sites)} layers")
-    positive, negative = contrast_means(host, data, sites)
+        raise ValueError(f"n_elements={count}, but there are {total} {component} elements in {len(sites)} layers")
+    positive, negative = contrast_means(model, data, sites)
     scores = torch.stack([positive[site] - negative[site] for site in sites])
     scores = scores.mean(-1) if component == "head" else scores
     if not scores.any():
@@ -106,20 +110,10 @@ def sadi(
         if mode == "frozen":
             law: Law = Frozen(1 + strength * row)
             clean = Summary(site, where="last_prompt")
-            loops.append(Loop(law, site, where=where, name="sadi", summary=clean))
+            loops.append(Loop(law, site, where=where, strength=0.0 if strength == 0 else 1.0, summary=clean))
         elif row.any():
-            loops.append(Loop(Scale(row), site, where=where, strength=strength, name="sadi"))
-    arguments = {
-        "component": component,
-        "k": count,
-        "strength": strength,
-        "select": select,
-        "normalize": normalize,
-        "mode": mode,
-        "layers": [site.layer for site in sites],
-        "point": chosen_point,
-    }
-    return Controller(loops, recipe("sadi", host, arguments, data=data))
+            loops.append(Loop(Scale(row), site, where=where, strength=strength))
+    return Controller(loops, {"n_elements": count, "point": chosen_point})
 
 
 class Scale(Law):
@@ -136,14 +130,10 @@ class Scale(Law):
     def __init__(self, mask: Tensor):
         self.mask = mask
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = m * x`"""
         u = self.mask * x
-        if not observed(memory):
-            return u, {}
-        # a zero state has no share; the smallest normal number keeps the quotient finite
-        whole = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return u, {"share": torch.linalg.vector_norm(u.flatten(2), dim=-1) / whole}
+        return u, {"share": lambda: share(u, x)}
 
 
 class Frozen(Law):
@@ -157,9 +147,9 @@ class Frozen(Law):
     def __init__(self, factors: Tensor):
         self.factors = factors
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = f * x0 - x`"""
-        return self.factors * memory["summary"][:, None] - x, {}
+        return self.factors * now.summary[:, None] - x, {}
 
 
 def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None = None) -> Tensor:
@@ -176,7 +166,6 @@ def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None 
 
 
 def _point(component: str, point: str | None) -> str:
-    check_option("component", component, POINTS)
     points = POINTS[component]
     if point is not None and point not in points:
         raise ValueError(f"point={point!r}; for component={component!r} it is one of {', '.join(points)}")

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Memory, Site, Summary, observed
+from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_states, every_layer, recipe, resolve
-
-CARD = Card(needs="sets", points=("mlp_post",), derivatives="weights")
-
-EXCEPTIONS = {
-    # it acts on generated tokens only, and these checks look at a prompt
-    "check_fits_with_defaults": "the controller changes nothing",
-    "check_record_is_what_was_added": "no control was recorded",
-    # a threshold has no derivative
-    "check_gradients_flow": "no gradient reaches the controller's tensors",
-}
+from steerlens.fit.method import method
+from steerlens.fit.reading import contrast_states, every_layer
 
 
+@method(
+    card=Card(needs="sets", points=("mlp_post",), derivatives="weights"),
+    exceptions={
+        # it acts on generated tokens only, and these checks look at a prompt
+        "check_fits_with_defaults": "the controller changes nothing",
+        "check_record_is_what_was_added": "no control was recorded",
+        # a threshold has no derivative
+        "check_gradients_flow": "no gradient reaches the controller's tensors",
+    },
+)
 def tda(
     model: Any,
     data: Pairs,
@@ -65,28 +66,20 @@ def tda(
     """
     if not 0 < error < 1:
         raise ValueError(f"error={error}; it is a share of the MLP's output, between 0 and 1")
-    host = resolve(model)
-    sites = [Site(layer, "mlp_post") for layer in every_layer(host, layers)]
-    host.check(sites)
+    sites = [Site(layer, "mlp_post") for layer in every_layer(model, layers)]
+    model.check(sites)
     loops, bounds, shares = [], [], []
-    for site, sides in contrast_states(host, data, sites).items():
+    for site, sides in contrast_states(model, data, sites).items():
         a = torch.cat(sides)
-        writes = host.neuron_writes(site.layer).to(a)
+        writes = model.neuron_writes(site.layer).to(a)
         norms = torch.linalg.vector_norm(writes, dim=-1)
         bound = tail_threshold(a, writes, error)
         law = Dynamic(norms, torch.tensor(bound, dtype=a.dtype))
         summary = Summary(site, pool="rms")
-        loops.append(Loop(law, site, where=where, strength=strength, name="tda", summary=summary))
+        loops.append(Loop(law, site, where=where, strength=strength, summary=summary))
         bounds.append(bound)
         shares.append(float((norms * a.abs() < bound).double().mean()))
-    arguments = {
-        "error": error,
-        "layers": [site.layer for site in sites],
-        "strength": strength,
-        "thresholds": bounds,
-        "below": shares,
-    }
-    return Controller(loops, recipe("tda", host, arguments, data=data))
+    return Controller(loops, {"thresholds": bounds, "below": shares})
 
 
 class Dynamic(Law):
@@ -105,11 +98,10 @@ class Dynamic(Law):
         self.norms = norms
         self.threshold = threshold
 
-    def act(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = (m - 1) * a`"""
-        kept = (self.norms * memory["summary"] > self.threshold).to(x.dtype)
-        u = (kept[:, None] - 1) * x
-        return u, {"kept": kept.mean(-1)[:, None].expand(-1, x.shape[1])} if observed(memory) else {}
+        kept = (self.norms * now.summary > self.threshold).to(x.dtype)
+        return (kept[:, None] - 1) * x, {"kept": lambda: kept.mean(-1)[:, None].expand(-1, x.shape[1])}
 
 
 def tail_threshold(activations: Tensor, writes: Tensor, error: float) -> float:

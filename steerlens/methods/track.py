@@ -14,14 +14,17 @@ from steerlens.control.targets import Aim
 from steerlens.core import Controller, Law, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
-from steerlens.fit.reading import check_finite, every_layer, recipe, resolve
+from steerlens.fit.method import method
+from steerlens.fit.reading import check_finite, every_layer
 from steerlens.hosts import Host
 from steerlens.laws.feedback import FactoredFeedback, Feedback
 from steerlens.laws.setpoints import Point
 
-CARD = Card(needs="texts", points=("resid_post",), derivatives="blocks")
 
-
+@method(
+    card=Card(needs="texts", points=("resid_post",), derivatives="blocks"),
+    options={"solver": ("dense", "output")},
+)
 def track(
     model: Any,
     data: Pairs | Text | Sequence[Text],
@@ -32,6 +35,7 @@ def track(
     qf: float = 0.1,
     solver: str = "dense",
     layers: int | Sequence[int] | None = None,
+    strength: float = 1.0,
     where: Any = "last",
     linearize_on: int = 4,
     linearization: Linearization | None = None,
@@ -53,6 +57,7 @@ def track(
             `"output"` weighs it along the directions of `Pairs` only, `Q_t = q v_t v_t'`, needs gradients alone, and
             keeps two factors, `[k d]` each, with k the number of later layers.
         layers: Where to act; default all.
+        strength: Factor on the control, no unit: 0 is off, and only 1 is the regulator's control.
         where: Token positions, see `Loop`; the paper steers the last token of a prompt. Every selected token is held on
             the same path, so a whole generation is told to repeat one token.
         linearize_on: Take at most this many texts.
@@ -71,49 +76,37 @@ def track(
     Source: arXiv 2604.19018, tracking of a trajectory. Differences from the authors' code: works with a KV cache and on
     generated tokens, and for a path of several texts.
     """
-    if solver not in ("dense", "output"):
-        raise ValueError(f"solver={solver!r}; it is 'dense' or 'output'")
     if solver == "output" and not isinstance(data, Pairs):
         raise ValueError("solver='output' weighs directions; give steerlens.Pairs, whose differences they are")
-    host = resolve(model)
-    weights = Weights(q, r, qf, host.n_layers)
-    controlled = every_layer(host, layers)
-    _check_path(path, host)
+    weights = Weights(q, r, qf, model.n_layers)
+    controlled = every_layer(model, layers)
+    _check_path(path, model)
     texts = _texts(data, linearize_on)
     plant: Plant
     if linearization is None:
         bos = data.prepend_bos if isinstance(data, Pairs) else None
-        plant = Blocks(host, [tokenize(text, host, bos)[0] for text in texts])
+        plant = Blocks(model, [tokenize(text, model, bos)[0] for text in texts])
     else:
-        check_plant(host, linearization)
+        check_plant(model, linearization)
         plant = linearization
-    check_finite(plant.states, "the blocks' inputs", host)
-    features = [torch.zeros(0, host.d_model)] * (host.n_layers + 1)
+    check_finite(plant.states, "the blocks' inputs", model)
+    features = [torch.zeros(0, model.d_model)] * (model.n_layers + 1)
     if solver == "output":
         assert isinstance(data, Pairs)
-        aim = Aim(data, setpoint="level", strength=1.0, origin="zero", angle_deg=None, combine="joint")
-        features = [target.basis for target in aim.targets(host).setpoints]
+        aim = Aim(data, setpoint="level", level=1.0, origin="zero", angle_rad=None, combine="joint")
+        features = [target.basis for target in aim.targets(model).setpoints]
         if not any(bool(rows.any()) for rows in features):
             raise ValueError("the texts give no difference at any layer; are both sides the same?")
     nominal = (plant.states[:-1] if path is None else path).detach().cpu()
     nominal = nominal.to(torch.promote_types(nominal.dtype, torch.float32))
     loops = []
-    for t, gain in solve(solver, plant, weights, controlled, features, device=host.device, progress=progress):
+    for t, gain in solve(solver, plant, weights, controlled, features, device=model.device, progress=progress):
         law = _law(Point(nominal[t].clone()), gain)
-        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, name="track"))
+        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
         del gain  # before the next one is computed
-    arguments = {
-        "controller": SOLVERS[solver],
-        "solver": solver,
-        "q": q if isinstance(q, (int, float)) else weights.q,
-        "r": r if isinstance(r, (int, float)) else weights.r,
-        "qf": qf,
-        "layers": controlled,
-        "linearized_on": plant.n_texts,
-        "path": "nominal" if path is None else "given",
-    }
-    digest = data if isinstance(data, Pairs) else Pairs(texts, texts)
-    return Controller(sorted(loops, key=lambda loop: loop.act), recipe("track", host, arguments, data=digest))
+    return Controller(
+        sorted(loops, key=lambda loop: loop.act), {"controller": SOLVERS[solver], "linearized_on": plant.n_texts}
+    )
 
 
 def _law(setpoint: Point, gain: Gain) -> Law:

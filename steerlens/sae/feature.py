@@ -11,8 +11,8 @@ import torch
 
 from steerlens.core import Controller, Loop, Site
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import recipe, resolve
-from steerlens.hosts import Host
+from steerlens.fit.recipe import recipe
+from steerlens.hosts import Host, host_of
 from steerlens.laws.feedback import Feedback
 from steerlens.sae.reading import states_of
 from steerlens.sae.setpoint import Feature
@@ -46,7 +46,7 @@ class Target:
 
     def check(self, model: Any) -> Host:
         """The model's host; raises ValueError where the autoencoder does not fit the model, see `Origin.check`."""
-        host = resolve(model)
+        host = host_of(model)
         self.origin.check(host, self.site)
         return host
 
@@ -249,7 +249,7 @@ def _quantiles(
     if not 0 < quantile < 1:
         raise ValueError(f"quantile={quantile}; it lies between 0 and 1")
     at = site_of(sae, site)
-    host = resolve(model)
+    host = host_of(model)
     Origin.of(sae).check(host, at)
     setpoint = place(cut(sae, indices), indices, [0.0] * len(indices), [math.inf] * len(indices), "encoder")
     states = torch.cat([x[1:] for x in states_of(host, [tokenize(text, host)[0] for text in texts], at)])

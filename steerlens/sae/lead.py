@@ -14,7 +14,8 @@ from steerlens.control.linearization import Blocks, Linearization, Plant, check_
 from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.core import Controller, Loop, Site
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.reading import every_layer, recipe
+from steerlens.fit.reading import every_layer
+from steerlens.fit.recipe import recipe
 from steerlens.laws.feedback import Feedback
 from steerlens.sae.feature import Target
 from steerlens.sae.setpoint import Feature

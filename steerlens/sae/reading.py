@@ -11,8 +11,8 @@ from torch import Tensor
 
 from steerlens.core import Site
 from steerlens.fit.contrast import Pairs, Reading, Text, tokenize
-from steerlens.fit.reading import check_finite, resolve
-from steerlens.hosts import Host
+from steerlens.fit.reading import check_finite
+from steerlens.hosts import Host, host_of
 from steerlens.sae.slices import Origin, architecture, check_indices, site_of
 
 NEURONPEDIA = "https://www.neuronpedia.org"
@@ -65,7 +65,7 @@ def rank_features(model: Any, sae: Any, pairs: Pairs, *, site: Site | str | None
     if len(pairs) < 2:
         raise ValueError("an effect size needs at least two texts a side")
     architecture(sae)
-    at, host = site_of(sae, site), resolve(model)
+    at, host = site_of(sae, site), host_of(model)
     Origin.of(sae).check(host, at)
     positive, negative = (_pooled(host, sae, side, at) for side in pairs.sides(host))
     difference = positive.mean(0) - negative.mean(0)
@@ -142,7 +142,7 @@ def describe(
     """
     architecture(sae)
     (row,) = check_indices(sae, index)
-    at, host = site_of(sae, site), resolve(model)
+    at, host = site_of(sae, site), host_of(model)
     Origin.of(sae).check(host, at)
     tokens = [tokenize(text, host)[0] for text in texts]
     found: list[tuple[float, str, str, str]] = []

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steerlens.core.law import Memory, Setpoint, observed
+from steerlens.core.law import Setpoint, Signals
+from steerlens.laws.norms import norm
 
 #: Rounds of `measure` where the input is normalised. Each leaves a share of the miss of the order of |u| / |x|.
 ROUNDS = 30
@@ -75,7 +76,7 @@ class Feature(Setpoint):
         """What the autoencoder reads at a pre-activation, `[... m] -> [... m]`."""
         return torch.where(z > self.threshold, z, 0.0).clamp(min=0.0)
 
-    def measure(self, x: Tensor, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
         """`[... d] -> ([... m], signals)`"""
         z = self.preactivation(x)
         goal = torch.minimum(torch.maximum(z, self.lower), self.upper)
@@ -84,11 +85,8 @@ class Feature(Setpoint):
             for _ in range(ROUNDS - 1):
                 moved = x + c @ self.basis
                 c = c + linear((goal - self.preactivation(moved)) * self._scale(moved), self.inverse.T)
-        if not observed(memory):
-            return c, {}
-        error = torch.linalg.vector_norm(c @ self.basis, dim=-1)
-        readings = zip(self.signals[1:], self.reading(z).unbind(-1), strict=True)
-        return c, {"error": error, **dict(readings)}
+        readings = {name: lambda i=i: self.reading(z)[..., i] for i, name in enumerate(self.signals[1:])}
+        return c, {"error": lambda: norm(c @ self.basis), **readings}
 
     def _scale(self, x: Tensor) -> Tensor:
         """s(x), `[... d] -> [... 1]`."""

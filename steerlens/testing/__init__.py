@@ -3,25 +3,30 @@
     for check in checks():
         check(Case("caa", "bridge"))
 
-A method declares in its file what it cannot promise, and why: `EXCEPTIONS = {"check_name": "words of the error"}`, or
-`{"hooked": "words"}` where it cannot be fitted on a host at all. The suite asserts that the check, or the fit, then
+A method declares what it cannot promise, and why: `@method(exceptions={"check_name": "words of the error"})`, or
+`{"hooked": "words"}` if it cannot be fitted on a host at all. The suite asserts that the check, or the fit, then
 really fails, with these words.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
+from steerlens import methods
+from steerlens.fit.method import exported
 from steerlens.testing import declarations, promises
 from steerlens.testing.case import Case, discover_hosts, discover_methods, padding, snapshot
+from steerlens.testing.counts import Counts, count_per_token, counts_of_steering
 from steerlens.testing.memory import peak
 from steerlens.testing.promises import check_runs_on_a_server
 
 __all__ = [
     "Case",
+    "Counts",
     "check_runs_on_a_server",
     "checks",
+    "count_per_token",
+    "counts_of_steering",
     "discover_hosts",
     "discover_methods",
     "exceptions",
@@ -34,7 +39,7 @@ __all__ = [
 
 def exceptions(method: str) -> dict[str, str]:
     """What a method declares that it cannot promise: name of a check or host to words of the error."""
-    return getattr(importlib.import_module(f"steerlens.methods.{method}"), "EXCEPTIONS", {})
+    return exported(methods)[method].exceptions
 
 
 def checks() -> list[Callable[[Case], None]]:
@@ -46,7 +51,7 @@ def checks() -> list[Callable[[Case], None]]:
 
 def run_check(check: Callable[[Case], None], case: Case) -> None:
     """Run a check, or assert that a declared exception really fails with its message."""
-    declared = exceptions(case.method)
+    declared = case.declared.exceptions
     if case.host in declared:
         return _must_fail(case.fit, "the fit", declared[case.host], case)
     if check.__name__ in declared:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +15,7 @@ from torch import Tensor
 from steerlens import methods
 from steerlens.core import Controller
 from steerlens.fit.contrast import Pairs
+from steerlens.fit.method import Method, check_exports, declared, exported
 from steerlens.models import tiny
 from steerlens.steering import Run, steer
 
@@ -29,14 +28,13 @@ OTHER = [7, 30, 31, 32, 33]
 
 
 def discover_methods() -> dict[str, Callable[..., Controller]]:
-    """Every method: in each file of `steerlens.methods`, the function named like the file."""
-    found: dict[str, Callable[..., Controller]] = {}
-    for entry in pkgutil.iter_modules(methods.__path__):
-        module = importlib.import_module(f"steerlens.methods.{entry.name}")
-        function = getattr(module, entry.name, None)
-        if inspect.isfunction(function):
-            found[entry.name] = function
-    return found
+    """Every method that `steerlens.methods` exports.
+
+    Raises:
+        ImportError: a file of `steerlens.methods` whose method is not exported, by name.
+    """
+    check_exports(methods)
+    return {name: method.function for name, method in exported(methods).items()}
 
 
 def discover_hosts() -> list[str]:
@@ -59,7 +57,7 @@ class Case:
     """A method on a host, with a tiny random model of its own.
 
     Args:
-        method: Name of the method.
+        method: Name of a method of steerlens, or a method of your own.
         host: One of `discover_hosts()`.
         family: `"llama"`, `"gemma"` or `"gpt2"`.
         dtype, device: Of the model.
@@ -69,7 +67,7 @@ class Case:
 
     def __init__(
         self,
-        method: str,
+        method: str | Callable[..., Controller],
         host: str,
         *,
         family: str = "llama",
@@ -78,7 +76,11 @@ class Case:
         model: Any = None,
         remote: bool | str = False,
     ):
-        self.method, self.host, self.family, self.dtype, self.device = method, host, family, dtype, device
+        known = declared(discover_methods()[method] if isinstance(method, str) else method)
+        if known is None:
+            raise TypeError(f"{method!r} is no method; decorate it with steerlens.fit.method.method")
+        self.declared: Method = known
+        self.method, self.host, self.family, self.dtype, self.device = known.name, host, family, dtype, device
         self.where = {"remote": remote} if remote else {}
         if model is not None:
             self.model = model
@@ -86,7 +88,7 @@ class Case:
     def other(self, **changes: Any) -> Case:
         """The same case with another host, family, dtype or device."""
         fields: dict[str, Any] = {"host": self.host, "family": self.family, "dtype": self.dtype, "device": self.device}
-        return Case(self.method, **(fields | changes))
+        return Case(self.declared.function, **(fields | changes))
 
     @cached_property
     def model(self) -> Any:
@@ -99,8 +101,8 @@ class Case:
         return Pairs(POSITIVE, NEGATIVE)
 
     def fit(self, data: Any = None, **options: Any) -> Controller:
-        """Fit the method, with its defaults and the case's texts unless told otherwise."""
-        function = discover_methods()[self.method]
+        """Fit the method, with its defaults and the case's texts unless others are given."""
+        function = self.declared.function
         if "progress" in inspect.signature(function).parameters:
             options.setdefault("progress", False)
         return function(self.model, self.data if data is None else data, **options)

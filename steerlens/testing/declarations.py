@@ -8,16 +8,15 @@ from unittest.mock import patch
 
 import torch
 
-from steerlens.cli.catalogue import method_card
 from steerlens.fit.card import NEEDS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.hosts import host_of
-from steerlens.testing.case import NEGATIVE, POSITIVE, Case, discover_methods
+from steerlens.testing.case import NEGATIVE, POSITIVE, Case
 
 
 def check_signals_are_recorded(case: Case) -> None:
     """13. Every signal that a loop's law and the method's docstring name is recorded with its shape."""
-    document = inspect.getdoc(discover_methods()[case.method]) or ""
+    document = case.declared.document
     ids = torch.tensor([case.prompt, case.prompt[::-1]])
     with case.steer(record="all") as run:
         case.logits(ids)
@@ -31,14 +30,14 @@ def check_signals_are_recorded(case: Case) -> None:
 
 def check_docstring(case: Case) -> None:
     """14. The docstring carries an equation, shapes or units, what is raised, the signals and the source."""
-    document = inspect.getdoc(discover_methods()[case.method]) or ""
+    document = case.declared.document
     for needed in (" = ", "Args:", "Returns:", "Raises:", "Recorded signals:", "Source:", "arXiv"):
         assert needed in document, f"the docstring of {case.method} lacks {needed!r}"
 
 
 def check_card(case: Case) -> None:
-    """16. What the method's `CARD` declares is so: data, points, derivatives, passes."""
-    card = method_card(case.method)
+    """16. What the method's card declares is so: data, points, derivatives, passes."""
+    card = case.declared.card
     if case.family != "llama":
         return  # no family changes these facts, and finding them takes a dozen fits
     _check_data(case, card)
@@ -98,7 +97,7 @@ def _check_points(case: Case, card: Card) -> None:
     """It acts where its card says, and nowhere else."""
     acts = {site.point for site in case.controller.sites}
     assert acts <= set(card.points), f"it acts at {acts}, the card says {card.points}"
-    parameters = inspect.signature(discover_methods()[case.method]).parameters
+    parameters = inspect.signature(case.declared.function).parameters
     # where there are components, they decide the point, and one alone does not do
     if "point" not in parameters or "component" in parameters:
         return

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, map_tensors, tensors_of
+from steerlens.core import Controller, Law, Now, Signals, map_tensors, tensors_of
 from steerlens.hosts import host_of
 from steerlens.testing.case import (
     OTHER,
@@ -167,15 +167,21 @@ def check_batch_row_equals_row_alone(case: Case) -> None:
 
 
 def check_dtype_is_kept(case: Case) -> None:
-    """10. A half-precision model stays one, and its laws compute in float32."""
+    """10. A half-precision model stays one, and its laws see and report float32."""
     for dtype in (torch.float16, torch.bfloat16):
         half = case.other(dtype=dtype)
         ids = torch.tensor([case.prompt])
-        with half.steer(controller=case.controller, trust=True, record="all") as run:
+        seen: set[torch.dtype] = set()
+        loops = [loop.replace(law=_spy(loop.law, seen), where="all") for loop in case.controller.loops]
+        with half.steer(controller=Controller(loops, case.controller.recipe), trust=True, record="all") as run:
+            seen.clear()  # attaching tries laws in the dtype of their own tensors
             logits = half.logits(ids)
-            states = [run.record[name] for name in run.record if name.endswith("steer_u")]
+            record = {name: value.dtype for name, value in run.record.items()}
         assert logits.dtype == dtype
-        assert all(u.dtype == dtype for u in states)
+        assert seen == {torch.float32}, f"laws on a {dtype} model saw {seen}"
+        for name, found in record.items():
+            expected = dtype if name.endswith("_u") else torch.float32
+            assert found == expected, f"{name} is {found} on a {dtype} model"
         assert torch.isfinite(logits).all()
 
 
@@ -287,9 +293,26 @@ def _raise_inside(case: Case) -> None:
         raise RuntimeError("an error in the body")
 
 
+def _spy(law: Law, seen: set[torch.dtype]) -> Law:
+    """A law that does the same and notes which dtypes of state and of its own tensors it meets."""
+
+    class Spy(Law):
+        signals, vectors = law.signals, law.vectors
+
+        def __init__(self) -> None:
+            self.law = law
+
+        def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
+            seen.add(x.dtype)
+            seen.update(tensor.dtype for tensor in tensors_of(self.law) if tensor.is_floating_point())
+            return self.law.act(x, now)
+
+    return Spy()
+
+
 def _failing(controller: Controller) -> Controller:
     class Failing(Law):
-        def act(self, x: Tensor, memory: Any) -> Any:
+        def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
             if x.any():  # steer() tries a law on a zero state
                 raise RuntimeError("the law fails on purpose")
             return torch.zeros_like(x), {}

@@ -26,21 +26,21 @@ KEY = "secret-key-123"
 
 
 class Failing(sl.Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         if x.any():
             raise ArithmeticError("the law fails on purpose")
         return torch.zeros_like(x), {}
 
 
 class Slow(sl.Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         if x.any():
             time.sleep(1.5)
         return torch.zeros_like(x), {}
 
 
 class ClientOnly(sl.Law):
-    def act(self, x, memory):
+    def act(self, x, now):
         return x if jaxtyping is None else torch.zeros_like(x), {}
 
 

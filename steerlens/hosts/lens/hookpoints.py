@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from steerlens.core import Pass, Site
+from steerlens.core import Display, Pass, Site
 from steerlens.hosts.base import Attachment, Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
@@ -215,7 +215,7 @@ class LensAttachment(Attachment):
                 for name in names.names():
                     self._points[name] = point = HookPoint()
                     point.name = name
-            run.tap = self._tap
+            run.display = SignalPoints(self._points)
             host.publish(self._points)
         # an unsteered pass begins where no other run can have steered yet
         layers = sorted({site.layer for site in run.sites} | ({0} if run.aside.apart else set()))
@@ -277,9 +277,6 @@ class LensAttachment(Attachment):
         self._generation = generation if call["past"] == 0 else None
         self._run.begin(continues=continues, alone=len(_ATTACHED[self._host.model]) == 1, **call)
 
-    def _tap(self, name: str, value: Tensor) -> Tensor:
-        return self._points[name](value)
-
     def detach(self) -> None:
         """Take every hook and hook point off again."""
         for seat in self._seats:
@@ -291,8 +288,26 @@ class LensAttachment(Attachment):
         attached = _ATTACHED.get(self._host.model, [])
         if self in attached:
             attached.remove(self)
-        self._run.tap = None
+        self._run.display = None
         self._generation = None
+
+
+class SignalPoints(Display):
+    """Hook points of ours, by name."""
+
+    def __init__(self, points: Mapping[str, HookPoint]):
+        self._points = points
+
+    def looks(self, name: str) -> bool:
+        """Whether a hook of any kind is there."""
+        point = self._points[name]
+        return bool(
+            point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks
+        )
+
+    def show(self, name: str, value: Tensor) -> Tensor:
+        """What the hooks leave."""
+        return self._points[name](value)
 
 
 def _acting(run: Pass, site: Site) -> Change:

@@ -1,0 +1,59 @@
+"""What a law is given in addition to the state: memories with a lifetime, and what its loop asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class Now:
+    """The moment at which a law acts.
+
+    A law reads what it needs and may keep values of its own under keys of its own in `layers` and `sequence`.
+
+    Attributes:
+        layers: Lives for one forward pass; shared by the loops of one group, which act layer after layer.
+        sequence: Lives until the sequence ends; shared by the loops of one group.
+    """
+
+    __slots__ = ("_summary", "_tangent", "layers", "sequence")
+
+    def __init__(
+        self,
+        layers: dict[str, Any] | None = None,
+        sequence: dict[str, Any] | None = None,
+        *,
+        summary: Tensor | None = None,
+        tangent: Tensor | None = None,
+    ):
+        self.layers: dict[str, Any] = {} if layers is None else layers
+        self.sequence: dict[str, Any] = {} if sequence is None else sequence
+        self._summary = summary
+        self._tangent = tangent
+
+    @property
+    def summary(self) -> Tensor:
+        """The prompt's pooled state, `[batch ...]`, in the law's dtype; the loop declares which one.
+
+        Raises:
+            LookupError: the loop declares none.
+        """
+        if self._summary is None:
+            raise LookupError(
+                "now.summary was asked for, but the loop declares none; give Loop(..., summary=Summary(site))"
+            )
+        return self._summary
+
+    @property
+    def tangent(self) -> Tensor:
+        """How the unsteered state at the acting site changes along a direction of the parameters, `[batch pos ...]`.
+
+        Raises:
+            LookupError: the loop declares no direction.
+        """
+        if self._tangent is None:
+            raise LookupError(
+                "now.tangent was asked for, but the loop declares none; give Loop(..., tangent=Direction(...))"
+            )
+        return self._tangent

@@ -1,0 +1,42 @@
+"""What a controller is made of: objects that are moved, saved and sent by walking their attributes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class Part:
+    """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
+
+    Parts are moved, saved, loaded and sent to a server by walking their attributes (`map_tensors`), so a part needs no
+    code of its own for that, and may hold nothing else.
+    """
+
+
+def map_tensors(value: Any, change: Any) -> Any:
+    """A copy of a part, list, tuple or dict with `change` applied to every tensor in it; other values are shared."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Part):
+        copy = object.__new__(type(value))
+        copy.__dict__.update({name: map_tensors(entry, change) for name, entry in value.__dict__.items()})
+        return copy
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(entry, change) for entry in value)
+    if isinstance(value, dict):
+        return {name: map_tensors(entry, change) for name, entry in value.items()}
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a part, list, tuple or dict, in a fixed order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
+    return found

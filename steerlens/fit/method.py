@@ -1,0 +1,146 @@
+"""What makes a function a method: one decorator, which does everything that all methods do alike."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+from steerlens.core import Controller
+from steerlens.fit.card import Card
+from steerlens.fit.reading import check_concepts, check_contrast, check_option, check_paired
+from steerlens.fit.recipe import recipe
+from steerlens.hosts import host_of
+
+Function = TypeVar("Function", bound=Callable[..., Controller])
+
+
+def method(
+    *,
+    card: Card,
+    exceptions: Mapping[str, str] | None = None,
+    options: Mapping[str, Collection[Any]] | None = None,
+) -> Callable[[Function], Function]:
+    """Make a method of a function `name(model, data, *, ...) -> Controller`.
+
+        @method(card=Card(needs="sets", points=POINTS), options={"form": ("add", "piecewise")})
+        def caa(model, data, *, layers=None, form="add"): ...
+
+    The function finds the model's `Host` as `model`, checked options and data of the kind that the card names. It
+    returns loops and, as the controller's recipe, what fitting found (`Controller(loops, {"threshold": 0.3})`, or
+    nothing). The caller gets these loops, named after the method unless they have names, with the whole recipe: method,
+    version, all arguments of the call, what was found, the model's fingerprint and the data's hash.
+
+    Args:
+        card: What the method needs and where it acts.
+        exceptions: Checks or hosts of `steerlens.testing` that it cannot pass, with the words of the error.
+        options: Arguments that have a few legal values, and these.
+
+    Raises:
+        TypeError: the function does not begin with model and data, or an option is no argument of it.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        name = function.__name__
+        if list(signature.parameters)[:2] != ["model", "data"]:
+            raise TypeError(f"{name}{signature} is no method; its first two arguments are model and data")
+        unknown = sorted(set(options or ()) - set(signature.parameters))
+        if unknown:
+            raise TypeError(f"{name} declares the option {unknown[0]!r}, which is no argument of it")
+
+        @functools.wraps(function)
+        def fit(*args: Any, **kwargs: Any) -> Controller:
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{name}() {error}") from None
+            bound.apply_defaults()
+            asked = dict(bound.arguments)
+            model, data = asked.pop("model"), asked.pop("data")
+            for option, known in (options or {}).items():
+                check_option(option, asked[option], known)
+            host = bound.arguments["model"] = host_of(model)
+            _check_data(name, card, data)
+            fitted = function(*bound.args, **bound.kwargs)
+            loops = [loop.replace(name=name) if loop.name == "loop" else loop for loop in fitted.loops]
+            return Controller(loops, recipe(name, host, asked, found=fitted.recipe, data=data))
+
+        fit.method = Method(name, fit, card, dict(exceptions or {}))  # type: ignore[attr-defined]
+        return cast(Function, fit)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a method besides the function itself.
+
+    Attributes:
+        name: Of the function and of its file.
+        function: As the user calls it.
+        card: What it needs and where it acts.
+        exceptions: What it cannot promise: name of a check or host to words of the error.
+    """
+
+    name: str
+    function: Callable[..., Controller]
+    card: Card
+    exceptions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def document(self) -> str:
+        """The docstring."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return self.document.partition("\n")[0]
+
+    @property
+    def source(self) -> str:
+        """The docstring's paragraph that names the paper, or nothing."""
+        _, _, source = self.document.partition("\nSource: ")
+        return " ".join(source.split("\n\n")[0].split())
+
+
+def declared(function: Any) -> Method | None:
+    """What a method declares; None for anything else."""
+    found = getattr(function, "method", None)
+    return found if isinstance(found, Method) else None
+
+
+def exported(package: ModuleType) -> dict[str, Method]:
+    """The methods that a package exports, by name, in alphabetical order."""
+    return {name: known for name, value in sorted(vars(package).items()) if (known := declared(value))}
+
+
+def check_exports(package: ModuleType) -> None:
+    """Raises ImportError for a file of a package of methods whose method is missing or not exported."""
+    for entry in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{entry.name}")
+        if declared(vars(module).get(entry.name)) is None:
+            raise ImportError(f"{module.__file__} defines no method named {entry.name}; decorate one with @method")
+        if entry.name not in exported(package):
+            raise ImportError(
+                f"{package.__file__} does not export {entry.name}; add the line "
+                f"from {module.__name__} import {entry.name} as {entry.name}"
+            )
+
+
+def _check_data(name: str, card: Card, data: Any) -> None:
+    """Raises unless the data are of the kind that the card names; what only some options need, the method checks."""
+    if card.needs == "texts":
+        return
+    if card.concepts:
+        check_concepts(data)
+    elif card.needs == "pairs":
+        check_paired(name, data)
+    else:
+        check_contrast(data)
