@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 
-from steerlens import diagnose, methods
+from steerlens import diagnose, evaluate, methods
 from steerlens.control.linearization import Linearization, linearize
 from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
+from steerlens.evaluate import calibrate, compare, prompt, separation, sweep
 from steerlens.fit.contrast import Pairs, shipped
 from steerlens.fit.method import exported
 from steerlens.flow.fields import Field
@@ -63,19 +64,25 @@ __all__ = [
     "Target",
     "__version__",
     "apply",
+    "calibrate",
+    "compare",
     "describe",
     "diagnose",
+    "evaluate",
     "feature",
     "gate",
     "hold",
     "lead",
     "linearize",
+    "prompt",
     "rank_features",
     "remote",
     "roles",
     "schedule",
+    "separation",
     "shipped",
     "steer",
+    "sweep",
     "watch",
     "when",
     *exported(methods),
