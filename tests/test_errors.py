@@ -236,20 +236,6 @@ def test_a_users_own_law_is_loaded_only_when_it_is_named(tmp_path):
     assert sl.Controller.load(path, laws=[Foreign]).loops[0].law.size == 2.0
 
 
-def test_a_file_of_another_format_is_told(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    path = tmp_path / "controller.safetensors"
-    controller(sl.Site(1)).save(path)
-    with safe_open(path, "pt") as file:
-        header, tensors = file.metadata()["steerlens"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert '"format": 2' in header
-    save_file(tensors, path, metadata={"steerlens": header.replace('"format": 2', '"format": 1')})
-    with pytest.raises(ValueError, match="has format 1, this version of steerlens reads format 2"):
-        sl.Controller.load(path)
-
-
 def test_a_callable_where_cannot_be_saved(tmp_path):
     with pytest.raises(TypeError, match="a callable, which a file cannot hold"):
         controller(sl.Site(1), where=lambda position: position > 1).save(tmp_path / "x.safetensors")
