@@ -61,7 +61,7 @@ class BlocksCompanion(Companion):
                 state = block(state, **self.options)
 
         with Bare(model), torch.no_grad():
-            return gather({site: (*place_of(module), 0) for site, module in self.host.find(sites).items()}, run)
+            return gather({site: (*place_of(module), 0, 1.0) for site, module in self.host.find(sites).items()}, run)
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Raises NotImplementedError."""

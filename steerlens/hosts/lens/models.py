@@ -146,7 +146,7 @@ class BridgeHost(LensHost):
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         heads = self.n_heads
         found = self.find(sites)
-        return {site: (*place_of(found[site]), heads if site.point == "z" else 0) for site in sites}
+        return {site: (*place_of(found[site]), heads if site.point == "z" else 0, 1.0) for site in sites}
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
