@@ -9,6 +9,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from steerlens.core import (
     Controller,
     Pass,
@@ -159,7 +161,7 @@ class Run:
         return self._attachment.payload_bytes
 
     @contextmanager
-    def scoring(self, prompt_lengths: int | Ordered[int] | torch.Tensor) -> Iterator[None]:
+    def scoring(self, prompt_lengths: int | Ordered[int] | Tensor) -> Iterator[None]:
         """Say where the prompts end in the forward passes inside, which are given more than a prompt:
 
             with run.scoring([7, 5]):
@@ -238,7 +240,7 @@ def _prepare(
 
 def _check_lengths(lengths: Any) -> int | list[int]:
     """Prompt lengths as a number or a list of numbers."""
-    if isinstance(lengths, torch.Tensor):
+    if isinstance(lengths, Tensor):
         lengths = lengths.tolist()
     if isinstance(lengths, int) and not isinstance(lengths, bool):
         rows = [lengths]
