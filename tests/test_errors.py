@@ -166,17 +166,6 @@ def test_unsupported_models():
         sl.steer(torch.nn.Linear(2, 2), controller(sl.Site(0)))
 
 
-def test_unsupported_family():
-    nnsight = pytest.importorskip("nnsight")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPTNeoXConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
-    )
-    model = nnsight.NNsight(transformers.GPTNeoXForCausalLM(config))
-    with pytest.raises(TypeError, match="GPTNeoXLayer has no layout that steerlens knows; it looks for"):
-        sl.steer(model, controller(sl.Site(0)))
-
-
 def test_unknown_keywords(model):
     with pytest.raises(TypeError, match="unexpected keyword argument 'layer_idx'"):
         sl.caa(model, PAIRS, layer_idx=3)
