@@ -150,7 +150,9 @@ def _shown(value: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("torch.", "").replace("collections.abc.", "")
+    if isinstance(hint, type):
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("torch.", "").replace("collections.abc.", "")
 
 
 def _words(names: Iterable[str]) -> str:
