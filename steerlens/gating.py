@@ -22,7 +22,7 @@ def gate(
     model: Any,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    gate_layers: int | Sequence[int] | None = None,
     point: str = "resid_post",
     pool: str = "mean",
     threshold: float | None = None,
@@ -38,9 +38,9 @@ def gate(
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Prompts for which the gate shall be open (positive) and closed (negative).
-        layers: Layers to choose from; of several, the one that separates the examples best in units of their spread is
+        gate_layers: Layers to choose from; of several, the one that separates the examples best in units of their spread is
             taken. Default all. A layer behind the first controlled one costs a second pass over each prompt:
-            `layers=range(first)` avoids it.
+            `gate_layers=range(first)` avoids it.
         point: Point of the block, see `Site`.
         pool: `"mean"` over the prompt's tokens but the one at position 0, or `"last"`: its last token.
         threshold: b, in activation units.
@@ -53,7 +53,7 @@ def gate(
         ValueError: an unknown pool, a layer or point the model does not have, texts that give no difference.
     """
     host = host_of(model)
-    sites = [Site(layer, point) for layer in every_layer(host, layers)]
+    sites = [Site(layer, point) for layer in every_layer(host, gate_layers)]
     host.check(sites)
     states = prompt_states(host, data, sites, pool)
     site, direction, middle = best_separating(states)

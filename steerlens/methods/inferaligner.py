@@ -75,7 +75,7 @@ def inferaligner(
     opened = gate(
         model,
         data if condition is None else condition,
-        layers=before if gate_layers is None else gate_layers,
+        gate_layers=before if gate_layers is None else gate_layers,
         point=point,
         pool="last",
     )
