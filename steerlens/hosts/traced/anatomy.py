@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerlens.core import POINTS, Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
+from steerlens.hosts.blocks.hf import nominal
+from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
 from steerlens.hosts.roles import family_paths, layers_path
 from steerlens.hosts.traced.edit import Tap
@@ -48,6 +51,21 @@ class Anatomy(Dimensions):
     def away(self) -> bool:
         """Whether the weights are on a server only."""
         return self._weight.device.type == "meta"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first block's weights are; the CPU while they are on a server only."""
+        return torch.device("cpu") if self.away else self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first block's weights."""
+        return self._weight.dtype
+
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        self.need_weights("linearising the blocks")
+        return nominal(self.base._module, [layer._module for layer in self.layers], tokens)
 
     def need_weights(self, what: str, instead: str = "") -> None:
         """Raises NotImplementedError where they are not here."""
