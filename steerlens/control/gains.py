@@ -7,9 +7,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from steerlens.control.linearization import Blocks, Plant
+from steerlens.control.linearization import Blocks, Linearization, Plant
 from steerlens.control.regulator import FactoredGain, Weights, solve
-from steerlens.hosts import Dimensions
+from steerlens.control.targets import Targets
+from steerlens.core import Law
+from steerlens.hosts import Dimensions, Host, UntrustedError
+from steerlens.laws.feedback import Feedback, Preview
 
 #: What may be kept of a gain: K on the setpoint's basis, this and its two factors, this and K itself.
 KEEP = ("rows", "factors", "matrices")
@@ -23,7 +26,7 @@ class Gains:
         factors: By layer, `inputs` and `outputs`, `[k d]` each, with `K = outputs' inputs`.
         features: By layer, the layer and index of the feature that each row of the factors belongs to.
         matrices: By layer, K, `[d d]`.
-        states: Mean unsteered path of the last token, `[layer+1 d]`.
+        states: Mean unsteered path of the last token, `[layer+1 d]`; of width 0 if tangents came from differences.
         n_texts: How many texts were averaged.
     """
 
@@ -72,6 +75,55 @@ def gains_of(
     return gains
 
 
+def gains_for(
+    host: Host,
+    tokens: Sequence[Sequence[int]],
+    solver: str,
+    weights: Weights,
+    controlled: Sequence[int],
+    bases: Sequence[Tensor],
+    *,
+    linearization: Linearization | None = None,
+    keep: str = "rows",
+    progress: bool = False,
+) -> Gains:
+    """Linearise a model and solve its regulator, here or where the weights are.
+
+    On a server that trusts its user the blocks are linearised and the regulator is solved there; what comes back are
+    rows and factors, nothing of size d^2. On one that does not, `solver="scalar"` takes tangents by central differences
+    in one forward pass a text, see `Host.tangents`.
+
+    Args:
+        host: Of the model; a `steerlens.remote` one computes on its server.
+        tokens: Token ids of the texts to linearise on.
+        linearization: Jacobians to use in place of the texts.
+        solver, weights, controlled, bases, keep, progress: As for `gains_of`.
+
+    Raises:
+        ValueError: K itself is asked of a server.
+        UntrustedError: the server keeps requests apart from the weights, and the solver needs them.
+    """
+    if linearization is not None:
+        return gains_of(
+            linearization, solver, weights, controlled, bases, device=host.device, keep=keep, progress=progress
+        )
+    if not host.remote:
+        blocks = Blocks(host, tokens)
+        return gains_of(blocks, solver, weights, controlled, bases, device=host.device, keep=keep, progress=progress)
+    if keep == "matrices":
+        raise ValueError(
+            "the gains as matrices, [d d] a layer, do not come back from a server; leave out full_gain, and track with "
+            "solver='output'"
+        )
+    try:
+        return host.beside(gains_beside, tokens, solver, weights, controlled, bases, keep)
+    except UntrustedError:
+        if solver != "scalar":
+            raise
+    plant = Tangents(host, tokens, {t: bases[t] for t in controlled})
+    return gains_of(plant, solver, weights, controlled, bases, device=host.device, keep=keep)
+
+
 def gains_beside(
     place: Dimensions,
     tokens: Sequence[Sequence[int]],
@@ -80,15 +132,52 @@ def gains_beside(
     controlled: Sequence[int],
     bases: Sequence[Tensor],
     keep: str,
-    progress: bool,
 ) -> Gains:
-    """Linearise and solve where the weights are. Travels: what goes to a server are tokens, weights and bases, what
-    comes back are rows and factors.
+    """Linearise and solve where the weights are; travels.
 
     Args:
         place: The model there.
-        tokens: Token ids of the texts to linearise on.
-        solver, weights, controlled, bases, keep, progress: As for `gains_of`.
+        tokens, solver, weights, controlled, bases, keep: As for `gains_for`.
     """
-    plant = Blocks(place, tokens)
-    return gains_of(plant, solver, weights, controlled, bases, device=place.device, keep=keep, progress=progress)
+    return gains_of(Blocks(place, tokens), solver, weights, controlled, bases, device=place.device, keep=keep)
+
+
+class Tangents(Plant):
+    """Tangents of known directions by central differences, the mean over some texts: all that the scalar solver asks.
+
+    Args:
+        host: Takes the differences.
+        tokens: Token ids of the texts.
+        directions: By block, `[m d]`.
+    """
+
+    def __init__(self, host: Host, tokens: Sequence[Sequence[int]], directions: dict[int, Tensor]):
+        self.n_texts = len(tokens)
+        self.states = torch.zeros(host.n_layers + 1, 0)
+        found = [host.tangents(text, directions) for text in tokens]
+        self._pushed = {t: torch.stack([each[t] for each in found]).mean(0) for t in directions}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32."""
+        return torch.float32
+
+    def push(self, t: int, rows: Tensor) -> Tensor:
+        """`rows @ A_t'`, for the directions of the block only."""
+        return self._pushed[t].to(rows)
+
+
+def react(t: int, gains: Gains, targets: Targets) -> Law:
+    """Feedback on the error before block t: `u = c @ (basis @ K')`."""
+    return Feedback(targets.setpoints[t], gains.rows[t], matrix=gains.matrices.get(t))
+
+
+def foresee(t: int, gains: Gains, targets: Targets) -> Law:
+    """Feedback on the later layers' errors, as the linear model predicts them without further control."""
+    inputs, outputs = gains.factors[t]
+    path = gains.states.to(inputs)
+    ahead = inputs @ path[t]
+    for row, (s, i) in enumerate(gains.features[t]):
+        ahead[row] += targets.levels(s)[i].to(path) - targets.setpoints[s].basis[i].to(path) @ path[s]
+    setpoint = targets.setpoints[t]
+    return Preview(setpoint, *(part.to(setpoint.basis).contiguous() for part in (inputs, ahead, outputs)))

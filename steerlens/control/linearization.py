@@ -154,9 +154,7 @@ class Blocks(Plant):
     """
 
     def __init__(self, host: Dimensions, tokens: Sequence[Sequence[int]]):
-        # checked here, so that the caller hears of it before any forward pass
-        if not tokens or min(map(len, tokens)) < 2:
-            raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
+        check_texts(tokens)
         self.n_texts = len(tokens)
         self._host, self._tokens = host, tokens
         self._nominals: list[Nominal] = []
@@ -223,6 +221,12 @@ def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
         yield from tqdm(layers, desc="linearising blocks")
     else:
         yield from layers
+
+
+def check_texts(tokens: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError, before any forward pass, for texts that cannot be linearised on."""
+    if not tokens or min(map(len, tokens)) < 2:
+        raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
 
 
 def check_plant(host: Host, linearization: Linearization) -> None:

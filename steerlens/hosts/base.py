@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 
 
+class UntrustedError(NotImplementedError):
+    """A server keeps requests apart from the weights."""
+
+
 class Attachment:
     """A pass that is attached to a model; `detach` takes it off and leaves nothing behind."""
 
@@ -75,6 +79,9 @@ class Host(Dimensions):
 
         Args:
             function: Travels, as its arguments and its result do; `place` has the verbs of `Dimensions`.
+
+        Raises:
+            UntrustedError: the server keeps requests apart from the weights.
         """
         return function(self, *arguments)
 

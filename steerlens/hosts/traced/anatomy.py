@@ -133,12 +133,8 @@ def gradients_at(
     Raises:
         NotImplementedError: they are not in this process.
     """
+    need_weights_beside(anatomy, "it takes no gradients")
     module = anatomy.model._module
-    if module is None or anatomy.away:
-        raise NotImplementedError(
-            "this server keeps your requests apart from the weights (untrusted), so it takes no gradients; fit on "
-            "local weights, save the controller and load it here"
-        )
     device = next(module.parameters()).device
     ids, mask = ids.to(device), mask.to(device)
 
@@ -146,3 +142,25 @@ def gradients_at(
         return module(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     return pooled_gradients(forward, anatomy.layers[0]._module, anatomy.places(sites), loss, weights)
+
+
+def call_beside(anatomy: Anatomy, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """`function(anatomy, *arguments)` where the weights are.
+
+    Raises:
+        NotImplementedError: they are not in this process.
+    """
+    need_weights_beside(anatomy, "nothing is linearised there")
+    return function(anatomy, *arguments)
+
+
+def need_weights_beside(anatomy: Anatomy, what: str) -> None:
+    """Raises NotImplementedError in a server's process that has no weights."""
+    if anatomy.model._module is None or anatomy.away:
+        raise NotImplementedError(
+            f"this server {UNTRUSTED}, so {what}; fit on local weights, save the controller and load it here"
+        )
+
+
+#: What a server's refusal is recognised by.
+UNTRUSTED = "keeps your requests apart from the weights (untrusted)"

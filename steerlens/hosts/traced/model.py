@@ -8,16 +8,17 @@ from weakref import WeakKeyDictionary
 
 import nnsight
 import torch
+from nnsight.intervention.backends.remote import RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
-from steerlens.hosts.base import Attachment, Found, Host
+from steerlens.hosts.base import Attachment, Found, Host, UntrustedError
 from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.second_pass import Spot
-from steerlens.hosts.traced.anatomy import Anatomy, gradients_at
+from steerlens.hosts.traced.anatomy import UNTRUSTED, Anatomy, call_beside, gradients_at
 from steerlens.hosts.traced.differences import STEP, WIDE_STEP, Probe, differences
 from steerlens.hosts.traced.edit import StoodDown, Tap, follow, spots_of
 from steerlens.hosts.traced.remote import Limits, RemoteForms, backend
@@ -134,9 +135,17 @@ class TracedHost(Anatomy, Host):
         if not self.remote:
             return function(self, *arguments)
         model, anatomy = self.model, Anatomy(self.model)
-        with model.session(backend=backend(model, self.remote, self.timeout_s)):
-            found = nnsight.save(function(anatomy, *arguments))
-        return found  # noqa: RET504 (bound by the session)
+        try:
+            with model.session(backend=backend(model, self.remote, self.timeout_s)):
+                found = nnsight.save(call_beside(anatomy, function, arguments))
+        except RemoteError as error:
+            if UNTRUSTED not in str(error):
+                raise
+            raise UntrustedError(
+                f"this server {UNTRUSTED}, so nothing is linearised there; for lqr take solver='scalar', which needs "
+                "forward passes only, or fit on local weights, save the controller and load it here"
+            ) from None
+        return found
 
     def tangents(self, tokens: Sequence[int], directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """As `Host.tangents`, in one trace."""
