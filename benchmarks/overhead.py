@@ -8,6 +8,11 @@ with the quartiles beside it. Attaching is not timed.
 read and written back unchanged.
 
     python benchmarks/overhead.py [--hosts bridge nnsight] [--tokens 24] [--rounds 10] [--controllers lqr]
+
+With --counts, exact numbers instead of times: torch operations and Python calls per generated token, steered minus
+unsteered, on a tiny model of 4 layers, for every method with nothing recorded and with scalars recorded.
+
+    python benchmarks/overhead.py --counts [--hosts bridge] [--controllers lqr]
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import torch
 
 import steerlens as sl
 from steerlens.models import smollm2
-from steerlens.testing import Case, discover_hosts, discover_methods, exceptions
+from steerlens.testing import Case, counts_of_steering, discover_hosts, discover_methods, exceptions
 
 #: A rank-one controller at all layers is to cost at most this many percent.
 BAR = {"lqr": 4.0}
@@ -36,12 +41,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--controllers", nargs="+", help="names, or first letters of names; default all")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--counts", action="store_true", help="count operations and calls instead of taking times")
     arguments = parser.parse_args()
+    if arguments.counts:
+        count(arguments)
+        return
     unit = "wall" if arguments.device.startswith("cuda") else "CPU"
     print(f"SmolLM2-135M, batch 1, {arguments.tokens} tokens after 9, {torch.get_num_threads()} thread, {unit} time")
     print(f"{'host':8} {'controller':26} {'loops':>5} {'tokens/s':>8} {'cost':>7} {'quartiles':>15}")
     for host in arguments.hosts:
         measure(host, arguments)
+
+
+def count(arguments: argparse.Namespace) -> None:
+    """Prints counts per token of every method on every host."""
+    print("a tiny model of 4 layers, per generated token, steered minus unsteered")
+    print(f"{'host':8} {'method':14} {'loops':>5} {'record':>8} {'torch operations':>17} {'Python calls':>13}")
+    for host in arguments.hosts:
+        for method in arguments.controllers or discover_methods():
+            if host in exceptions(method):
+                continue
+            case = Case(method, host)
+            for record in (None, "scalars"):
+                operations, calls = counts_of_steering(case, record=record)
+                shown = f"{record!s:>8} {operations:>17.2f} {calls:>13.2f}"
+                print(f"{host:8} {method:14} {len(case.controller.loops):>5} {shown}", flush=True)
 
 
 def controllers(case: Case) -> dict[str, tuple[sl.Controller, Any]]:

@@ -7,24 +7,18 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from steerlens.core import (
     Controller,
-    Gate,
-    Now,
     Pass,
     Record,
     Site,
     SiteSignals,
+    check_loops,
+    check_record,
     check_where,
-    map_tensors,
     name_signals,
-    tensors_of,
 )
 from steerlens.hosts import Dimensions, Host, host_of
-
-RECORDS = (None, "scalars", "all")
 
 
 def steer(
@@ -204,23 +198,15 @@ def _prepare(
         raise TypeError(
             f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)"
         )
-    _check_record(record)
+    check_record(record, controller.loops)
     if where is not None:
         check_where(where)
         controller = controller.at(where)
     if strength != 1.0:
         controller = controller * strength
     _check_fit(model, controller, trust)
-    _check_shapes(model, controller)
+    check_loops(controller.loops, model.shape)
     return controller
-
-
-def _check_record(record: Any) -> None:
-    names = isinstance(record, (tuple, list, set)) and all(isinstance(name, str) for name in record)
-    if not names and record not in RECORDS:
-        raise ValueError(
-            f"record={record!r}; it is None, 'scalars', 'all' or a tuple of signal names such as ('u', 'error')"
-        )
 
 
 def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
@@ -228,53 +214,13 @@ def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
         host.need_parameters()
-    fitted = controller.recipe.get("model")
-    differences = host.differences(fitted) if fitted and not trust else []
-    if differences:
-        method, words = controller.recipe.get("method", "controller"), "; ".join(differences)
-        raise ValueError(f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True")
-
-
-def _check_shapes(host: Dimensions, controller: Controller) -> None:
-    """Runs every law once on a zero state, so that a wrong width is told before the model runs."""
-    shared = {loop.group: Now() for loop in controller.loops}
-    for loop in sorted(controller.loops, key=lambda loop: loop.act):
-        law = map_tensors(loop.law, lambda tensor: tensor.detach().cpu())
-        sensed, acted = host.shape(loop.sense), host.shape(loop.act)
-        dtype = next((tensor.dtype for tensor in tensors_of(law) if tensor.is_floating_point()), torch.float32)
-        now = Now(
-            shared[loop.group].layers,
-            shared[loop.group].sequence,
-            summary=torch.zeros(1, *host.shape(loop.summary.site), dtype=dtype) if loop.summary else None,
-            tangent=torch.zeros(1, 1, *acted, dtype=dtype) if loop.tangent else None,
-        )
-        try:
-            u, _ = law.act(torch.zeros(1, 1, *sensed, dtype=dtype), now)
-        except (RuntimeError, IndexError) as error:
+    for method, fitted in () if trust else controller.fingerprints:
+        differences = host.differences(fitted)
+        if differences:
+            words = "; ".join(differences)
             raise ValueError(
-                f"the {type(law).__name__} at {loop.act} does not fit a state of shape {list(sensed)}: {error}"
-            ) from error
-        if u.shape != (1, 1, *acted):
-            got = list(u.shape[2:])
-            raise ValueError(
-                f"the {type(law).__name__} at {loop.act} gives a control of shape {got}, not {list(acted)}"
+                f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True"
             )
-        for gate in loop.gates:
-            _check_gate(host, gate)
-
-
-def _check_gate(host: Dimensions, gate: Gate) -> None:
-    """Decides once about a zero state."""
-    here = map_tensors(gate, lambda tensor: tensor.detach().cpu().float())
-    kind, shapes = type(gate.condition).__name__, [host.shape(summary.site) for summary in gate.summaries]
-    try:
-        decided, _ = here.decide([torch.zeros(1, *shape) for shape in shapes])
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(
-            f"the {kind} does not fit states of shape {[list(shape) for shape in shapes]}: {error}"
-        ) from error
-    if decided.shape != (1,):
-        raise ValueError(f"the {kind} gives {list(decided.shape)} numbers for one row, not one")
 
 
 def _free_name(host: Host, controller: Controller) -> str:

@@ -55,6 +55,15 @@ def test_suite_fails_a_method_that_breaks_a_promise(device):
         named["check_cache_on_equals_off"](broken)
 
 
+def test_suite_fails_a_pass_whose_laws_see_half_precision(device, monkeypatch):
+    from steerlens.core import stops
+
+    monkeypatch.setattr(stops, "wide_of", lambda x: x.dtype)
+    check = next(check for check in checks() if check.__name__ == "check_dtype_is_kept")
+    with pytest.raises(AssertionError, match=r"laws on a torch\.float16 model saw"):
+        check(Case("caa", HOSTS[0], device=device))
+
+
 def test_a_declared_exception_that_does_not_happen_is_an_error(device, monkeypatch):
     case = Case("caa", HOSTS[0], device=device)
     monkeypatch.setitem(case.declared.exceptions, "check_docstring", "words")

@@ -263,8 +263,7 @@ class Product(sl.Law):
         self.v = v
 
     def act(self, x, now):
-        product = x @ self.v
-        return product[..., None] * self.v, {"product": lambda: product}
+        return (x @ self.v)[..., None] * self.v, {"product": lambda: x @ self.v}
 
 
 def test_laws_compute_in_float32_under_autocast(host, tiny_model):

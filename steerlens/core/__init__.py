@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from steerlens.core.aside import Companion
+from steerlens.core.check import check_loops, check_record
 from steerlens.core.controller import Controller
 from steerlens.core.law import Law, Loop, Setpoint, Signals
 from steerlens.core.now import Now
@@ -36,6 +37,8 @@ __all__ = [
     "Site",
     "SiteSignals",
     "Summary",
+    "check_loops",
+    "check_record",
     "check_where",
     "map_tensors",
     "name_signals",

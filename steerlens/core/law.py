@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from steerlens.core.now import Now
@@ -18,10 +19,34 @@ if TYPE_CHECKING:
 Signals = Mapping[str, Callable[[], Tensor]]
 
 
-def numbered(name: str, taken: dict[str, int]) -> str:
-    """A name, with its count behind it from the second time on: `score`, `score2`. `taken` counts."""
-    taken[name] = count = taken.get(name, 0) + 1
-    return name if count == 1 else f"{name}{count}"
+def legal(name: str) -> bool:
+    """Whether a name can be part of a hook point's: letters, digits and underscores, a letter first."""
+    return name.isascii() and name.isidentifier() and name[0] != "_"
+
+
+def free(name: str, taken: set[str]) -> str:
+    """A name that is not taken: itself, or `name2`, `name3`, ...; it is taken from then on."""
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}{count}"
+    taken.add(found)
+    return found
+
+
+def finite(name: str, value: Any) -> float:
+    """A factor as a float.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite in float32, in which laws compute.
+    """
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+    number = float(value)
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}={number}; give a number that is finite in float32")
+    return number
 
 
 class Setpoint(Part):
@@ -97,21 +122,26 @@ class Loop:
 
     Args:
         law: Computes the control.
-        act: The control is added here.
+        act: The control is added here: a `Site`, its hook name, or a layer for its `resid_post`.
         sense: The state is read here, no later than `act` in the forward pass; default: where it acts.
         where: Token positions: `"last"` (the last real token of a prompt and every token generated after it),
             `"last_prompt"` (that token alone), `"generated"`, `"prompt"`, `"all"`, a slice on absolute positions
             (negative: from the end of the prompt), a boolean mask `[pos]` or `[batch pos]`, or a callable from
             positions `[batch pos]` to such a mask. The names leave position 0 alone, where many models keep an
             activation two orders of magnitude larger than elsewhere; a slice, mask or callable is taken literally.
-        strength: Factor on the control.
-        name: Prefix of the loop's own signals where several loops act at one layer.
+        strength: Factor on the control, no unit; finite.
+        name: Prefix of the loop's own signals if several loops act at one site; letters, digits and underscores. Of
+            loops with the same name the second is called `name2`.
         group: Loops with the same group share what their laws remember, see `Now`.
         gates: Decisions made once for each row of a prompt, which multiply the control; see `when`.
         schedules: Factors on the control over a generation; see `schedule`.
         summary: What the law finds as `now.summary`: the prompt's pooled state, `[batch ...]`.
         tangent: A direction in the space of the parameters. The law finds as `now.tangent` how the unsteered
             state at the acting site changes along it, in the state's shape; see `cold_fd`.
+
+    Raises:
+        TypeError: `law` is not a law (a class of laws is none), or the strength is not a number.
+        ValueError: it would sense after it acts; no such site; an illegal name; a strength that is not finite.
     """
 
     __slots__ = (
@@ -131,8 +161,8 @@ class Loop:
     def __init__(
         self,
         law: Law,
-        act: Site,
-        sense: Site | None = None,
+        act: Site | str | int,
+        sense: Site | str | int | None = None,
         *,
         where: Any = "last",
         strength: float = 1.0,
@@ -143,13 +173,19 @@ class Loop:
         summary: Summary | None = None,
         tangent: Direction | None = None,
     ):
-        if sense is not None and act < sense:
-            raise ValueError(f"a loop cannot sense {sense}, which comes after {act}, where it acts")
+        if not isinstance(law, Law):
+            if isinstance(law, type):
+                raise TypeError(f"a loop needs a law, it got the class {law.__name__}; make one: {law.__name__}(...)")
+            raise TypeError(f"a loop needs a law, it got a {type(law).__name__}; a law is a subclass of steerlens.Law")
         self.law = law
-        self.act = act
-        self.sense = act if sense is None else sense
+        self.act = Site.of(act)
+        self.sense = self.act if sense is None else Site.of(sense)
+        if self.act < self.sense:
+            raise ValueError(f"a loop cannot sense {self.sense}, which comes after {self.act}, where it acts")
+        if not (isinstance(name, str) and legal(name)):
+            raise ValueError(f"name={name!r}; a loop's name has letters, digits and underscores, a letter first")
         self.where = where
-        self.strength = float(strength)
+        self.strength = finite("strength", strength)
         self.name = name
         self.group = group
         self.gates = tuple(gates)
@@ -168,8 +204,8 @@ class Loop:
     @property
     def measured(self) -> list[dict[str, str]]:
         """What each gate's condition reports, and its name here: the second `score` is `score2`."""
-        taken = dict.fromkeys(self.law.signals, 1)
-        return [{name: numbered(name, taken) for name in gate.condition.signals} for gate in self.gates]
+        taken = {"u", "u_norm", "gate", *self.law.signals}
+        return [{name: free(name, taken) for name in gate.condition.signals} for gate in self.gates]
 
     @property
     def summaries(self) -> list[Summary]:

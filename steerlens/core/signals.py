@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steerlens.core.law import Loop, numbered
+from steerlens.core.law import Loop, free
 from steerlens.core.sites import Site
 
 #: Signals of every loop: the control in the model's dtype, and its Euclidean norm over all but batch and position.
@@ -29,13 +29,13 @@ class SiteSignals:
         stem = f"blocks.{site.layer}.hook_steer_" + (f"{run}_" if run else "") + (f"{site.point}_" if crowded else "")
         self.own: list[dict[str, str]] = []
         self.total: dict[str, str] = {}
-        taken: dict[str, int] = {}
+        taken: set[str] = set()
         for loop in loops:
             names = [*COMMON, *loop.signals]
             if len(loops) == 1:
                 self.own.append({name: stem + name for name in names})
                 continue
-            prefix = numbered(loop.name, taken)
+            prefix = free(loop.name, taken)
             self.own.append({name: f"{stem}{prefix}_{name}" for name in names})
             self.total.update({name: stem + name for name in names if name in TOTALS})
 

@@ -19,6 +19,7 @@ class Site:
             the MLP's output matrix (for a gated MLP: activation(gate) * up).
 
     Raises:
+        TypeError: a layer that is not an integer (numpy's are integers, too).
         ValueError: a negative layer, or a point that is not in `POINTS`.
 
     Sites sort in the order of the forward pass.
@@ -32,6 +33,8 @@ class Site:
     def __init__(self, layer: int, point: str = "resid_post"):
         if point not in POINTS:
             raise ValueError(f"no point {point!r}; a point is one of {', '.join(POINTS)}")
+        if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+            raise TypeError(f"layer={layer!r} is a {type(layer).__name__}; a layer is an integer, counted from 0")
         if layer < 0:
             raise ValueError(f"layer {layer} is negative; count blocks from 0")
         self.layer = int(layer)
@@ -39,12 +42,29 @@ class Site:
         self.order = self.layer, POINTS.index(point)
 
     @classmethod
+    def of(cls, place: Site | str | int) -> Site:
+        """A site, also from its hook name, or from a layer: the `resid_post` of that block.
+
+        Raises:
+            TypeError: none of these.
+        """
+        if isinstance(place, Site):
+            return place
+        if isinstance(place, str):
+            return cls.parse(place)
+        if isinstance(place, bool) or not hasattr(place, "__index__"):
+            raise TypeError(
+                f"{place!r} is no site; give Site(layer, point), a hook name as blocks.5.hook_resid_post, or a layer"
+            )
+        return cls(int(place))
+
+    @classmethod
     def parse(cls, name: str) -> Site:
         """The site of a hook name such as `blocks.5.hook_resid_post`."""
         head, _, tail = name.partition(".")
         layer, _, hook = tail.partition(".")
         for point in POINTS:
-            if head == "blocks" and layer.isdigit() and hook == _hook(point):
+            if head == "blocks" and layer.isascii() and layer.isdigit() and hook == _hook(point):
                 return cls(int(layer), point)
         raise ValueError(f"{name!r} names no site; write blocks.<layer>.hook_<point>, as blocks.5.hook_resid_post")
 

@@ -16,13 +16,17 @@ from steerlens import methods
 from steerlens.fit.method import exported
 from steerlens.testing import declarations, promises
 from steerlens.testing.case import Case, discover_hosts, discover_methods, padding, snapshot
+from steerlens.testing.counts import Counts, count_per_token, counts_of_steering
 from steerlens.testing.memory import peak
 from steerlens.testing.promises import check_runs_on_a_server
 
 __all__ = [
     "Case",
+    "Counts",
     "check_runs_on_a_server",
     "checks",
+    "count_per_token",
+    "counts_of_steering",
     "discover_hosts",
     "discover_methods",
     "exceptions",
