@@ -47,8 +47,8 @@ def test_what_a_controller_is_made_of_travels(kind):
 
 def test_what_an_edit_runs_travels():
     pytest.importorskip("nnsight")
-    from steerlens.core.package import Ambassador
     from steerlens.control import gains
+    from steerlens.core.package import Ambassador
     from steerlens.hosts.blocks import context, graph, nominal, readout
     from steerlens.hosts.traced import anatomy, differences, edit, explicit
     from steerlens.steering import _prepare
