@@ -6,18 +6,16 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
-
-from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
-from steerlens.control.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
+from steerlens.control.gains import foresee, gains_for, react
+from steerlens.control.linearization import Linearization, check_plant, check_texts
+from steerlens.control.regulator import SOLVERS, Weights
 from steerlens.control.targets import AIMS, Aim, Targets
-from steerlens.core import Controller, Law, Loop, Site
+from steerlens.core import Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
 from steerlens.hosts import Host
-from steerlens.laws.feedback import Feedback, Preview
 
 
 @method(
@@ -125,45 +123,27 @@ def lqr(
     _check_solver(solver, preview, setpoint)
     weights = Weights(q, r, qf, model.n_layers)
     asked = every_layer(model, layers)
-    plant: Plant
-    if linearization is None:
-        plant = Blocks(model, _nominal_tokens(model, aim.concepts[0], linearize_on))
-    else:
+    if linearization is not None:
         check_plant(model, linearization)
-        plant = linearization
+    tokens = [] if linearization is not None else _nominal_tokens(model, aim.concepts[0], linearize_on)
     targets = aim.targets(model)
     controlled = asked if preview else [t for t in asked if targets.asks(t)]
     _check_directions(asked, controlled, targets)
-    features = [target.basis for target in targets.setpoints]
+    bases = [target.basis for target in targets.setpoints]
+    keep = "matrices" if full_gain else "factors" if preview else "rows"
+    gains = gains_for(
+        model, tokens, solver, weights, controlled, bases, linearization=linearization, keep=keep, progress=progress
+    )
     loops = []
-    for t, gain in solve(solver, plant, weights, controlled, features, device=model.device, progress=progress):
-        law = _foresee(t, gain, plant, targets) if preview else _react(t, gain, targets, full_gain)
+    for t in sorted(gains.rows):
+        law = foresee(t, gains, targets) if preview else react(t, gains, targets)
         loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
-        del gain  # before the next one is computed
     found = {
         "controller": SOLVERS[solver] + (" with preview" if preview else ""),
-        "linearized_on": plant.n_texts,
+        "linearized_on": gains.n_texts,
         "mu": targets.mu[:-1].squeeze(-1).tolist(),
     }
-    return Controller(sorted(loops, key=lambda loop: loop.act), found)
-
-
-def _react(t: int, gain: Gain, targets: Targets, full_gain: bool) -> Law:
-    """Feedback on the present layer's error."""
-    setpoint = targets.setpoints[t]
-    rows = gain.rows(setpoint.basis).to(setpoint.basis).cpu()
-    return Feedback(setpoint, rows, matrix=gain.matrix().to(setpoint.basis).cpu() if full_gain else None)
-
-
-def _foresee(t: int, gain: Gain, plant: Plant, targets: Targets) -> Law:
-    """Feedback on the later layers' errors, as the linear model predicts them without further control."""
-    assert isinstance(gain, FactoredGain)
-    path = plant.states.to(gain.inputs)
-    goals = [targets.levels(s)[i].to(path) - targets.setpoints[s].basis[i].to(path) @ path[s] for s, i in gain.features]
-    ahead = torch.stack(goals) + gain.inputs @ path[t]
-    setpoint = targets.setpoints[t]
-    like = setpoint.basis
-    return Preview(setpoint, *(part.to(like).cpu().contiguous() for part in (gain.inputs, ahead, gain.outputs)))
+    return Controller(loops, found)
 
 
 def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text]) -> list[list[int]]:
@@ -173,8 +153,11 @@ def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text])
             raise ValueError(f"linearize_on={linearize_on}; at least one text is needed")
         side = data[:linearize_on].sides(host)[0]
         # up to the token that is read, where a single one is
-        return [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
-    return [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
+        tokens = [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
+    else:
+        tokens = [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
+    check_texts(tokens)
+    return tokens
 
 
 def _last_read(weights: Sequence[float]) -> int:
