@@ -213,7 +213,7 @@ def test_bad_input_is_told(case, prompts):
         sl.gate(case.model, prompts, pool="max")
     with pytest.raises(ValueError, match="no layer 99"):
         sl.gate(case.model, prompts, gate_layers=99)
-    with pytest.raises(ValueError, match="no difference at any layer"):
+    with pytest.raises(ValueError, match="identical activations at every layer"):
         sl.gate(case.model, sl.Pairs(OPEN, OPEN))
     wrong = sl.Gate(sl.Side(torch.ones(5), torch.tensor(0.0)), [sl.Summary(sl.Site(0))])
     with pytest.raises(ValueError, match="the Side does not fit states of shape"):
@@ -361,7 +361,7 @@ def test_bad_input_of_the_methods_is_told(device):
         ({"pool": "max"}, "pool='max'"),
         ({"layers": 99}, "no layer 99"),
         ({"condition": sl.Pairs(OPEN, CLOSED[:2])}, "cast's condition needs pairs"),
-        ({"condition": sl.Pairs(OPEN, OPEN)}, "no difference"),
+        ({"condition": sl.Pairs(OPEN, OPEN)}, "identical activations"),
     ):
         with pytest.raises(ValueError, match=words):
             case.fit(**options)
