@@ -20,6 +20,7 @@ from steerlens.flow.fields import Field
 from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
+from steerlens.hosts.roles import roles
 from steerlens.laws.conditions import Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
@@ -77,6 +78,7 @@ __all__ = [
     "prompt",
     "rank_features",
     "remote",
+    "roles",
     "schedule",
     "separation",
     "shipped",

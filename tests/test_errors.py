@@ -166,17 +166,6 @@ def test_unsupported_models():
         sl.steer(torch.nn.Linear(2, 2), controller(sl.Site(0)))
 
 
-def test_unsupported_family():
-    nnsight = pytest.importorskip("nnsight")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPTNeoXConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
-    )
-    model = nnsight.NNsight(transformers.GPTNeoXForCausalLM(config))
-    with pytest.raises(TypeError, match="GPTNeoXLayer has no layout that steerlens knows; it looks for"):
-        sl.steer(model, controller(sl.Site(0)))
-
-
 def test_unknown_keywords(model):
     with pytest.raises(TypeError, match="unexpected keyword argument 'layer_idx'"):
         sl.caa(model, PAIRS, layer_idx=3)
@@ -203,9 +192,9 @@ def test_a_text_too_short_to_linearise_on(model):
 
 def test_texts_without_a_difference(host, tiny_model):
     same = sl.Pairs([[1, 2, 3]], [[1, 2, 3]])
-    with pytest.raises(ValueError, match="no difference"):
+    with pytest.raises(ValueError, match="identical activations"):
         sl.caa(tiny_model(host), same)
-    with pytest.raises(ValueError, match="no difference at any layer"):
+    with pytest.raises(ValueError, match="identical activations at every layer"):
         sl.lqr(tiny_model(host), same, progress=False)
 
 
@@ -245,20 +234,6 @@ def test_a_users_own_law_is_loaded_only_when_it_is_named(tmp_path):
     with pytest.raises(ValueError, match="pass your own classes as laws="):
         sl.Controller.load(path)
     assert sl.Controller.load(path, laws=[Foreign]).loops[0].law.size == 2.0
-
-
-def test_a_file_of_another_format_is_told(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    path = tmp_path / "controller.safetensors"
-    controller(sl.Site(1)).save(path)
-    with safe_open(path, "pt") as file:
-        header, tensors = file.metadata()["steerlens"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert '"format": 2' in header
-    save_file(tensors, path, metadata={"steerlens": header.replace('"format": 2', '"format": 1')})
-    with pytest.raises(ValueError, match="has format 1, this version of steerlens reads format 2"):
-        sl.Controller.load(path)
 
 
 def test_a_callable_where_cannot_be_saved(tmp_path):
@@ -335,12 +310,12 @@ class TestControl:
 
     def test_a_layer_without_direction_is_told(self, host, tiny_model):
         same = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])  # one last token
-        words = r"no difference at layers \[0\] \(at layer 0 whenever all end in the same token\): they are not"
+        words = r"identical activations at layers \[0\] \(at layer 0 whenever all texts end in the same token\): these"
         with pytest.warns(UserWarning, match=words):
             assert sl.lqr(tiny_model(host), same, progress=False).layers == [1, 2, 3]
         with pytest.warns(UserWarning, match=words):
             assert sl.lqr(tiny_model(host), same, layers=[0, 2], progress=False).layers == [2]
-        with pytest.raises(ValueError, match="the texts give no difference at any layer"):
+        with pytest.raises(ValueError, match="identical activations at every layer"):
             sl.lqr(tiny_model(host), same, layers=0, progress=False)
 
     def test_a_model_whose_weights_are_not_finite(self, host):

@@ -9,7 +9,8 @@ import steerlens as sl
 from steerlens.core import Now
 from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
-from steerlens.methods.sadi import Scale, top_k
+from steerlens.laws.scaling import Scale
+from steerlens.methods.sadi import top_k
 from steerlens.testing import Case, padding
 
 IDS = torch.tensor([[3, 17, 25, 29, 41, 22, 9]])
@@ -217,7 +218,7 @@ def test_bad_arguments_are_told_before_the_model_runs(case):
     ):
         with pytest.raises(ValueError, match=words):
             case.fit(**options)
-    with pytest.raises(ValueError, match="no difference at any z"):
+    with pytest.raises(ValueError, match="identical activations at every z"):
         sl.sadi(case.model, sl.Pairs([[1, 2, 3]], [[1, 2, 3]]))
 
 
