@@ -57,17 +57,17 @@ def lqr(
 
     Three solvers, which are three controllers:
 
-    - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text. Beside
-      the model and what is kept it holds S, A_t and 2 d^2 floats (8 MB in narrow models) for the gradients, then S,
-      A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and
+    - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text. In
+      addition to the model and what is kept it holds S, A_t and 2 d^2 floats (8 MB in narrow models) for the gradients,
+      then S, A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and
       layers, and twice the bytes for a float64 model. `full_gain` keeps d^2 a layer on the CPU.
     - `"output"`, output-weighted LQR: the cost weighs the features alone, `Q_t = q v_t v_t'`, over the rows v of the
-      setpoint's basis. Exact; T(T+1)/2 gradients a text, no [d d] matrix. Its control is weaker in early layers. With
-      `preview` it answers the errors that the later layers are predicted to have,
-      `u_t = sum_s p_{t,s} (beta_s - <v_s, x_s predicted>)`, s > t, instead of the present layer's: the optimum for a
-      plant that is linear around the nominal texts, at every layer, also where the present one has no direction.
-    - `"scalar"`, an approximation of A-LQR: S is taken for a multiple of the identity, as if every A_t were orthogonal,
-      `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model its gains are 10 to 70 % off.
+      setpoint's basis. Exact; T(T+1)/2 gradients for each text, no [d d] matrix. Its control is weaker in early layers.
+      With `preview` it answers the errors that the later layers are predicted to have, instead of the present
+      layer's: `u_t = sum_s p_{t,s} (beta_s - <v_s, x_s predicted>)`, s > t. That is the optimum for a plant that is
+      linear around the nominal texts, at every layer, also at a layer that has no direction of its own.
+    - `"scalar"`, an approximation of A-LQR: S is approximated by a multiple of the identity, as if every A_t were
+      orthogonal, `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model its gains are 10 to 70 % off.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -92,7 +92,7 @@ def lqr(
         where: Token positions, see `Loop`. `"last"` is A-LQR; A-LQR+ steers all of them: `"all"`, or
             `slice(0, None)` with position 0, as in the authors' code.
         linearize_on: Texts whose last token the Jacobians are taken at, or how many of the positive texts to take
-            (fewer where there are fewer). What is averaged over them is the Jacobian of each block, for every solver;
+            (all, if there are fewer). What is averaged over them is the Jacobian of each block, for every solver;
             gradients through several blocks are products of the averages.
         linearization: Jacobians from `linearize`, used instead of `linearize_on`: a sweep over weights, setpoints and
             levels then costs seconds.
@@ -100,8 +100,8 @@ def lqr(
         progress: Show a progress bar over the layers.
 
     Returns:
-        One loop per layer, but none where all texts have the same activation: that is so at layer 0, which sees the
-        token itself, whenever all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
+        One loop per layer, but none at a layer at which both sides have identical activations, such as layer 0 if
+        all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
         the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units (`projection_0`, `projection_1`
         and so on for several concepts); `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the
         norm of the errors ahead; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
@@ -109,10 +109,10 @@ def lqr(
     Raises:
         TypeError: data that is not `Pairs`.
         ValueError: weights that are not positive or not one for each layer, a text of one token to linearise on, an
-            unknown word, texts that give no difference at any layer, a linearization of another model.
+            unknown option, sides with identical activations at every layer, a linearization of another model.
 
     Warns:
-        UserWarning: texts that give no difference at some layers; it names them.
+        UserWarning: sides with identical activations at some layers; it names them.
 
     Source: arXiv 2604.19018. Differences from the authors' code: exact Jacobians of one token against its KV cache
     instead of the whole sequence (equal, an order of magnitude faster); S symmetric to the last bit and streamed
@@ -173,8 +173,11 @@ def _check_solver(solver: str, preview: bool, setpoint: str) -> None:
 
 def _check_directions(expected: Collection[int], controlled: Collection[int], targets: Targets) -> None:
     if not targets.mu.any() or not controlled:
-        raise ValueError("the texts give no difference at any layer; are both sides the same?")
+        raise ValueError("both sides have identical activations at every layer; are the texts the same?")
     zero = [t for t in expected if not targets.asks(t)]
     if zero:
-        same = " (at layer 0 whenever all end in the same token)" if zero[0] == 0 else ""
-        warnings.warn(f"the texts give no difference at layers {zero}{same}: they are not controlled", stacklevel=3)
+        same = " (at layer 0 whenever all texts end in the same token)" if zero[0] == 0 else ""
+        warnings.warn(
+            f"both sides have identical activations at layers {zero}{same}: these layers are not controlled",
+            stacklevel=4,
+        )

@@ -60,7 +60,7 @@ def track(
         layers: Where to act; default all.
         strength: Factor on the control, no unit: 0 is off, and only 1 is the regulator's control.
         where: Token positions, see `Loop`; the paper steers the last token of a prompt. Every selected token is held on
-            the same path, so a whole generation is told to repeat one token.
+            the same path, so that a whole generation is pushed to repeat one token.
         linearize_on: Take at most this many texts.
         linearization: From `linearize`, instead of the texts: its states are the path.
         progress: Show a progress bar over the layers.
@@ -71,7 +71,7 @@ def track(
     Raises:
         TypeError: a path that is not a tensor.
         ValueError: weights that are not positive or not one for each layer, a text of one token, a path of another
-            length or width, or not finite, `"output"` without `Pairs` or with texts that give no difference, a
+            length or width, or not finite, `"output"` without `Pairs` or with identical activations on both sides, a
             linearization of another model.
 
     Source: arXiv 2604.19018, tracking of a trajectory. Differences from the authors' code: works with a KV cache and on
@@ -95,7 +95,7 @@ def track(
         aim = Aim(data, setpoint="level", level=1.0, origin="zero", angle_rad=None, combine="joint")
         features = [target.basis for target in aim.targets(model).setpoints]
         if not any(bool(rows.any()) for rows in features):
-            raise ValueError("the texts give no difference at any layer; are both sides the same?")
+            raise ValueError("both sides have identical activations at every layer; are the texts the same?")
     keep = "factors" if solver == "output" else "matrices"
     gains = gains_for(
         model, tokens, solver, weights, controlled, features, linearization=linearization, keep=keep, progress=progress
