@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,29 @@ class Pairs:
 
     @classmethod
     def from_jsonl(
-        cls, path: str | Path, *, positive: str = "positive", negative: str = "negative", **options: Any
+        cls,
+        path: str | Path,
+        *,
+        positive: str = "positive",
+        negative: str = "negative",
+        prompt: str | None = None,
+        read: str | int = "last",
+        prepend_bos: bool | None = None,
     ) -> Pairs:
-        """Pairs from a file of JSON lines, one object a pair; `positive` and `negative` name its fields."""
+        """Pairs from a file of JSON lines, one object a pair.
+
+        Args:
+            path: The file.
+            positive, negative: Names of the fields that hold the two texts.
+            prompt: Name of the field with the prompt that both texts complete; None: they are whole texts.
+            read: As in `Pairs`.
+            prepend_bos: As in `Pairs`.
+        """
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        return cls([row[positive] for row in rows], [row[negative] for row in rows], **options)
+        sides = [
+            [row[side] if prompt is None else (row[prompt], row[side]) for row in rows] for side in (positive, negative)
+        ]
+        return cls(sides[0], sides[1], read=read, prepend_bos=prepend_bos)
 
     def __len__(self) -> int:
         return min(len(self.positive), len(self.negative))
@@ -100,20 +117,6 @@ class Pairs:
         """A hash of the texts and of how they are read, for a controller's recipe."""
         plain = json.dumps([_plain(self.positive), _plain(self.negative), self.read, self.prepend_bos], sort_keys=True)
         return hashlib.sha256(plain.encode()).hexdigest()[:16]
-
-
-def shipped(name: str, **options: Any) -> Pairs:
-    """Contrast pairs that come with steerlens, written for it and free to use: `shipped("sentiment")`.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    folder = resources.files("steerlens") / "data"
-    known = sorted(entry.name.removesuffix(".jsonl") for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
-    if name not in known:
-        raise ValueError(f"no shipped pairs {name!r}; there are {', '.join(known)}")
-    with resources.as_file(folder / f"{name}.jsonl") as path:
-        return Pairs.from_jsonl(path, **options)
 
 
 def tokenize(text: Text, host: Host, prepend_bos: bool | None = None, *, split: bool = False) -> tuple[list[int], int]:
