@@ -33,7 +33,7 @@ class Pairs:
         positive: Texts with the behaviour. Each is a string, a `(prompt, completion)` tuple, a list of chat messages
             (`{"role": ..., "content": ...}`, put through the tokenizer's chat template), or token ids. Prompt and
             completion are two strings or two lists of token ids.
-        negative: Texts without it; as many as positives where a method needs pairs.
+        negative: Texts without it; as many as positives if a method needs pairs.
         read: Which activation of a text to take: `"last"` (its last token), `"mean"` (the mean over its tokens, the
             first excluded, which carries an attention sink), `"completion"` (the mean over the completion's tokens), or
             an index into the text's tokens, negative from its end.
@@ -120,11 +120,11 @@ class Pairs:
 
 
 def tokenize(text: Text, host: Host, prepend_bos: bool | None = None, *, split: bool = False) -> tuple[list[int], int]:
-    """Token ids of one text, and how many of them belong to its prompt (all, where there is no completion).
+    """Token ids of one text, and how many of them belong to its prompt (all, if there is no completion).
 
     Raises:
-        ValueError: with `split`, a chat whose template writes the messages before the answer in another way once the
-            answer is there, so that no token is known to begin it.
+        ValueError: with `split`, a chat whose template writes the messages before the answer differently once the
+            answer is there, so that it is not known which token begins the answer.
     """
     tokenizer = host.tokenizer
     if isinstance(text, str):
