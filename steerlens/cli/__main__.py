@@ -17,7 +17,7 @@ def demo(
     tokens: int = typer.Option(20, help="Tokens to generate for each prompt."),
     picture: Path = typer.Option(Path("steerlens-demo.html"), help="Where to write the figure."),  # noqa: B008
 ) -> None:
-    """Steer a real model in closed loop, beside its unsteered text."""
+    """Steer a real model with CAA and A-LQR at one budget: texts, counts over twenty prompts, a figure."""
     from rich.console import Console
 
     from steerlens.cli.demo import run_demo

@@ -69,8 +69,11 @@ def compare_command(
     start = time.monotonic()
     found = _resumable(run, path)
     minutes = (time.monotonic() - start) / 60
-    options = {"concept": concept, "budget": budget, "where": where, "seeds": seeds, "seed": seed, "model": model}
-    command = "steerlens compare " + shlex.join(f"--{name}={value}" for name, value in options.items())
+    options: dict[str, Any] = {"pairs": pairs} if pairs else {"concept": concept}
+    options |= {"budget": budget, "where": where, "seeds": seeds, "seed": seed, "model": model}
+    options |= {"count": count} if count else {}
+    chosen = [f"--method={name}" for name in methods] if list(methods) != list(METHODS) else []
+    command = "steerlens compare " + shlex.join([*chosen, *(f"--{name}={value}" for name, value in options.items())])
     page = f"{found.card()}\n- `{command}`, {minutes:.0f} min"
     if write is not None:
         write_between(write, page)
