@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.blocks.nominal import Nominal
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.dimensions import Dimensions
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Host(Dimensions):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the first block's weights."""
+        raise NotImplementedError
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
         raise NotImplementedError
 
     @property
@@ -150,14 +156,17 @@ class Host(Dimensions):
         self.check(sites)
         longest_first = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
         rows: dict[int, list[Tensor]] = {}
+        call: tuple[Tensor, Tensor, Tensor | None]
         for start in range(0, len(tokens), batch):
             chosen = longest_first[start : start + batch]
             given = [tokens[row] for row in chosen]
             if weights is None:
                 ids, mask, _ = pad(given, [[0.0] * len(text) for text in given], self.device)
-                read = self._read(ids, mask, None, sorted(sites))
+                call = ids, mask, None
             else:
-                read = self._read(*pad(given, [weights[row] for row in chosen], self.device), sorted(sites))
+                call = pad(given, [weights[row] for row in chosen], self.device)
+            with turn_of(self.block):
+                read = self._read(*call, sorted(sites))
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
         return [rows[row] for row in range(len(tokens))]
@@ -211,7 +220,8 @@ class Host(Dimensions):
         self.check(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
-        found = self._gradients(ids, mask, pooled, ordered, loss)
+        with turn_of(self.block):
+            found = self._gradients(ids, mask, pooled, ordered, loss)
         return {
             site: gradient.reshape(len(ids), *self.shape(site)).cpu()
             for site, gradient in zip(ordered, found, strict=True)

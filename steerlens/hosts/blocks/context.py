@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from threading import get_ident
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class FixedContext(TorchFunctionMode):
     tensor is made, so that the result is the same whatever a family's attention does.
     """
 
-    _active: FixedContext | None = None
+    #: By thread, as torch keeps its function modes.
+    _active: ClassVar[dict[int, FixedContext]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,17 +39,17 @@ class FixedContext(TorchFunctionMode):
         self._held: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def __enter__(self) -> FixedContext:
-        FixedContext._active = self
+        FixedContext._active[get_ident()] = self
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        FixedContext._active = None
+        FixedContext._active.pop(get_ident(), None)
         super().__exit__(*exception)
 
     @staticmethod
     def join(past: Tensor, new: Tensor, dim: int) -> Tensor:
         """The context's and the token's keys, or values, along a dimension; without a graph while a mode is active."""
-        active = FixedContext._active
+        active = FixedContext._active.get(get_ident())
         past = past.expand(*(new.shape[i] if i == 0 else size for i, size in enumerate(past.shape)))
         if active is None:
             return torch.cat([past, new], dim)

@@ -18,6 +18,7 @@ from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather, require_whole
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
 
@@ -210,7 +211,7 @@ class HookedHost(LensHost):
 
         hf.require_context(tokens)
         ids = torch.as_tensor(tokens, device=self.device)[None]
-        with torch.inference_mode(False), torch.no_grad():
+        with turn_of(self.block), torch.inference_mode(False), torch.no_grad():
             cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1)
             for entry in cache.entries:  # cfg.dtype is not the weights' after model.to(dtype)
                 entry.past_keys, entry.past_values = (

@@ -68,6 +68,11 @@ class TracedHost(Anatomy, Host):
         apart, limits = [self.tap(site) for site in run.aside.apart], Limits(payload_limit, timeout_s)
         return TracedAttachment(self.model, self.base, self.entry, self.taps(run), apart, run, limits)
 
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+        return self.layers[0]._module
+
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
         self.need_weights("linearising the blocks")
