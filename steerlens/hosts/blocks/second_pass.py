@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +16,9 @@ from steerlens.core import Companion, Direction, Site
 from steerlens.hosts.blocks.attention import PlainAttention, forward_mode_lock
 from steerlens.hosts.blocks.graph import watch
 
-#: A module, whether the state is its `"input"` or its `"output"`, and into how many heads it is to be split (0: none).
-Spot = tuple[nn.Module, str, int]
+#: A module, whether the state is its `"input"` or its `"output"`, into how many heads it is to be split (0: none), and
+#: by what it is to be multiplied.
+Spot = tuple[nn.Module, str, int, float]
 
 
 class BaseCompanion(Companion):
@@ -28,7 +30,7 @@ class BaseCompanion(Companion):
         spots: Where each site's state is.
         args, kwargs: Of the call; a KV cache among them is neither read nor written.
         past: Number of tokens that it holds.
-        kept: What earlier calls of the same attachment left: by direction the KV caches of its own.
+        kept: What earlier passes of the sequence left: by direction the KV caches of its own.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class BaseCompanion(Companion):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         past: int,
-        kept: dict[int, Any],
+        kept: dict[Any, Any],
     ):
         self.base = base
         self.aside = aside
@@ -53,7 +55,7 @@ class BaseCompanion(Companion):
         """The unsteered states of a prompt."""
         require_whole(self.past)
         with self.aside(), torch.no_grad():
-            return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False))
+            return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False), self._rows)
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Forward-mode derivatives, or central differences where the direction carries a step.
@@ -62,13 +64,13 @@ class BaseCompanion(Companion):
         """
         key = id(direction.values[0])
         if self.past == 0:
-            self.kept[key] = [_Kept(), _Kept()]
-        elif self.kept.get(key) is None or self.kept[key][0].length != self.past:
+            self.kept[key] = Tracks()
+        elif self.kept.get(key) is None or self.kept[key].length != self.past:
             raise RuntimeError(
                 f"the tangents of {self.past} earlier tokens are not known: they went through the model before it was "
                 "steered, or at positions that `where` leaves out; begin with an empty KV cache"
             )
-        tracks = self.kept[key]
+        tracks = self.kept[key].sides
         with self.aside(), torch.inference_mode(False), torch.no_grad(), PlainAttention():
             along = self._along(direction)
             if not direction.step:
@@ -96,10 +98,23 @@ class BaseCompanion(Companion):
             for name, value in zip(direction.names, direction.values, strict=True)
         ]
 
+    @property
+    def _rows(self) -> int:
+        given = next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
+        return given.shape[0]
+
     def _own(self) -> dict[str, Any]:
         """The call's keyword arguments but for what a pass of its own settles by itself."""
         settled = ("past_key_values", "use_cache", "return_dict")
-        return {name: value for name, value in self.kwargs.items() if name not in settled}
+        return {name: self._short(value) for name, value in self.kwargs.items() if name not in settled}
+
+    def _short(self, value: Any) -> Any:
+        """A mask for a static cache, whose keys are as many as fit into it, as one for the tokens that there are."""
+        if isinstance(value, dict):
+            return {name: self._short(entry) for name, entry in value.items()}
+        if isinstance(value, Tensor) and value.ndim == 4:
+            return value[..., : self.past + value.shape[2]]
+        return value
 
     def _run(self, sites: Sequence[Site], changed: dict[str, Tensor], track: _Kept | None) -> dict[Site, Tensor]:
         """States with other parameters."""
@@ -107,10 +122,40 @@ class BaseCompanion(Companion):
         kwargs["use_cache"] = track is not None
         if track is not None:
             kwargs["past_key_values"] = track.cache(self.base)
-        found = gather(self.spots(sites), lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False))
+        found = gather(
+            self.spots(sites),
+            lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False),
+            self._rows,
+        )
         if track is not None:
             track.keep()
         return found
+
+
+class Tracks:
+    """What a sequence keeps for its tangents: a KV cache with other parameters, or two, on both sides of a step."""
+
+    def __init__(self) -> None:
+        self.sides = [_Kept(), _Kept()]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in it."""
+        return self.sides[0].length
+
+    def rows(self, index: Tensor) -> None:
+        """Take other rows, `[new batch]`."""
+        for side in self.sides:
+            side.rows(index)
+
+    def cut(self, column: int) -> None:
+        """Forget the columns from this one on."""
+        for side in self.sides:
+            side.cut(column)
+
+    def fork(self) -> Tracks:
+        """A copy that goes on by itself."""
+        return copy.deepcopy(self)
 
 
 class _Kept:
@@ -133,6 +178,28 @@ class _Kept:
                 if tangent is not None:
                     setattr(layer, name, forward_ad.make_dual(getattr(layer, name), tangent))
         return self._cache
+
+    def rows(self, index: Tensor) -> None:
+        """See `Tracks`."""
+        if self._cache is not None:
+            self._cache.batch_select_indices(index)
+            self._tangents = [
+                [None if side is None else side[index.to(side.device)] for side in layer] for layer in self._tangents
+            ]
+
+    def cut(self, column: int) -> None:
+        """See `Tracks`."""
+        excess = self.length - column
+        if excess <= 0:
+            return
+        if column == 0:
+            self.length, self._cache, self._tangents = 0, None, []
+            return
+        self._cache.crop(-excess)
+        self.length = column
+        self._tangents = [
+            [None if side is None else side[..., :-excess, :] for side in layer] for layer in self._tangents
+        ]
 
     def keep(self) -> None:
         """Take the tangents out of the cache after a pass."""
@@ -165,20 +232,22 @@ class _EnoughError(Exception):
     """Every state is there."""
 
 
-def gather(spots: dict[Site, Spot], forward: Callable[[], Any]) -> dict[Site, Tensor]:
-    """States at some spots of a forward pass, which ends at the last of them."""
+def gather(spots: dict[Site, Spot], forward: Callable[[], Any], rows: int = 1) -> dict[Site, Tensor]:
+    """States at some spots of a forward pass of `rows` texts, which ends at the last of them."""
     found: dict[Site, Tensor] = {}
 
-    def note(site: Site, heads: int, value: Tensor) -> None:
+    def note(site: Site, heads: int, scale: float, value: Tensor) -> None:
         # TransformerBridge shows heads split in some families and in one piece in others
-        found[site] = value.unflatten(-1, (heads, -1)) if heads and value.ndim == 3 else value
+        value = value.unflatten(-1, (heads, -1)) if heads and value.ndim == 3 else value
+        value = value if value.ndim > 2 else value.unflatten(0, (rows, -1))
+        found[site] = value if scale == 1 else value * scale
         if len(found) == len(spots):
             raise _EnoughError
 
     handles = []
     try:
-        for site, (module, side, heads) in spots.items():
-            handles.append(watch((module, side), partial(note, site, heads)))
+        for site, (module, side, heads, scale) in spots.items():
+            handles.append(watch((module, side), partial(note, site, heads, scale)))
         forward()
     except _EnoughError:
         pass

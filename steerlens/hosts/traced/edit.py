@@ -19,10 +19,11 @@ from steerlens.hosts.traced.walk import Walk, alone
 class Tap:
     """One location that the edit visits.
 
-    No location is a block's own input: in a server's sandbox a location's whole value goes to another process and back,
-    and a block's arguments hold the KV cache, of which a copy would come back. The input of the block's first norm is
-    the same state. A write to it reaches attention only, so a control at `resid_pre` is added once more to what
-    attention puts out (`ENTER`, then `CARRY`); one at `resid_mid` is added there too (`BEFORE`, then `MID`).
+    On a server no location is a block's own input: in its sandbox a location's whole value goes to another process and
+    back, and a block's arguments hold the KV cache, of which a copy would come back. What the block before puts out is
+    the same state. Before the first block it is the input of its first norm: a write to that reaches attention only, so
+    the control is added once more to what attention puts out (`ENTER`, then `CARRY`). One at `resid_mid` is added to
+    what attention puts out, everywhere (`BEFORE`, then `MID`).
 
     Args:
         envoy: The module.
@@ -31,10 +32,12 @@ class Tap:
         role: What to do there, one of the five below.
         steers: The site of the pass that it serves; None where it serves another tap.
         heads: Number of heads into which the last dimension is split, 0 for none.
+        scale: Factor between what the location holds and the state.
 
     Attributes:
         plain: A visit concerns this location only.
         location: Its name in nnsight.
+        rows: Of the batch, for modules that are given batch and position as one dimension.
         then: The next tap, where that only senses what this one leaves: a block's input after the output of the block
             before. `way` holds the modules that the state goes through in between: block, block and norm.
     """
@@ -42,7 +45,16 @@ class Tap:
     # in the order in which taps at one location are visited
     PLAIN, ENTER, BEFORE, MID, CARRY = range(5)
 
-    def __init__(self, envoy: Any, side: str, read: Site, role: int, steers: Site | None = None, heads: int = 0):
+    def __init__(
+        self,
+        envoy: Any,
+        side: str,
+        read: Site,
+        role: int,
+        steers: Site | None = None,
+        heads: int = 0,
+        scale: float = 1.0,
+    ):
         self.envoy = envoy
         self.side = side
         self.read = read
@@ -50,6 +62,8 @@ class Tap:
         self.plain = role == Tap.PLAIN
         self.steers = steers
         self.heads = heads
+        self.scale = scale
+        self.rows = 1
         self.location = f"{envoy.path}.{side}"
         self.then: Tap | None = None
         self.way: tuple[Any, Any, Any] | None = None
@@ -63,11 +77,19 @@ class Tap:
         """What the location holds: a module's output, or its arguments, positional and by keyword."""
         return self.envoy.inputs if self.side == "input" else self.envoy.output
 
-    def state(self, raw: Any) -> Tensor:
-        """The state in what the location holds, heads split."""
+    def held(self, raw: Any) -> Tensor:
+        """The tensor in what the location holds."""
         if self.side == "input":
             raw = first_input(*raw)
-        x = raw if isinstance(raw, torch.Tensor) else raw[0]
+        return raw if isinstance(raw, torch.Tensor) else raw[0]
+
+    def state(self, raw: Any) -> Tensor:
+        """The state in what the location holds, heads split."""
+        x = self.held(raw)
+        if self.scale != 1:
+            x = x * self.scale
+        if x.ndim == 2:
+            x = x.unflatten(0, (self.rows, -1))
         return x.unflatten(-1, (self.heads, -1)) if self.heads else x
 
     def value(self) -> Tensor:
@@ -77,9 +99,16 @@ class Tap:
     def replaced(self, raw: Any, value: Tensor) -> Any:
         """What the location would hold with another state."""
         value = value.flatten(-2) if self.heads else value
+        held = self.held(raw)
+        if self.scale != 1:  # in this order, so that no control changes no bit
+            value = held + ((value - self.state(raw)) / self.scale).view_as(held)
+        elif held.ndim == 2:
+            value = value.reshape(held.shape)
         if self.side == "input":
             return replace_first_input(*raw, value)
-        return value if isinstance(raw, torch.Tensor) else (value, *raw[1:])
+        if isinstance(raw, torch.Tensor):
+            return value
+        return [value, *raw[1:]] if isinstance(raw, list) else (value, *raw[1:])
 
     def write(self, raw: Any) -> None:
         """Replace what the location holds."""
@@ -90,6 +119,7 @@ class Tap:
 
     def change(self, run: Pass, raw: Any) -> tuple[Any, Tensor]:
         """What a plain tap makes of what its location holds, and the state that it leaves there."""
+        self.rows = run.positions.batch
         x = self.state(raw)
         steered = run.at(self.steers, x)  # type: ignore[arg-type]
         return (raw if steered is x else self.replaced(raw, steered)), steered
@@ -110,6 +140,7 @@ class Tap:
             if changed is not raw:
                 self.write(changed)
             return
+        self.rows = run.positions.batch
         x = self.state(raw)
         if self.role == Tap.BEFORE:
             kept["before"] = x
@@ -156,10 +187,31 @@ class StoodDown:
 
 def spots_of(taps: list[Tap]) -> dict[Site, Any]:
     """Where the states of taps are among the modules."""
-    return {tap.read: (tap.envoy._module, tap.side, tap.heads) for tap in taps}
+    return {tap.read: (tap.envoy._module, tap.side, tap.heads, tap.scale) for tap in taps}
 
 
-def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[int, Tensor]) -> None:
+class Passes:
+    """How the passes of a trace or a generation follow each other, as far as their shapes tell: on a server.
+
+    The first pass brings the whole prompt, each later one continues the sequence.
+    """
+
+    def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
+        """Begin a pass of a run; `call` as `call_shape` gives it."""
+        run.begin(
+            call["shape"],
+            past=int(call["past"]),
+            mask=call["mask"],
+            device=call["device"],
+            sequence=run.sequence if step else None,
+            end=run.positions.end if step else None,
+            **options,
+        )
+
+
+def follow(
+    base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[int, Tensor], passes: Passes
+) -> None:
     """The body of the edit: visit the taps in every forward pass of one trace or generation.
 
     Args:
@@ -167,8 +219,8 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
         first: None where the weights are here. On a server, where reading `base`'s arguments would send the KV cache to
             the sandbox and back at every token, the first norm of the first block: its input tells the shape.
         apart: Where the states are that a companion is asked for.
+        passes: Begins each pass.
     """
-    kept_apart: dict[int, Any] = {}
     for step in Iterations()[:]:
         try:
             whole = step == 0 or first is None or run.aside.differentiates
@@ -180,17 +232,8 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
             return  # the generation is over: the loop asked for a pass that never came
         companion = None
         if apart and inputs is not None and not _weightless(base._module):
-            args, kwargs = inputs
-            companion = BaseCompanion(
-                base._module,
-                lambda: StoodDown(base),
-                lambda sites: spots_of([tap for tap in apart if tap.read in sites]),
-                args,
-                kwargs,
-                call["past"],
-                kept_apart,
-            )
-        run.begin(**call, continues=step > 0, companion=companion, alone=not apart or only_run(base))
+            companion = beside(base, apart, inputs, call)
+        passes.begin(run, call, step, companion=companion, alone=not apart or only_run(base))
         carried.clear()
         kept: dict[str, Tensor] = {}
         # on a server this is inside the visit of `first`, where no walk can begin; the wire costs more than it saves
@@ -202,6 +245,20 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
             else:
                 taps[index].visit(run, kept, carried)
                 index += 1
+
+
+def beside(base: Any, apart: list[Tap], inputs: Any, call: dict[str, Any]) -> Any:
+    """What makes a companion of a pass from what its sequence keeps for one."""
+    args, kwargs = inputs
+    return lambda kept: BaseCompanion(
+        base._module,
+        lambda: StoodDown(base),
+        lambda sites: spots_of([tap for tap in apart if tap.read in sites]),
+        args,
+        kwargs,
+        int(call["past"]),
+        kept,
+    )
 
 
 def only_run(base: Any) -> bool:
@@ -224,4 +281,11 @@ def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:
     seen = run.positions.seen
     # without a KV cache each pass repeats the sequence and adds a token
     past = 0 if x.shape[1] == seen + 1 else seen
-    return {"shape": (x.shape[0], x.shape[1]), "past": past, "mask": None, "device": x.device}
+    return {
+        "shape": (x.shape[0], x.shape[1]),
+        "past": past,
+        "mask": None,
+        "device": x.device,
+        "cache": None,
+        "tokens": None,
+    }
