@@ -36,6 +36,8 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     options = {"scale": scale, "enable_gqa": enable_gqa}
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, **options
