@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 
@@ -42,12 +40,3 @@ def _attend(
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, **options
     )[0]
-
-
-def forward_mode_lock() -> Any:
-    """The lock to hold while a level of forward-mode differentiation is entered, of which a process has one.
-
-    It is kept in torch's module, where every copy of this code in the process finds it: code that is sent to a server
-    cannot bring a lock along.
-    """
-    return vars(forward_ad).setdefault("_steerlens_lock", threading.RLock())

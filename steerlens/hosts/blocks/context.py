@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import get_ident
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 #: What changes the form of a tensor and not its last dimensions' order or length, with arguments that do not name them.
@@ -30,26 +29,16 @@ class FixedContext(TorchFunctionMode):
     tensor is made, so that the result is the same whatever a family's attention does.
     """
 
-    #: By thread, as torch keeps its function modes.
-    _active: ClassVar[dict[int, FixedContext]] = {}
-
     def __init__(self) -> None:
-        super().__init__()
+        TorchFunctionMode.__init__(self)
         #: id of a stand-in: itself, the token's own part, and the dimension of the positions, counted from the last
         self._held: dict[int, tuple[Tensor, Tensor, int]] = {}
-
-    def __enter__(self) -> FixedContext:
-        FixedContext._active[get_ident()] = self
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        FixedContext._active.pop(get_ident(), None)
-        super().__exit__(*exception)
 
     @staticmethod
     def join(past: Tensor, new: Tensor, dim: int) -> Tensor:
         """The context's and the token's keys, or values, along a dimension; without a graph while a mode is active."""
-        active = FixedContext._active.get(get_ident())
+        # torch keeps function modes by thread
+        active = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, FixedContext)), None)
         past = past.expand(*(new.shape[i] if i == 0 else size for i, size in enumerate(past.shape)))
         if active is None:
             return torch.cat([past, new], dim)

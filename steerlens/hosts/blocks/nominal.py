@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from threading import get_ident
 from typing import Any
 
@@ -125,11 +125,13 @@ class Nominal:
         return (x, y, readout) if readout.adds_to(y) else (*self._replay(t), None)
 
 
-@contextmanager
-def _differentiable() -> Iterator[None]:
+def _differentiable() -> ExitStack:
     """Gradients on, and attention in plain operations, whose gradient can be batched and differentiated again."""
-    with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
-        yield
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(PlainAttention())
+    return stack
 
 
 def _pull(y: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from steerlens.core import Companion, Direction, Site
-from steerlens.hosts.blocks.attention import PlainAttention, forward_mode_lock
+from steerlens.hosts.blocks.attention import PlainAttention
 from steerlens.hosts.blocks.graph import watch
+from steerlens.hosts.blocks.turns import forward_mode_turn
 
 #: A module, whether the state is its `"input"` or its `"output"`, into how many heads it is to be split (0: none), and
 #: by what it is to be multiplied.
@@ -74,7 +75,7 @@ class BaseCompanion(Companion):
         with self.aside(), torch.inference_mode(False), torch.no_grad(), PlainAttention():
             along = self._along(direction)
             if not direction.step:
-                with forward_mode_lock(), forward_ad.dual_level():
+                with forward_mode_turn(), forward_ad.dual_level():
                     changed = _at_places((names, forward_ad.make_dual(at, value)) for names, at, value in along)
                     found = self._run(sites, changed, tracks[0] if goes_on else None)
                     return {site: _tangent(value) for site, value in found.items()}

@@ -1,15 +1,22 @@
-"""Threads that fit on one model take turns."""
+"""What several threads of a process must do one after the other; travels to servers.
+
+Locks are kept in a module of torch, where every copy of this code in the process finds the same ones: code that is sent
+to a server cannot bring a lock along.
+"""
 
 from __future__ import annotations
 
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.autograd import forward_ad
 
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_MAKING = Lock()
+
+def forward_mode_turn() -> Any:
+    """The lock to hold while a level of forward-mode differentiation is entered, of which a process has one."""
+    return vars(forward_ad).setdefault("_steerlens_turn", RLock())
 
 
 def turn_of(block: nn.Module) -> Any:
@@ -18,5 +25,5 @@ def turn_of(block: nn.Module) -> Any:
     Two threads that do so at once would see each other's hooks, swapped parameters or traces. Calls of the model by its
     user do not wait for it.
     """
-    with _MAKING:
-        return _LOCKS.setdefault(block, RLock())
+    with forward_mode_turn():
+        return vars(forward_ad).setdefault("_steerlens_turns", WeakKeyDictionary()).setdefault(block, RLock())
