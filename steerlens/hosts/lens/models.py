@@ -26,6 +26,7 @@ from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
+from steerlens.hosts.roles import Layout, refuse_other_kinds
 from steerlens.hosts.steered import Steered, Wrapped, unsteered
 
 try:
@@ -64,6 +65,24 @@ class BridgeHost(LensHost):
         super().__init__(model)
         # enable_compatibility_mode() leaves cfg.normalization_type as it was
         self.processed = bool(getattr(model, "_weights_processed", False)) or _folded(model.cfg)
+        inner = model.original_model
+        refuse_other_kinds(type(inner).__name__, inner.config)
+        self.layouts = [Layout(block, inner.config.get_text_config()) for block in model.blocks]
+        for layout in self.layouts:
+            layout.check(type(inner).__name__)
+
+    def missing(self, site: Site) -> str | None:
+        """Why there is no such hook point, or none that is what its name says."""
+        layout = self.layouts[site.layer]
+        reason = layout.missing(site.point) if layout.known else None
+        if reason is None and site.point == "resid_mid":
+            reason = super().missing(Site(site.layer, "attn_out"))  # it is written there
+        if reason is None and site.point == "mlp_post" and not layout.known and layout.mixture:
+            reason = "is a mixture of experts and has no mlp_post"
+        return reason or super().missing(site)
+
+    def _width(self, site: Site) -> int | None:
+        return self.layouts[site.layer].widths.get(site.point)
 
     @property
     def _base(self) -> nn.Module:
