@@ -20,6 +20,7 @@ from steerlens.hosts.blocks import hf
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.caches import Generation
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
@@ -304,7 +305,7 @@ class HookedHost(LensHost):
 
         hf.require_context(tokens)
         ids = torch.as_tensor(tokens, device=self.device)[None]
-        with torch.inference_mode(False), torch.no_grad():
+        with turn_of(self.block), torch.inference_mode(False), torch.no_grad():
             cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1)
             for entry in cache.entries:  # cfg.dtype is not the weights' after model.to(dtype)
                 entry.past_keys, entry.past_values = (
