@@ -7,6 +7,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from steerlens.core import (
     Controller,
     Pass,
@@ -47,9 +49,9 @@ def steer(
         where: Other token positions than the controller's own, see `Loop`.
         strength: Factor on every control, as `controller * strength`.
         record: What to keep of the signals: `"scalars"` (one number per token), `"all"`, names such as
-            `("u", "error")`, or None. With None nothing is computed or hooked for recording. Otherwise, on
-            TransformerLens, all signals are hook points while the run lasts (`blocks.5.hook_steer_u`): `run_with_cache`
-            caches them and a hook may patch them.
+            `("u", "error")`, or None. Nothing else is computed. Unless it is None, all signals are hook points on
+            TransformerLens while the run lasts (`blocks.5.hook_steer_u`), computed if they have a hook:
+            `run_with_cache` caches them and a hook may patch them.
         trust: Attach although the model is not the one the controller was fitted on.
         payload_limit: Largest request in bytes that nnsight may send to a server.
         timeout_s: Longest wait for a server's result, its queue included.
@@ -57,10 +59,12 @@ def steer(
     Raises:
         TypeError: not a controller, or a model of no known library.
         ValueError: a layer, point or width the model does not have; a model other than the controller's, unless
-            `trust`; an unknown `where` or `record`. Nothing has been attached then.
+            `trust`; an unknown `where` or `record`; a law that does not return what it declares, holds a NaN, or adds
+            more than the model's dtype can hold. Nothing has been attached then.
     """
     host = host_of(model)
-    controller = _prepare(host, controller, where=where, strength=strength, record=record, trust=trust)
+    options = {"where": where, "strength": strength, "record": record, "trust": trust}
+    controller = _prepare(host, controller, dtype=host.dtype, **options)
     return Run(host, controller, record, payload_limit, timeout_s)
 
 
@@ -192,8 +196,12 @@ def _prepare(
     strength: float = 1.0,
     record: Any = "scalars",
     trust: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Controller:
-    """The controller with the options of `steer`, checked against the model; travels with `apply`."""
+    """The controller with the options of `steer`, checked against the model; travels with `apply`.
+
+    `dtype` is that of the model, if it is known.
+    """
     if not isinstance(controller, Controller):
         raise TypeError(
             f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)"
@@ -205,7 +213,7 @@ def _prepare(
     if strength != 1.0:
         controller = controller * strength
     _check_fit(model, controller, trust)
-    check_loops(controller.loops, model.shape)
+    check_loops(controller.loops, model.shape, dtype)
     return controller
 
 

@@ -170,3 +170,18 @@ def test_names_that_meet_only_when_joined_are_refused(tiny_model):
     loops = [sl.Loop(law, SITE, name="a"), sl.Loop(sl.Add(DIRECTION), SITE, name="a_b")]
     with pytest.raises(ValueError, match=r"two signals at blocks.1.hook_resid_post would be called .*a_b_u"):
         sl.steer(tiny_model("bridge"), sl.Controller(loops))
+
+
+def test_a_control_that_the_models_dtype_cannot_hold_is_refused(host, tiny_model):
+    """1e5 is infinite in float16, and the logits would be NaN."""
+    large = sl.Controller([sl.Loop(sl.Add(1e3 * torch.ones(32)), SITE, strength=100.0)])
+    words = r"the Add at blocks.1.hook_resid_post adds up to 1e\+05 to a state of zeros, and the model's torch.float16"
+    with pytest.raises(ValueError, match=words):
+        sl.steer(tiny_model(host, dtype=torch.float16), large)
+    sl.steer(tiny_model(host, dtype=torch.bfloat16), large).remove()
+
+
+def test_a_verb_for_features_takes_a_target():
+    for verb in (sl.hold, sl.watch):
+        with pytest.raises(TypeError, match=rf"{verb.__name__}\(\) takes a target, it got 31; make one first: feature"):
+            verb(None, 31)

@@ -283,7 +283,7 @@ def _rows(value: Tensor, shape: Any, device: Any) -> Tensor:
 
 
 def _whole(selection: Any, length: int) -> bool:
-    """Whether all tokens of a pass are selected, as far as that can be told without looking at tensors."""
+    """Whether all tokens of a pass are selected, as far as that is known without looking at tensors."""
     return isinstance(selection, slice) and selection.stop - selection.start == length
 
 

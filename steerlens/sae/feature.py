@@ -190,9 +190,10 @@ def hold(model: Any, target: Target, *, where: Any = "last") -> Controller:
         several); `u`; `u_norm`.
 
     Raises:
+        TypeError: not a target.
         ValueError: the autoencoder is of another width, hook point or basis than the model.
     """
-    host = target.check(model)
+    host = checked("hold", model, target)
     law = Feedback(target.setpoint, target.setpoint.basis)
     return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
 
@@ -211,11 +212,18 @@ def watch(model: Any, target: Target, *, where: Any = "all") -> Controller:
         where: Token positions, see `Loop`.
 
     Raises:
-        ValueError: as for `hold`.
+        TypeError, ValueError: as for `hold`.
     """
-    host = target.check(model)
+    host = checked("watch", model, target)
     law = Feedback(target.setpoint, torch.zeros_like(target.setpoint.basis))
     return Controller([Loop(law, target.site, where=where, name="watch")], recipe("watch", host, target.arguments))
+
+
+def checked(verb: str, model: Any, target: Any) -> Host:
+    """The model's host; raises TypeError unless a target was given, and as `Target.check`."""
+    if not isinstance(target, Target):
+        raise TypeError(f"{verb}() takes a target, it got {target!r}; make one first: feature(sae, index, level=...)")
+    return target.check(model)
 
 
 def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[float], list[float]]:
