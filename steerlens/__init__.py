@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import sys
 
-from steerlens import diagnose, methods
+from steerlens import diagnose, evaluate, methods
 from steerlens.control.linearization import Linearization, linearize
 from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
+from steerlens.evaluate import calibrate, compare, prompt, separation, sweep
 from steerlens.fit.contrast import Pairs, shipped
 from steerlens.fit.method import exported
 from steerlens.flow.fields import Field
 from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
+from steerlens.hosts.roles import roles
 from steerlens.laws.conditions import Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
@@ -62,18 +64,25 @@ __all__ = [
     "Target",
     "__version__",
     "apply",
+    "calibrate",
+    "compare",
     "describe",
     "diagnose",
+    "evaluate",
     "feature",
     "gate",
     "hold",
     "lead",
     "linearize",
+    "prompt",
     "rank_features",
     "remote",
+    "roles",
     "schedule",
+    "separation",
     "shipped",
     "steer",
+    "sweep",
     "watch",
     "when",
     *exported(methods),

@@ -222,11 +222,13 @@ def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
         host.need_parameters()
-    fitted = controller.recipe.get("model")
-    differences = host.differences(fitted) if fitted and not trust else []
-    if differences:
-        method, words = controller.recipe.get("method", "controller"), "; ".join(differences)
-        raise ValueError(f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True")
+    for method, fitted in () if trust else controller.fingerprints:
+        differences = host.differences(fitted)
+        if differences:
+            words = "; ".join(differences)
+            raise ValueError(
+                f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True"
+            )
 
 
 def _free_name(host: Host, controller: Controller) -> str:

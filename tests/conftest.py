@@ -26,10 +26,25 @@ DATA = Path(__file__).parent / "data"
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="run the tests on this device, as cuda")
+    parser.addoption("--all-models", action="store_true", help="run test_roles.py on every architecture")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "more_models: an architecture like another that is tested; see --all-models")
     config.addinivalue_line("markers", "lens3: needs TransformerLens 3 or what only runs with it")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests in the list of open failures must fail; once they pass they are to be taken off the list."""
+    if not config.getoption("--all-models"):
+        more = [item for item in items if item.get_closest_marker("more_models")]
+        config.hook.pytest_deselected(items=more)
+        items[:] = [item for item in items if item not in more]
+    path = DATA / "open.txt"
+    known = set(path.read_text().splitlines()) if path.exists() else set()
+    for item in items:
+        if f"{item.path.name}::{item.name}" in known:
+            item.add_marker(pytest.mark.xfail(strict=True, reason="open, see tests/data/open.txt"))
 
 
 @pytest.fixture(scope="session")

@@ -128,9 +128,16 @@ class Reference:
         self.model, self.family = model, family
         self.loops = [] if controller is None else list(controller.loops)
 
-    def row(self, tokens: Sequence[int], prompt: int, row: int = 0) -> tuple[Tensor, dict[Any, Tensor]]:
-        """Logits `[pos vocab]`, and what is added at each acting site, `[pos ...]`, of a row of real tokens."""
-        gates = [[self._decide(gate, tokens[:prompt], row) for gate in loop.gates] for loop in self.loops]
+    def row(self, tokens: Sequence[int], prompt: Any, row: int = 0) -> tuple[Tensor, dict[Any, Tensor]]:
+        """Logits `[pos vocab]`, and what is added at each acting site, `[pos ...]`, of a row of real tokens.
+
+        Args:
+            tokens: Of the row.
+            prompt: Number of prompt tokens; or one for each token, the number that was so when it went through.
+            row: Of the batch, for masks that differ by row.
+        """
+        ends = [prompt] * len(tokens) if isinstance(prompt, int) else list(prompt)
+        gates = [[self._decide(gate, tokens[: ends[0]], row) for gate in loop.gates] for loop in self.loops]
         states: dict[Any, Tensor] = {}
         controls: dict[Any, Tensor] = {}
         sequence: dict[Any, Any] = {}
@@ -143,7 +150,7 @@ class Reference:
             for index, loop in mine:
                 sensed = x + added if loop.sense == loop.act else states[loop.sense]
                 for t in range(len(tokens)):
-                    if not selected(loop.where, t, prompt, row):
+                    if not selected(loop.where, t, ends[t], row):
                         continue
                     token = sensed[:, t : t + 1]
                     u = loop.law.control(
@@ -153,7 +160,7 @@ class Reference:
                     for decided in gates[index]:
                         factor *= decided
                     for schedule in loop.schedules:
-                        step = t - (prompt - 1)
+                        step = t - (ends[t] - 1)
                         factors = schedule.factors.tolist()
                         factor *= schedule.prompt if step < 0 else factors[min(step, len(factors) - 1)]
                     # out of place: the law may sense what is added at this site by the loops before it

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import steerlens as sl
 from steerlens.core import POINTS, Gate
-from steerlens.hosts import host_of
 from steerlens.models import tiny
 from steerlens.testing import padding
 from tests.reference import Above, Layered, Pull, Push, Reference, Running
@@ -240,6 +239,14 @@ def generation(library: Library, texts: list[list[int]], count: int, controller:
     return Seen(run, tokens, prompts, begins, logits, seen)
 
 
-def blocks_of(library: Library) -> int:
-    """Number of blocks."""
-    return host_of(library.model).n_layers
+def loops(where: Any = "last", *, size: float = 3.0) -> sl.Controller:
+    """A feedback loop and a constant push, on two layers."""
+    draw = Draw(11)
+    pull = sl.Loop(Pull(draw.unit(32), 0.8, 2.0), sl.Site(1), where=where)
+    return sl.Controller([pull, sl.Loop(Push(size * draw.unit(32)), sl.Site(2, "resid_pre"), where=where)])
+
+
+def gated(controller: sl.Controller, *, threshold: float = 0.0, layer: int = 2) -> sl.Controller:
+    """The same, decided on the prompt's mean state behind the first control."""
+    summary = sl.Summary(sl.Site(layer), "mean", "prompt")
+    return sl.when(controller, Gate(Above(Draw(12).unit(32), threshold), [summary]))

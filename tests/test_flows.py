@@ -200,7 +200,7 @@ def test_illegal_flows_are_refused(sides):
     for options, words in (
         ({"solver": "rk5"}, "rk4_38"),
         ({"solver": "circle"}, "linear"),
-        ({"steps": 0}, "at least one"),
+        ({"steps": 0}, "from 1 to 1000"),
     ):
         with pytest.raises(ValueError, match=words):
             Flow(field, 0.3, **options)

@@ -52,15 +52,13 @@ def nobody(case):
 
 
 def intruder(name, case):
-    """Doubles the state between block 1 and the norm of block 2, or everywhere, or nowhere."""
+    """Doubles the state between block 1 and block 2, or everywhere, or nowhere."""
     before, block = (case.model.model.layers[layer]._module for layer in (LAYER - 1, LAYER))
-    norm = block.input_layernorm
     return {
         "nobody": lambda: nobody(case),
         "an edit": lambda: edited(case),
         "a hook after the block": lambda: hooked(before.register_forward_hook(double)),
         "a hook before the block": lambda: hooked(block.register_forward_pre_hook(double_input, with_kwargs=True)),
-        "a hook before the norm": lambda: hooked(norm.register_forward_pre_hook(double_input, with_kwargs=True)),
         "a global hook": lambda: hooked(
             register_module_forward_hook(lambda m, a, o: double(m, a, o) if m is before else None)
         ),
@@ -74,7 +72,6 @@ def intruder(name, case):
         "an edit",
         "a hook after the block",
         "a hook before the block",
-        "a hook before the norm",
         "a global hook",
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from steerlens.core.tensorfile import check_fingerprint, read, write
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
@@ -85,29 +85,42 @@ class Linearization(Plant):
         return rows @ self.jacobians[t].to(rows).T
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file."""
-        from safetensors.torch import save_file
+        """Write to a safetensors file; an older one is replaced when the new one is complete.
 
-        header = json.dumps({"model": self.model, "n_texts": self.n_texts})
-        tensors = {"jacobians": self.jacobians.contiguous(), "states": self.states.contiguous()}
-        save_file(tensors, str(path), metadata={"steerlens.linearization": header})
+        Raises:
+            OSError: it cannot be written there.
+        """
+        header = {"kind": "linearization", "model": self.model, "n_texts": self.n_texts}
+        write(path, header, {"jacobians": self.jacobians, "states": self.states})
 
     @classmethod
     def load(cls, path: str | Path) -> Linearization:
-        """Read a file written by `save`.
+        """Read a file written by `save`, as a whole: later changes of the file do not matter.
 
         Raises:
-            ValueError: the file holds no linearization.
+            OSError: there is no such file, or it cannot be read.
+            ValueError: it holds no linearization, or was damaged.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("steerlens.linearization")
-            if text is None:
-                raise ValueError(f"{path} holds no linearization; linearize(model, texts).save(path) writes one")
-            header = json.loads(text)
-            tensors = file.get_tensor("jacobians"), file.get_tensor("states")
-            return cls(*tensors, header["model"], header["n_texts"])
+        try:
+            header, tensors = read(path, "linearization")
+            model, n_texts = header.get("model"), header.get("n_texts")
+            if not isinstance(model, dict) or not isinstance(n_texts, int) or n_texts < 1:
+                raise ValueError("its header names no model, or no number of texts")
+            check_fingerprint(model)
+            if set(tensors) != {"jacobians", "states"}:
+                raise ValueError(f"it holds the tensors {sorted(tensors)}, it should hold jacobians and states")
+            jacobians, states = tensors["jacobians"], tensors["states"]
+            layers, d = jacobians.shape[0] if jacobians.ndim else 0, states.shape[-1] if states.ndim else 0
+            if jacobians.shape != (layers, d, d) or states.shape != (layers + 1, d) or not layers:
+                shapes = f"{list(jacobians.shape)} and {list(states.shape)}"
+                raise ValueError(f"jacobians and states have shapes {shapes}, not [layer d d] and [layer+1 d]")
+            if not (jacobians.is_floating_point() and states.is_floating_point()):
+                raise ValueError(
+                    f"jacobians are {jacobians.dtype} and states {states.dtype}, not floating-point numbers"
+                )
+        except ValueError as error:
+            raise ValueError(f"{path} was not loaded: {error}") from None
+        return cls(jacobians, states, model, n_texts)
 
     def __repr__(self) -> str:
         layers, d, _ = self.jacobians.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from steerlens.core.law import Law, Loop, legal
 from steerlens.core.now import Now
-from steerlens.core.part import Part, map_tensors, tensors_of
+from steerlens.core.numbers import check_numbers
+from steerlens.core.part import map_tensors, tensors_of
 from steerlens.core.prompt import Condition, Gate
 from steerlens.core.signals import COMMON, name_signals
 from steerlens.core.sites import Site
@@ -45,6 +45,7 @@ def check_loops(loops: Sequence[Loop], shape: Shape, dtype: torch.dtype | None =
     Args:
         dtype: Of the model; a control that it cannot hold is refused.
     """
+    check_numbers(loops)
     shared = {loop.group: Now() for loop in loops}
     for loop in sorted(loops, key=lambda loop: loop.act):
         law = map_tensors(loop.law, lambda tensor: tensor.detach().cpu())
@@ -80,7 +81,6 @@ class Trial:
         _check_names(law.vectors, what, "vectors")
         if extra := set(law.vectors) - set(law.signals):
             raise ValueError(f"{what} has {', '.join(sorted(extra))} in vectors, but not in signals")
-        _check_finite(law, what)
         sensed, acted = shape(loop.sense), shape(loop.act)
         dtype = next((tensor.dtype for tensor in tensors_of(law) if tensor.is_floating_point()), torch.float32)
         now = Now(
@@ -153,7 +153,6 @@ def _check_gate(gate: Gate, loop: Loop, shape: Shape) -> None:
     if type(gate.condition).decide is Condition.decide:
         raise ValueError(f"{what} of the loop at {loop.act} defines no decide(pooled)")
     _check_names(gate.condition.signals, what)
-    _check_finite(here, what)
     shapes = [list(shape(summary.site)) for summary in gate.summaries]
     try:
         decided, measured = here.decide([torch.zeros(1, *size) for size in shapes])
@@ -190,18 +189,3 @@ def _check_names(names: Any, what: str, attribute: str = "signals") -> None:
             raise ValueError(f"{what} has a signal {name!r}, which every loop has; give it another name")
     if len(set(names)) < len(names):
         raise ValueError(f"{what} declares a signal twice: {', '.join(names)}")
-
-
-def _check_finite(value: Any, what: str, path: str = "") -> None:
-    """Raises ValueError for a NaN in a tensor and a number that is not finite; bounds in tensors may be infinite."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and bool(torch.isnan(value).any()):
-            raise ValueError(f"{what} holds a NaN in {path}; fit it anew, or look for the NaN in the data")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{what} has {path}={value}; give a finite number")
-    elif isinstance(value, Part):
-        for name, entry in vars(value).items():
-            _check_finite(entry, what, f"{path}.{name}" if path else name)
-    elif isinstance(value, (list, tuple)):
-        for index, entry in enumerate(value):
-            _check_finite(entry, what, f"{path}[{index}]")

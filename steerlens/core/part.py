@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,8 +11,17 @@ class Part:
     """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
 
     Parts are moved, saved, loaded and sent to a server by walking their attributes (`map_tensors`), so a part needs no
-    code of its own for that, and may hold nothing else.
+    code of its own for that, and may hold nothing else. Files hold the attributes that the constructor assigns, or that
+    the class body annotates, and only with values of the annotated type (`gain: float`, there or in the constructor).
+
+    Attributes:
+        unbounded: Names of attributes in which infinity has a meaning; in all others it is refused, and NaN in all.
     """
+
+    unbounded: ClassVar[tuple[str, ...]] = ()
+
+    def validate(self) -> None:
+        """Raises ValueError for values that the part cannot compute with; called for every part that a file brings."""
 
 
 def map_tensors(value: Any, change: Any) -> Any:

@@ -21,6 +21,9 @@ def check_where(where: Any) -> None:
     elif isinstance(where, slice):
         if where.step not in (None, 1):
             raise ValueError(f"where={where!r} has a step; use a mask or a callable for every n-th position")
+        bounds = [bound for bound in (where.start, where.stop) if bound is not None]
+        if not all(isinstance(bound, int) and abs(bound) < _END for bound in bounds):
+            raise ValueError(f"where={where!r}; the bounds of a slice are positions, whole numbers")
     elif isinstance(where, Tensor):
         if where.dtype != torch.bool or where.ndim not in (1, 2):
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core.part import Part
+from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
 
 POOLS = ("mean", "rms")
@@ -29,13 +30,23 @@ class Summary(Part):
         where: Tokens of the prompt, see `Loop`; with `"last_prompt"` the mean is the state of its last token.
     """
 
+    place: str
+    pool: str
+    where: Any
+
     def __init__(self, site: Site | str, pool: str = "mean", where: Any = "prompt"):
-        if pool not in POOLS:
-            raise ValueError(f"pool={pool!r}; it is one of {', '.join(POOLS)}")
         # a part holds plain values only
         self.place = str(site)
         self.pool = pool
         self.where = where
+        self.validate()
+
+    def validate(self) -> None:
+        """Site, pool and positions are legal."""
+        Site.parse(self.place)
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r}; it is one of {', '.join(POOLS)}")
+        check_where(self.where)
 
     @property
     def site(self) -> Site:
@@ -108,6 +119,12 @@ class Schedule(Part):
     def __init__(self, factors: Tensor, prompt: float = 1.0):
         self.factors = factors
         self.prompt = prompt
+        self.validate()
+
+    def validate(self) -> None:
+        """There is a factor."""
+        if self.factors.ndim != 1 or not len(self.factors):
+            raise ValueError(f"factors has shape {list(self.factors.shape)}; give at least one number, [step]")
 
     def at(self, steps: Tensor) -> Tensor:
         """Factors of tokens that are `steps` after the last prompt token, `[batch pos] -> [batch pos]`."""

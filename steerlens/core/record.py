@@ -77,7 +77,33 @@ class Record(Mapping):
         return copy
 
     def save(self, path: str | Path) -> None:
-        """Write the signals to a safetensors file."""
-        from safetensors.torch import save_file  # not at the top: this module travels to servers that lack it
+        """Write the signals to a safetensors file; an older one is replaced when the new one is complete.
 
-        save_file({name: self[name].contiguous().cpu() for name in self}, path)
+        Raises:
+            OSError: it cannot be written there.
+        """
+        from steerlens.core.tensorfile import write  # not at the top: this module travels, and files do not
+
+        write(path, {"kind": "record"}, {name: self[name] for name in self})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Record:
+        """Read a file written by `save`.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: it holds no record, or was damaged.
+        """
+        from steerlens.core.tensorfile import read
+
+        record = cls()
+        try:
+            _, tensors = read(path, "record")
+            for name, value in tensors.items():
+                head, _, signal = name.partition(".hook_steer_")
+                if not (head.startswith("blocks.") and head[7:].isdecimal() and signal and value.ndim >= 2):
+                    raise ValueError(f"its tensor {name!r} is no signal [batch pos ...]")
+                record.pieces[name] = [value]
+        except ValueError as error:
+            raise ValueError(f"{path} was not loaded: {error}") from None
+        return record

@@ -64,7 +64,7 @@ class Site:
         head, _, tail = name.partition(".")
         layer, _, hook = tail.partition(".")
         for point in POINTS:
-            if head == "blocks" and layer.isdigit() and hook == _hook(point):
+            if head == "blocks" and layer.isascii() and layer.isdigit() and hook == _hook(point):
                 return cls(int(layer), point)
         raise ValueError(f"{name!r} names no site; write blocks.<layer>.hook_<point>, as blocks.5.hook_resid_post")
 

@@ -25,6 +25,9 @@ class Weighted(Law):
         weights: `[row]`; may be a leaf of a graph.
     """
 
+    law: Law
+    weights: Tensor
+
     def __init__(self, law: Law, weights: Tensor):
         self.law = law
         self.weights = weights

@@ -82,19 +82,19 @@ def _logits(
 ) -> Tensor:
     if controller is None:
         return host.logits(ids, mask)
-    placed = _teacher_forced(controller, torch.tensor(lengths), ids.shape[1])
+    placed = place(controller, torch.tensor(lengths), ids.shape[1])
     with steer(host, placed, strength=strength, record=None):
         return host.logits(ids, mask)
 
 
-def _teacher_forced(controller: Controller, prompt: Tensor, total: int) -> Controller:
+def place(controller: Controller, prompt: Tensor, total: int) -> Controller:
     """The controller with each `where` as a mask over rows whose prompts have the given lengths."""
     columns = torch.arange(total)
 
-    def place(where: Any) -> Any:
+    def mask(where: Any) -> Any:
         if not isinstance(where, (str, slice)):
             return where
         low, high = (torch.as_tensor(bound).expand(len(prompt)) for bound in _bounds(where, prompt))
         return (columns >= low[:, None]) & (columns < high[:, None])
 
-    return Controller([loop.replace(where=place(loop.where)) for loop in controller.loops], controller.recipe)
+    return Controller([loop.replace(where=mask(loop.where)) for loop in controller.loops], controller.recipe)

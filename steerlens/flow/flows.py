@@ -14,6 +14,9 @@ from steerlens.flow.fields import Field
 #: Field evaluations per step of each solver.
 SOLVERS = {"euler": 1, "midpoint": 2, "rk4": 4, "rk4_38": 4, "geodesic": 1}
 
+#: All of them are made for every token.
+MOST_STEPS = 1000
+
 
 class Flow(Law):
     """Move the state along a field.
@@ -39,19 +42,23 @@ class Flow(Law):
     signals = ("barrier_before", "barrier_after", "angle_rad")
 
     def __init__(self, field: Field, distance: float, *, steps: int = 1, solver: str = "rk4", radians: bool = True):
-        if solver not in SOLVERS and solver != "circle":
-            raise ValueError(f"solver={solver!r}; it is one of {', '.join(SOLVERS)} or circle")
-        if solver == "circle" and not (field.straight and field.spherical):
-            raise ValueError("solver='circle' is exact only where the barrier is linear in the direction; use 'rk4'")
-        if solver == "geodesic" and not field.spherical:
-            raise ValueError("solver='geodesic' keeps |x|, which this field does not; use 'rk4'")
-        if steps < 1:
-            raise ValueError(f"steps={steps}; at least one is needed")
         self.field = field
         self.distance = float(distance)
         self.steps = int(steps)
         self.solver = solver
         self.radians = bool(radians)
+        self.validate()
+
+    def validate(self) -> None:
+        """The solver fits the field, and the steps can be made."""
+        if self.solver not in SOLVERS and self.solver != "circle":
+            raise ValueError(f"solver={self.solver!r}; it is one of {', '.join(SOLVERS)} or circle")
+        if self.solver == "circle" and not (self.field.straight and self.field.spherical):
+            raise ValueError("solver='circle' is exact only where the barrier is linear in the direction; use 'rk4'")
+        if self.solver == "geodesic" and not self.field.spherical:
+            raise ValueError("solver='geodesic' keeps |x|, which this field does not; use 'rk4'")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps={self.steps}; it is a number from 1 to {MOST_STEPS}")
 
     def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = x(T) - x`"""

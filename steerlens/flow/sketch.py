@@ -91,6 +91,14 @@ class Sketched(Field):
         constant: k, one number, in logits.
     """
 
+    buckets: Tensor
+    signs: Tensor
+    components: int
+    gamma: float
+    coef0: float
+    weights: Tensor
+    constant: Tensor
+
     def __init__(self, sketch: TensorSketch, weights: Tensor, constant: Tensor):
         self.buckets = sketch.buckets
         self.signs = sketch.signs.to(weights.dtype)
@@ -100,6 +108,16 @@ class Sketched(Field):
         self.weights = weights
         self.constant = constant.reshape(1)
         self.basis = torch.eye(sketch.buckets.shape[1] - (sketch.coef0 != 0), dtype=weights.dtype)
+        self.validate()
+
+    def validate(self) -> None:
+        """There is a weight for each component, and every bucket is a component."""
+        if self.weights.shape != (self.components,) or self.buckets.is_floating_point():
+            raise ValueError(
+                f"weights has shape {list(self.weights.shape)}; the sketch has {self.components} components"
+            )
+        if not self.buckets.numel() or not 0 <= int(self.buckets.min()) <= int(self.buckets.max()) < self.components:
+            raise ValueError(f"buckets must be whole numbers from 0 to {self.components - 1}")
 
     def spectra(self, c: Tensor) -> list[Tensor]:
         """`rfft(S_k z)` for each k, `[... d] -> [... n//2+1]`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core import Site
+from steerlens.core import POINTS, Site
 
 
 class Dimensions:
@@ -30,8 +30,21 @@ class Dimensions:
     processed: bool = False
 
     def points(self) -> Sequence[str]:
-        """Points of `core.POINTS` that this model offers."""
+        """Points of `core.POINTS` that every block of this model has."""
+        blocks = range(self.n_layers)
+        return [point for point in POINTS if not any(self.missing(Site(layer, point)) for layer in blocks)]
+
+    def missing(self, site: Site) -> str | None:
+        """Why there is no such site, as the end of a sentence about its block; None where there is one."""
         raise NotImplementedError
+
+    def doubts(self, sites: Sequence[Site]) -> str | None:
+        """What speaks against points that are known, a sentence; None where nothing does, or nothing can be run."""
+        return None
+
+    def _width(self, site: Site) -> int | None:
+        """Width of `z`, all heads together, or of `mlp_post` in one block; None for what the model says as a whole."""
+        return None
 
     def neuron_writes(self, layer: int) -> Tensor:
         """What one unit of each neuron's `mlp_post` writes, `[d_mlp d_model]`, before any norm of the branch.
@@ -63,24 +76,30 @@ class Dimensions:
     def shape(self, site: Site) -> tuple[int, ...]:
         """Shape of the state at a site, without batch and position."""
         if site.point == "z":
-            return self.n_heads, self.d_head
+            width = self._width(site)
+            return self.n_heads, self.d_head if width is None else width // self.n_heads
         if site.point == "mlp_post":
-            return (self.d_mlp or 0,)
+            return (self._width(site) or self.d_mlp or 0,)
         return (self.d_model,)
 
     def check(self, sites: Iterable[Site]) -> None:
-        """Raises ValueError for a layer or point that the model does not have."""
-        points = self.points()
+        """Raises ValueError for a layer or point that the model does not have, or of which it is not certain."""
+        sites = list(sites)
         for site in sites:
             if site.layer >= self.n_layers:
                 last = self.n_layers - 1
                 raise ValueError(
                     f"no hook point '{site}' in a model of {self.n_layers} layers; the last is blocks.{last}"
                 )
-            if site.point not in points:
+            reason = self.missing(site)
+            if reason is not None:
+                points = ", ".join(point for point in POINTS if not self.missing(Site(site.layer, point)))
                 raise ValueError(
-                    f"this {type(self.model).__name__} offers no {site.point!r}; it has {', '.join(points)}"
+                    f"no '{site}' in this {type(self.model).__name__}: block {site.layer} {reason}; it has {points}"
                 )
+        doubts = self.doubts(sites)
+        if doubts is not None:
+            raise ValueError(doubts)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether a controller fitted on one model may be attached to another."""

@@ -1,77 +1,259 @@
-"""Where the points of a block are among the modules of a Hugging Face model."""
+"""Where the points of a block are among the modules of a Hugging Face model; travels to servers.
+
+Block classes that transformers has are in `layouts.LAYOUTS`. What it does not know keeps `resid_pre` and `resid_post`,
+which are a block's own input and output, until the user names the rest with `steerlens.roles`.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 
-#: point -> (path inside the block, "input" or "output")
-Paths = dict[str, tuple[str, str]]
+from steerlens.hosts.layouts import LAYOUTS
 
-#: Llama, Mistral, Qwen, Phi-3, Gemma 1: norm, attention, add, norm, MLP, add.
-LLAMA: Paths = {
-    "resid_pre": ("input_layernorm", "input"),
-    "resid_post": ("", "output"),
-    "z": ("self_attn.o_proj", "input"),
-    "attn_out": ("self_attn", "output"),
-    "resid_mid": ("post_attention_layernorm", "input"),
-    "mlp_post": ("mlp.down_proj", "input"),
-    "mlp_out": ("mlp", "output"),
-}
-#: Gemma 2 and 3: each branch has a norm of its own before it is added.
-GEMMA: Paths = LLAMA | {
-    "attn_out": ("post_attention_layernorm", "output"),
-    "resid_mid": ("pre_feedforward_layernorm", "input"),
-    "mlp_out": ("post_feedforward_layernorm", "output"),
-}
-GPT2: Paths = {
-    "resid_pre": ("ln_1", "input"),
-    "resid_post": ("", "output"),
-    "z": ("attn.c_proj", "input"),
-    "attn_out": ("attn", "output"),
-    "resid_mid": ("ln_2", "input"),
-    "mlp_post": ("mlp.c_proj", "input"),
-    "mlp_out": ("mlp", "output"),
-}
+#: By the name of a model's class: path of its blocks. By that of a block's: its entry. What the user has declared.
+BLOCKS: dict[str, str] = {}
+DECLARED: dict[str, dict[str, Any]] = {}
+
+#: Points that every block has.
+ENDS = ("resid_pre", "resid_post")
+_SIDES = {"z": "input", "mlp_post": "input", "attn_out": "output", "mlp_out": "output"}
+_NAME = "wrap one with TransformersModel, or name them with steerlens.roles(model, blocks='...')"
+_TOWER = re.compile(r"vision|visual|image|audio|speech|video|tower|expert")
 
 
-def layers_path(base: nn.Module) -> str:
-    """Name of the list of blocks in a Hugging Face base model.
+class Layout:
+    """The points of one block.
+
+    An entry of the table gives for each of `attn_out`, `mlp_out` (outputs of a module), `z`, `mlp_post` (inputs of an
+    output matrix), `mid` (what reads the stream between the branches) and `norm` (what reads it before the first) the
+    paths at which it may be, of which the first that the block has counts. Beside them: `parallel`, both branches read
+    the block's input, so there is nothing between them; `scale`, the attribute by which a branch is multiplied before
+    it is added; `behind`, norms stand behind the additions; `sum`, why the branches are not all that a block adds;
+    `refuse`, why it cannot be steered. A list in place of True names attributes of the configuration, any of which
+    makes it so, or with `!` its absence.
+
+    Args:
+        block: The block, of which TransformerBridge may have wrapped the modules.
+        config: The text model's configuration.
+
+    Attributes:
+        kind: Name of the block's class.
+        known: The table, or the user, knows it.
+        paths: By point: path inside the block, and whether it is that module's `"input"` or `"output"`.
+        norm: Path of what reads the block's input first, or None.
+        scale: Factor on what a branch puts out.
+        parallel: Both branches read the block's input.
+        unsummed: Why `resid_pre + attn_out + mlp_out` is not `resid_post`; None where it is.
+        widths: Of `z` (all heads together) and `mlp_post`, from the matrix that reads it.
+    """
+
+    def __init__(self, block: Any, config: Any):
+        block = unwrapped(block)
+        self.kind = type(block).__name__
+        found = entry_of(block)
+        self.known = found is not None
+        entry = found or {}
+        self.refused = entry.get("refuse")
+        self.parallel = _holds(entry.get("parallel"), config)
+        behind = _holds(entry.get("behind"), config)
+        self.unsummed = "its norms stand behind the additions" if behind else entry.get("sum")
+        scale = entry.get("scale")
+        self.scale = float(entry.get("factor") or (scale and getattr(config, scale, None)) or 1.0)
+        self.paths: dict[str, tuple[str, str]] = {"resid_pre": ("", "input"), "resid_post": ("", "output")}
+        for point, side in _SIDES.items():
+            path = _present(block, entry.get(point, ()))
+            if path is not None and not (point == "mlp_post" and _has_experts(block)):
+                self.paths[point] = (path, side)
+        mid = None if self.parallel or behind else _present(block, entry.get("mid", ()))
+        if mid is not None and "attn_out" in self.paths:
+            self.paths["resid_mid"] = (mid, "input")
+        self.norm = None if behind else _present(block, entry.get("norm", ()))
+        # numbers and names only: an instance may travel, a block's weights may not
+        self.mixture = any("expert" in name or "moe" in name for name, _ in block.named_modules())
+        inputs = [point for point in self.paths if _SIDES.get(point) == "input"]
+        self.widths = {point: input_width(submodule(block, self.paths[point][0])) for point in inputs}
+
+    def missing(self, point: str) -> str | None:
+        """Why the block has no such point, as the end of a sentence; None where it has it."""
+        if point in self.paths:
+            return None
+        if not self.known:
+            return f"is a {self.kind}, whose {point} steerlens does not know; name it with steerlens.roles(model, ...)"
+        if point == "resid_mid" and self.parallel:
+            return "runs attention and MLP in parallel and has no resid_mid"
+        if point == "mlp_post" and self.mixture:
+            return "is a mixture of experts and has no mlp_post"
+        return f"is a {self.kind} and has no {point}"
+
+
+def input_width(matrix: Any) -> int | None:
+    """Length of what an output matrix reads; None where it does not tell."""
+    for name in ("in_features", "nx"):
+        if isinstance(getattr(matrix, name, None), int):
+            return int(getattr(matrix, name))
+    weight = getattr(matrix, "weight", None)
+    if weight is None or getattr(weight, "ndim", 0) != 2:
+        return None
+    # GPT-2's Conv1D keeps [in out]
+    return int(weight.shape[0] if type(matrix).__name__ == "Conv1D" else weight.shape[1])
+
+
+def roles(
+    model: Any,
+    *,
+    blocks: str | None = None,
+    attn_out: str | None = None,
+    mlp_out: str | None = None,
+    z: str | None = None,
+    mlp_post: str | None = None,
+    resid_mid: str | None = None,
+    parallel: bool = False,
+    scale: float = 1.0,
+) -> None:
+    """Name the modules of a model that steerlens does not know; it holds for all models of the same classes.
+
+        steerlens.roles(model, blocks="model.layers", attn_out="self_attn", mlp_out="mlp", resid_mid="norm2")
+
+    Args:
+        model: An nnsight, TransformerLens or Hugging Face model.
+        blocks: Path of the list of blocks in the Hugging Face model.
+        attn_out, mlp_out: Path inside a block of the module whose output is added to the residual stream.
+        z, mlp_post: Path inside a block of the matrix whose input is the heads' output, or the neurons.
+        resid_mid: Path inside a block of the module that reads the stream between the branches.
+        parallel: Both branches read the block's input.
+        scale: Factor on what a branch puts out.
 
     Raises:
-        TypeError: neither `layers` nor `h` is there.
+        ValueError: a path that is not there.
     """
-    for name in ("layers", "h"):
-        if isinstance(getattr(base, name, None), nn.ModuleList):
-            return name
-    raise TypeError(f"cannot find the blocks of a {type(base).__name__}: it has neither .layers nor .h")
+    inner = _torch_model(model)
+    if blocks is not None:
+        if not isinstance(submodule(inner, blocks), nn.ModuleList):
+            raise ValueError(f"blocks={blocks!r} is no list of modules in a {type(inner).__name__}")
+        BLOCKS[type(inner).__name__] = blocks
+    first = unwrapped(skeleton(inner)[2][0])
+    given = {"attn_out": attn_out, "mlp_out": mlp_out, "z": z, "mlp_post": mlp_post, "mid": resid_mid}
+    named = {point: path for point, path in given.items() if path is not None}
+    for point, path in named.items():
+        if submodule(first, path) is None:
+            raise ValueError(f"{point}={path!r}: a {type(first).__name__} has no module of that path")
+    if named or parallel or scale != 1.0:
+        entry: dict[str, Any] = {point: [path] for point, path in named.items()}
+        DECLARED[type(first).__name__] = entry | {"parallel": parallel, "factor": scale}
 
 
-def family_paths(block: nn.Module) -> Paths:
-    """The points of a block, told from the names of its modules.
+def skeleton(model: nn.Module) -> tuple[str, str, Any, Any]:
+    """Path of a Hugging Face model's watched module, path of its blocks, the blocks, and the text configuration.
+
+    The watched module runs once in each forward pass and is given mask and KV cache: the base model, or its decoder
+    where the head calls that directly.
 
     Raises:
-        TypeError: a block of an unknown layout; the message names the accessors that were looked for.
+        TypeError: no language model with a head, one that is not causal, or one whose blocks cannot be found.
     """
-    for needed, excluded, paths in (
-        (("input_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"), (), GEMMA),
-        (("input_layernorm", "post_attention_layernorm"), ("post_feedforward_layernorm",), LLAMA),
-        (("ln_1", "ln_2"), (), GPT2),
-    ):
-        modules = (*needed, *(path for path, _ in paths.values() if path))
-        if all(_has(block, path) for path in modules) and not any(_has(block, path) for path in excluded):
-            return paths
-    raise TypeError(
-        f"a {type(block).__name__} has no layout that steerlens knows; it looks for the modules of Llama "
-        "(self_attn.o_proj, post_attention_layernorm, mlp.down_proj), Gemma (pre_feedforward_layernorm) or GPT-2 "
-        "(attn.c_proj, ln_2, mlp.c_proj)"
-    )
+    inner: Any = model
+    prefix = ""
+    if hasattr(inner, "get_base_model"):  # PEFT
+        inner = inner.get_base_model()
+        prefix = _path_of(model, inner)
+    kind, config = type(inner).__name__, getattr(inner, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise TypeError(f"{kind} is no Hugging Face language model; wrap one with TransformersModel")
+    refuse_other_kinds(kind, config)
+    text = config.get_text_config()
+    within = BLOCKS.get(kind) or _find_blocks(inner, text.num_hidden_layers)
+    # Llama 4 tells a prefix that it does not have
+    base = inner.base_model_prefix if hasattr(inner, inner.base_model_prefix or "?") else within.partition(".")[0]
+    if not within.startswith(base + "."):
+        raise TypeError(f"{kind} is no language model with a head, or has blocks that steerlens does not find; {_NAME}")
+    start, path = _join(prefix, base), _join(prefix, within)
+    blocks = submodule(model, path)
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError(f"steerlens does not find the blocks of a {kind}; {_NAME}")
+    for block in blocks:
+        entry = entry_of(unwrapped(block)) or {}
+        if "refuse" in entry:
+            raise TypeError(f"cannot steer a {kind}: {entry['refuse']}")
+    watched = _join(start, "decoder")
+    return (watched if path.startswith(watched + ".") else start), path, blocks, text
 
 
-def _has(module: Any, path: str) -> bool:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-        if not isinstance(module, nn.Module):
-            return False
-    return True
+def refuse_other_kinds(kind: str, config: Any) -> None:
+    """Raises TypeError for a model that does not go from left to right through one stack of blocks."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise TypeError(f"cannot steer a {kind}: it has an encoder and a decoder, steerlens knows one stack of blocks")
+    if "MaskedLM" in kind:
+        raise TypeError(f"cannot steer a {kind}: it is bidirectional, its tokens see those behind them, and pads")
+
+
+def entry_of(block: Any) -> dict[str, Any] | None:
+    """The table's entry for a block, the user's before ours; None where there is none."""
+    name = type(block).__name__
+    if name in DECLARED:
+        return DECLARED[name]
+    if not type(block).__module__.startswith("transformers."):
+        return None  # the name may be anybody's
+    return next((entry for names, entry in LAYOUTS if name in names.split()), None)
+
+
+def unwrapped(module: Any) -> Any:
+    """What TransformerBridge has wrapped."""
+    while isinstance(getattr(module, "original_component", None), nn.Module):
+        module = module.original_component
+    return module
+
+
+def submodule(module: Any, path: str) -> Any:
+    """A module by its path, through TransformerBridge's wrappers; None where it is not there."""
+    for name in path.split(".") if path else ():
+        inner = module._modules.get(name)
+        if inner is None and isinstance(module, nn.Module):
+            inner = unwrapped(module)._modules.get(name)
+        if inner is None:
+            return None
+        module = inner
+    return module
+
+
+def _holds(condition: Any, config: Any) -> bool:
+    if not isinstance(condition, list):
+        return bool(condition)
+    return any(bool(getattr(config, name.lstrip("!"), False)) != name.startswith("!") for name in condition)
+
+
+def _present(block: Any, paths: Any) -> str | None:
+    return next((path for path in paths if submodule(block, path) is not None), None)
+
+
+def _has_experts(block: Any) -> bool:
+    """Whether experts stand beside the MLP."""
+    return any(name in block._modules for name in ("experts", "block_sparse_moe"))
+
+
+def _find_blocks(model: nn.Module, n_layers: int) -> str:
+    """The shallowest list of as many modules as the text model has layers, outside of towers for other inputs."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not _TOWER.search(path)
+    ]
+    return min(found, key=lambda path: path.count("."), default="?")
+
+
+def _path_of(model: nn.Module, inner: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is inner)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _torch_model(model: Any) -> nn.Module:
+    """The Hugging Face model in what a host library has made of it."""
+    inner = getattr(model, "_module", None) or getattr(model, "original_model", None) or model
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"roles() takes a model, it got a {type(model).__name__}")
+    return inner

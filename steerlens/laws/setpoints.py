@@ -29,6 +29,7 @@ class Level(Setpoint):
     """
 
     signals = ("error", "projection")
+    level: Tensor
 
     def __init__(self, direction: Tensor, level: Tensor | float):
         self.basis = direction[None]
@@ -55,6 +56,9 @@ class Joint(Setpoint):
     Signals: `error`, `|e|`; `projection_0`, `projection_1`, ..., each row's `<v, x>`; all `[batch pos]`, in activation
     units.
     """
+
+    levels: Tensor
+    inverse: Tensor
 
     def __init__(self, directions: Tensor, levels: Tensor):
         self.basis = directions
@@ -91,6 +95,8 @@ class Independent(Setpoint):
 
     Source: the code of A-LQR (arXiv 2604.19018), two concepts at once.
     """
+
+    levels: Tensor
 
     def __init__(self, directions: Tensor, levels: Tensor):
         self.basis = directions
@@ -130,6 +136,7 @@ class Angle(Setpoint):
     """
 
     signals = ("error", "projection", "angle_rad")
+    target: Tensor
 
     def __init__(self, plane: Tensor, angle_rad: float):
         self.basis = plane

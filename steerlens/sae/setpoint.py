@@ -11,6 +11,7 @@ from steerlens.laws.norms import norm
 
 #: Rounds of `measure` where the input is normalised. Each leaves a share of the miss of the order of |u| / |x|.
 ROUNDS = 30
+NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 
 
 class Feature(Setpoint):
@@ -39,6 +40,16 @@ class Feature(Setpoint):
     for several); all `[batch pos]`.
     """
 
+    unbounded = ("lower", "upper")
+    sensor: Tensor
+    bias: Tensor
+    threshold: Tensor
+    lower: Tensor
+    upper: Tensor
+    normalise: str
+    labels: list[str]
+    inverse: Tensor
+
     def __init__(
         self,
         sensor: Tensor,
@@ -60,6 +71,15 @@ class Feature(Setpoint):
         self.normalise = normalise
         self.labels = labels
         self.inverse = torch.linalg.inv(basis.double() @ sensor.double().T).to(sensor)
+        self.validate()
+
+    def validate(self) -> None:
+        """The normalisation is known, and every feature has a name of its own that can be part of a hook name."""
+        if self.normalise not in NORMALISATIONS:
+            raise ValueError(f"normalise={self.normalise!r}; it is one of {', '.join(NORMALISATIONS)}")
+        legal = all(label.isalnum() for label in self.labels) and len(set(self.labels)) == len(self.labels)
+        if not legal or len(self.labels) != len(self.sensor):
+            raise ValueError(f"labels={self.labels!r}; give each of {len(self.sensor)} features a number or name")
 
     @property
     def signals(self) -> tuple[str, ...]:  # type: ignore[override]

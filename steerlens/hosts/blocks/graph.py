@@ -73,14 +73,16 @@ def pooled_gradients(
         weights: `[batch pos]`; the other arguments are those of `differentiate`.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        return [pool(gradient, weights) for gradient in differentiate(forward, entry, places, loss)]
+        found = differentiate(forward, entry, places, loss)
+        # some modules are given batch and position as one dimension
+        return [pool(g if g.ndim > 2 else g.view(*weights.shape, -1), weights) for g in found]
 
 
 def pool(x: Tensor, weights: Tensor | None) -> Tensor:
-    """`sum_t w_t x_t`: `[batch pos ...], [batch pos] -> [batch ...]`, in float32 at least; x itself without weights."""
+    """`sum_t w_t x_t`: `[batch pos ...], [batch pos] -> [batch ...]`, in float32 at least; a copy without weights."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if weights is None:
-        return x.to(dtype)
+        return x.to(dtype, copy=True)  # some blocks add to a branch in place
     x, weights = x.to(dtype), weights.to(device=x.device, dtype=dtype)
     weights = weights.reshape(*weights.shape, *[1] * (x.ndim - 2))
     # a pad may hold anything, also NaN

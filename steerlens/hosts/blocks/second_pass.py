@@ -14,8 +14,9 @@ from torch.func import functional_call
 from steerlens.core import Companion, Direction, Site
 from steerlens.hosts.blocks.graph import watch
 
-#: A module, whether the state is its `"input"` or its `"output"`, and into how many heads it is to be split (0: none).
-Spot = tuple[nn.Module, str, int]
+#: A module, whether the state is its `"input"` or its `"output"`, into how many heads it is to be split (0: none), and
+#: by what it is to be multiplied.
+Spot = tuple[nn.Module, str, int, float]
 
 
 class BaseCompanion(Companion):
@@ -52,7 +53,7 @@ class BaseCompanion(Companion):
         """The unsteered states of a prompt."""
         require_whole(self.past)
         with self.aside(), torch.no_grad():
-            return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False))
+            return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False), self._rows)
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Forward-mode derivatives, or central differences where the direction carries a step.
@@ -98,6 +99,11 @@ class BaseCompanion(Companion):
             for name, value in zip(direction.names, direction.values, strict=True)
         ]
 
+    @property
+    def _rows(self) -> int:
+        given = next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
+        return given.shape[0]
+
     def _own(self) -> dict[str, Any]:
         """The call's keyword arguments but for what a pass of its own settles by itself."""
         settled = ("past_key_values", "use_cache", "return_dict")
@@ -109,7 +115,11 @@ class BaseCompanion(Companion):
         kwargs["use_cache"] = track is not None
         if track is not None:
             kwargs["past_key_values"] = track.cache(self.base)
-        found = gather(self.spots(sites), lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False))
+        found = gather(
+            self.spots(sites),
+            lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False),
+            self._rows,
+        )
         if track is not None:
             track.keep()
         return found
@@ -167,20 +177,22 @@ class _EnoughError(Exception):
     """Every state is there."""
 
 
-def gather(spots: dict[Site, Spot], forward: Callable[[], Any]) -> dict[Site, Tensor]:
-    """States at some spots of a forward pass, which ends at the last of them."""
+def gather(spots: dict[Site, Spot], forward: Callable[[], Any], rows: int = 1) -> dict[Site, Tensor]:
+    """States at some spots of a forward pass of `rows` texts, which ends at the last of them."""
     found: dict[Site, Tensor] = {}
 
-    def note(site: Site, heads: int, value: Tensor) -> None:
+    def note(site: Site, heads: int, scale: float, value: Tensor) -> None:
         # TransformerBridge shows heads split in some families and in one piece in others
-        found[site] = value.unflatten(-1, (heads, -1)) if heads and value.ndim == 3 else value
+        value = value.unflatten(-1, (heads, -1)) if heads and value.ndim == 3 else value
+        value = value if value.ndim > 2 else value.unflatten(0, (rows, -1))
+        found[site] = value if scale == 1 else value * scale
         if len(found) == len(spots):
             raise _EnoughError
 
     handles = []
     try:
-        for site, (module, side, heads) in spots.items():
-            handles.append(watch((module, side), partial(note, site, heads)))
+        for site, (module, side, heads, scale) in spots.items():
+            handles.append(watch((module, side), partial(note, site, heads, scale)))
         forward()
     except _EnoughError:
         pass

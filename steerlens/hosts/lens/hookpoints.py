@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from steerlens.core import POINTS, Display, Pass, Site
+from steerlens.core import Display, Pass, Site
 from steerlens.hosts.base import Attachment, Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
@@ -35,6 +35,7 @@ class LensHost(Host):
         self.d_head = cfg.d_head
         self.d_mlp = cfg.d_mlp
         self.d_vocab = cfg.d_vocab
+        self._names: set[str] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -60,10 +61,11 @@ class LensHost(Host):
         """Dtype of the first block's weights (`cfg.dtype` of a Bridge says float32 whatever the model is)."""
         return self._weight.dtype
 
-    def points(self) -> Sequence[str]:
-        """Points of the last block that exist as hook points."""
-        modules = self.modules()
-        return [point for point in POINTS if str(Site(self.n_layers - 1, point)) in modules]
+    def missing(self, site: Site) -> str | None:
+        """Why there is no such hook point."""
+        if self._names is None:  # a Bridge makes them anew at each access, in some milliseconds
+            self._names = set(self.modules())
+        return None if str(site) in self._names else "has no such hook point in TransformerLens"
 
     def find(self, sites: Iterable[Site]) -> dict[Site, nn.Module]:
         """What stands at sites, hook points or SAEs; checked here because TransformerBridge ignores unknown names."""
@@ -74,10 +76,12 @@ class LensHost(Host):
                 raise ValueError(f"'{site}' is not a hook point of this model, nor an SAE of sae-lens in its place")
         return found  # type: ignore[return-value]
 
-    def seat(self, site: Site, module: nn.Module, change: Change, *, outgoing: bool = False) -> Seat:
+    def seat(
+        self, site: Site, module: nn.Module, change: Change, rows: Callable[[], int], *, outgoing: bool = False
+    ) -> Seat:
         """A function at a site, where `find` has found a module."""
         find = self.address(site, module)
-        return Seat(find, change, self.shape(site), outgoing=outgoing)
+        return Seat(find, change, self.shape(site), rows, outgoing=outgoing)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Hook points, and SAEs in their place, by TransformerLens name."""
@@ -137,7 +141,8 @@ class LensHost(Host):
 
             return note
 
-        seats = [self.seat(site, module, keep(site)) for site, module in self.find(sites).items()]
+        rows = len(ids)
+        seats = [self.seat(site, module, keep(site), lambda: rows) for site, module in self.find(sites).items()]
         try:
             for seat in seats:
                 seat.take()
@@ -221,7 +226,7 @@ class LensAttachment(Attachment):
             if self._around(site):
                 self._steer_mid(modules, site)
             else:
-                self._sit(host.seat(site, modules[site], _acting(run, site)))
+                self._sit(host.seat(site, modules[site], _acting(run, site), self._rows))
         _ATTACHED.setdefault(host.model, []).append(self)
 
     def _check_transcoders(self, modules: Mapping[Site, nn.Module]) -> None:
@@ -236,6 +241,9 @@ class LensAttachment(Attachment):
     def _sit(self, seat: Seat) -> None:
         self._seats.append(seat)
         seat.take()
+
+    def _rows(self) -> int:
+        return self._run.positions.batch
 
     def _around(self, site: Site) -> tuple[Site, ...]:
         """Where to hook for a control that cannot be written at its own site."""
@@ -254,7 +262,7 @@ class LensAttachment(Attachment):
             return self._run.at(site, before.pop() + x, carrier=x)
 
         for place, change in zip(self._around(site), (enter, act), strict=True):
-            self._sit(self._host.seat(place, modules[place], change, outgoing=True))
+            self._sit(self._host.seat(place, modules[place], change, self._rows, outgoing=True))
 
     def _begin(self, **call: Any) -> None:
         self._host.publish(self._points)  # HookedTransformer.setup() rebuilds its table

@@ -114,7 +114,7 @@ class BridgeHost(LensHost):
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         heads = self.n_heads
         found = self.find(sites)
-        return {site: (*place_of(found[site]), heads if site.point == "z" else 0) for site in sites}
+        return {site: (*place_of(found[site]), heads if site.point == "z" else 0, 1.0) for site in sites}
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -280,7 +280,7 @@ class BlocksCompanion(Companion):
                 state = block(state, *self.args[1:], **self.kwargs)
 
         with Bare(model), torch.no_grad():
-            return gather({site: (*place_of(module), 0) for site, module in self.host.find(sites).items()}, run)
+            return gather({site: (*place_of(module), 0, 1.0) for site, module in self.host.find(sites).items()}, run)
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Raises NotImplementedError."""

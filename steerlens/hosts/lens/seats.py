@@ -53,15 +53,23 @@ class Seat:
         change: The function.
         shape: Shape of the state without batch and position, into which it is unfolded where TransformerLens has
             flattened heads.
+        rows: Gives the number of rows in the batch, for modules that are given batch and position as one dimension.
         outgoing: Take what flows on from here, also behind an SAE.
     """
 
     def __init__(
-        self, find: Callable[[], nn.Module | None], change: Change, shape: tuple[int, ...], *, outgoing: bool = False
+        self,
+        find: Callable[[], nn.Module | None],
+        change: Change,
+        shape: tuple[int, ...],
+        rows: Callable[[], int],
+        *,
+        outgoing: bool = False,
     ):
         self._find = find
         self._change = change
         self._shape = shape
+        self._rows = rows
         self._outgoing = outgoing
         self._remove: Callable[[], None] | None = None
         self._there: Callable[[], bool] = lambda: False
@@ -97,6 +105,9 @@ class Seat:
         return None if changed is None else (changed, *args[1:])
 
     def _act(self, x: Tensor) -> Tensor | None:
+        if x.ndim == 2:
+            changed = self._change(x.unflatten(0, (self._rows(), -1)))
+            return None if changed is None else changed.flatten(0, 1)
         # a Bridge's hook point unfolds heads; neither an SAE nor the hook point that it leaves behind does
         if len(self._shape) == 1 or x.ndim > 3:
             return self._change(x)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core import POINTS, Pass, Site
+from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.dimensions import Dimensions
-from steerlens.hosts.roles import family_paths, layers_path
+from steerlens.hosts.roles import Layout, skeleton, submodule
 from steerlens.hosts.traced.edit import Tap
 
 
@@ -19,26 +19,26 @@ class Anatomy(Dimensions):
     """The sizes of a Hugging Face language model behind nnsight, and where its blocks and their points are.
 
     Raises:
-        TypeError: the wrapped module is no language model with a head, or of no known family.
+        TypeError: the wrapped module is no language model with a head, or one that cannot be steered.
     """
 
     def __init__(self, model: Any):
         self.model = model
         module = model._module
-        config = getattr(module, "config", None)
-        if config is None or getattr(module, "base_model", module) is module:
-            kind = type(module).__name__
-            raise TypeError(f"{kind} is no Hugging Face language model with a head; wrap one with TransformersModel")
-        config = config.get_text_config()
-        self.n_layers = config.num_hidden_layers
+        watched, path, blocks, config = skeleton(module)
+        self.base = envoy_at(model, watched)
+        self.layers = envoy_at(model, path)
+        self.layouts = [Layout(block, config) for block in blocks]
+        self.n_layers = len(self.layouts)
         self.d_model = config.hidden_size
-        self.n_heads = config.num_attention_heads
-        self.d_head = getattr(config, "head_dim", None) or self.d_model // self.n_heads
-        self.d_mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model
+        self.n_heads = getattr(config, "num_attention_heads", None) or 0
+        self.d_head = self._everywhere("z") // max(self.n_heads, 1)
+        self.d_mlp = self._everywhere("mlp_post") or None
         self.d_vocab = config.vocab_size
-        self.base = getattr(model, module.base_model_prefix)
-        self.layers = getattr(self.base, layers_path(self.base._module))
-        self.paths = family_paths(self.layers[0]._module)
+
+    def _everywhere(self, point: str) -> int:
+        """The width of a point in the first block that has it; 0 where none has."""
+        return next((layout.widths[point] or 0 for layout in self.layouts if point in layout.widths), 0)
 
     @property
     def _weight(self) -> Tensor:
@@ -54,17 +54,33 @@ class Anatomy(Dimensions):
         if self.away:
             raise NotImplementedError(f"{what} needs the weights here: build the model with dispatch=True{instead}")
 
-    def points(self) -> Sequence[str]:
-        """All of them, in every family that is known."""
-        return POINTS
+    def missing(self, site: Site) -> str | None:
+        """Why there is no such site; on a server without the block's own input, also where that would be needed."""
+        layout = self.layouts[site.layer]
+        if site.point == "resid_pre" and site.layer == 0 and self.away and (layout.norm is None or layout.parallel):
+            return f"is a {layout.kind}, of which no module reads resid_pre alone, and its own input holds the KV cache"
+        return layout.missing(site.point)
+
+    def _width(self, site: Site) -> int | None:
+        return self.layouts[site.layer].widths.get(site.point)
+
+    def part(self, site: Site) -> Any:
+        """The torch module at a site, None where the block has no such site."""
+        layout = self.layouts[site.layer]
+        known = layout.paths.get(site.point)
+        return None if known is None else submodule(self.layers[site.layer]._module, known[0])
 
     def _out_weight(self, layer: int) -> Tensor | None:
-        return getattr(self.layers[layer]._module.get_submodule(self.paths["mlp_post"][0]), "weight", None)
+        return getattr(self.part(Site(layer, "mlp_post")), "weight", None)
 
     @property
     def entry(self) -> Any:
         """What `follow` takes as `first`."""
-        return self.tap(Site(0, "resid_pre")).envoy if self.away else None
+        if not self.away:
+            return None
+        module = self.model._module
+        embedding = module.get_input_embeddings()
+        return envoy_at(self.model, next(path for path, part in module.named_modules() if part is embedding))
 
     def taps(self, run: Pass) -> list[Tap]:
         """What the edit must visit, in the order of the forward pass."""
@@ -73,7 +89,7 @@ class Anatomy(Dimensions):
             pre, branch = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
             if site.point == "resid_mid" and site in run.names:
                 taps += [self.tap(pre, Tap.BEFORE), self.tap(branch, Tap.MID, site)]
-            elif site.point == "resid_pre" and site in run.names:
+            elif site == Site(0, "resid_pre") and self.away and site in run.names:
                 taps += [self.tap(pre, Tap.ENTER, site), self.tap(branch, Tap.CARRY)]
             else:
                 taps.append(self.tap(site, Tap.PLAIN, site))
@@ -87,19 +103,30 @@ class Anatomy(Dimensions):
 
     def tap(self, read: Site, role: int = Tap.PLAIN, steers: Site | None = None) -> Tap:
         """One location; arguments as in `Tap`."""
-        path, side = self.paths[read.point]
-        envoy = self.layers[read.layer]
-        for name in path.split(".") if path else ():
-            envoy = getattr(envoy, name)
-        return Tap(envoy, side, read, role, steers, self.n_heads if read.point == "z" else 0)
+        layout, layer = self.layouts[read.layer], read.layer
+        path, side = layout.paths[read.point]
+        if read.point == "resid_pre" and self.away:
+            # the block's own input holds the KV cache, see `Tap`
+            layer, path, side = (layer - 1, "", "output") if layer else (0, layout.norm or "", "input")
+        scale = layout.scale if read.point in ("attn_out", "mlp_out") else 1.0
+        heads = self.n_heads if read.point == "z" else 0
+        return Tap(envoy_at(self.layers[layer], path), side, read, role, steers, heads, scale)
 
     def places(self, sites: Sequence[Site]) -> list[Place]:
         """Where a change of each site's activation shows."""
-        found = []
-        for site in sites:
-            path, side = self.paths[site.point]
-            found.append((self.layers[site.layer]._module.get_submodule(path), side))
-        return found
+        return [(self.part(site), self.layouts[site.layer].paths[site.point][1]) for site in sites]
+
+    def scales(self, sites: Sequence[Site]) -> list[float]:
+        """By what each site's activation is larger than what is at its place."""
+        branches = ("attn_out", "mlp_out")
+        return [self.layouts[site.layer].scale if site.point in branches else 1.0 for site in sites]
+
+
+def envoy_at(envoy: Any, path: str | None) -> Any:
+    """The envoy of a module inside an envoy's."""
+    for name in path.split(".") if path else ():
+        envoy = envoy[int(name)] if name.isdigit() else getattr(envoy, name)
+    return envoy
 
 
 def gradients_at(
@@ -127,4 +154,5 @@ def gradients_at(
     def forward() -> Tensor:
         return module(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
-    return pooled_gradients(forward, anatomy.layers[0]._module, anatomy.places(sites), loss, weights)
+    found = pooled_gradients(forward, anatomy.layers[0]._module, anatomy.places(sites), loss, weights)
+    return [gradient / scale for gradient, scale in zip(found, anatomy.scales(sites), strict=True)]

@@ -19,10 +19,11 @@ from steerlens.hosts.traced.walk import Walk, alone
 class Tap:
     """One location that the edit visits.
 
-    No location is a block's own input: in a server's sandbox a location's whole value goes to another process and back,
-    and a block's arguments hold the KV cache, of which a copy would come back. The input of the block's first norm is
-    the same state. A write to it reaches attention only, so a control at `resid_pre` is added once more to what
-    attention puts out (`ENTER`, then `CARRY`); one at `resid_mid` is added there too (`BEFORE`, then `MID`).
+    On a server no location is a block's own input: in its sandbox a location's whole value goes to another process and
+    back, and a block's arguments hold the KV cache, of which a copy would come back. What the block before puts out is
+    the same state. Before the first block it is the input of its first norm: a write to that reaches attention only, so
+    the control is added once more to what attention puts out (`ENTER`, then `CARRY`). One at `resid_mid` is added to
+    what attention puts out, everywhere (`BEFORE`, then `MID`).
 
     Args:
         envoy: The module.
@@ -31,10 +32,12 @@ class Tap:
         role: What to do there, one of the five below.
         steers: The site of the pass that it serves; None where it serves another tap.
         heads: Number of heads into which the last dimension is split, 0 for none.
+        scale: Factor between what the location holds and the state.
 
     Attributes:
         plain: A visit concerns this location only.
         location: Its name in nnsight.
+        rows: Of the batch, for modules that are given batch and position as one dimension.
         then: The next tap, where that only senses what this one leaves: a block's input after the output of the block
             before. `way` holds the modules that the state goes through in between: block, block and norm.
     """
@@ -42,7 +45,16 @@ class Tap:
     # in the order in which taps at one location are visited
     PLAIN, ENTER, BEFORE, MID, CARRY = range(5)
 
-    def __init__(self, envoy: Any, side: str, read: Site, role: int, steers: Site | None = None, heads: int = 0):
+    def __init__(
+        self,
+        envoy: Any,
+        side: str,
+        read: Site,
+        role: int,
+        steers: Site | None = None,
+        heads: int = 0,
+        scale: float = 1.0,
+    ):
         self.envoy = envoy
         self.side = side
         self.read = read
@@ -50,6 +62,8 @@ class Tap:
         self.plain = role == Tap.PLAIN
         self.steers = steers
         self.heads = heads
+        self.scale = scale
+        self.rows = 1
         self.location = f"{envoy.path}.{side}"
         self.then: Tap | None = None
         self.way: tuple[Any, Any, Any] | None = None
@@ -63,11 +77,19 @@ class Tap:
         """What the location holds: a module's output, or its arguments, positional and by keyword."""
         return self.envoy.inputs if self.side == "input" else self.envoy.output
 
-    def state(self, raw: Any) -> Tensor:
-        """The state in what the location holds, heads split."""
+    def held(self, raw: Any) -> Tensor:
+        """The tensor in what the location holds."""
         if self.side == "input":
             raw = first_input(*raw)
-        x = raw if isinstance(raw, torch.Tensor) else raw[0]
+        return raw if isinstance(raw, torch.Tensor) else raw[0]
+
+    def state(self, raw: Any) -> Tensor:
+        """The state in what the location holds, heads split."""
+        x = self.held(raw)
+        if self.scale != 1:
+            x = x * self.scale
+        if x.ndim == 2:
+            x = x.unflatten(0, (self.rows, -1))
         return x.unflatten(-1, (self.heads, -1)) if self.heads else x
 
     def value(self) -> Tensor:
@@ -77,9 +99,16 @@ class Tap:
     def replaced(self, raw: Any, value: Tensor) -> Any:
         """What the location would hold with another state."""
         value = value.flatten(-2) if self.heads else value
+        held = self.held(raw)
+        if self.scale != 1:  # in this order, so that no control changes no bit
+            value = held + ((value - self.state(raw)) / self.scale).view_as(held)
+        elif held.ndim == 2:
+            value = value.reshape(held.shape)
         if self.side == "input":
             return replace_first_input(*raw, value)
-        return value if isinstance(raw, torch.Tensor) else (value, *raw[1:])
+        if isinstance(raw, torch.Tensor):
+            return value
+        return [value, *raw[1:]] if isinstance(raw, list) else (value, *raw[1:])
 
     def write(self, raw: Any) -> None:
         """Replace what the location holds."""
@@ -90,6 +119,7 @@ class Tap:
 
     def change(self, run: Pass, raw: Any) -> tuple[Any, Tensor]:
         """What a plain tap makes of what its location holds, and the state that it leaves there."""
+        self.rows = run.positions.batch
         x = self.state(raw)
         steered = run.at(self.steers, x)  # type: ignore[arg-type]
         return (raw if steered is x else self.replaced(raw, steered)), steered
@@ -110,6 +140,7 @@ class Tap:
             if changed is not raw:
                 self.write(changed)
             return
+        self.rows = run.positions.batch
         x = self.state(raw)
         if self.role == Tap.BEFORE:
             kept["before"] = x
@@ -156,7 +187,7 @@ class StoodDown:
 
 def spots_of(taps: list[Tap]) -> dict[Site, Any]:
     """Where the states of taps are among the modules."""
-    return {tap.read: (tap.envoy._module, tap.side, tap.heads) for tap in taps}
+    return {tap.read: (tap.envoy._module, tap.side, tap.heads, tap.scale) for tap in taps}
 
 
 def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[int, Tensor]) -> None:

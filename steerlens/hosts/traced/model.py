@@ -33,7 +33,7 @@ def claim(model: Any) -> Host | None:
 
 
 class TracedHost(Anatomy, Host):
-    """An nnsight `TransformersModel` or `LanguageModel` of the Llama, Gemma or GPT-2 families."""
+    """An nnsight `TransformersModel` or `LanguageModel` of any architecture, see `hosts.roles`."""
 
     library = "nnsight"
 
@@ -114,7 +114,7 @@ class TracedHost(Anatomy, Host):
     def head_writes(self, layer: int) -> Tensor:
         """Of attention, `[head d_head d]`."""
         self.need_weights("taking attention apart")
-        module = self.layers[layer]._module.get_submodule(self.paths["z"][0])
+        module = self.part(Site(layer, "z"))
         # a Linear keeps [out in], GPT-2's Conv1D [in out]
         weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
         return weight.detach().unflatten(0, (self.n_heads, -1))
@@ -123,6 +123,8 @@ class TracedHost(Anatomy, Host):
         if not self.remote:
             self.need_weights("reading activations", ", or read on a server with steerlens.remote(model)")
         taps = [self.tap(site) for site in sites]
+        for tap in taps:
+            tap.rows = len(ids)
         model = self.model
         # stopping before the unembedding would cut off edits of the user's at later layers
         early = not model._edits

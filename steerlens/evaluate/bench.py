@@ -1,0 +1,249 @@
+"""A model with the prompts of an evaluation, and the arms that are compared on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.core import Controller
+from steerlens.evaluate.scoring import place, scored_logits
+from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
+from steerlens.fit.contrast import Text, tokenize
+from steerlens.hosts import host_of
+from steerlens.hosts.base import pad
+from steerlens.steering import steer
+
+#: Token ids of a prompt and of what follows it.
+Row = tuple[list[int], list[int]]
+#: Log-probabilities of the unsteered model are kept up to this size, and computed again beyond it.
+KEPT_BYTES = 2**30
+#: Prompts on which the dose is measured.
+DOSED = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A baseline that steers by asking: an instruction before every prompt."""
+
+    instruction: str
+
+
+def prompt(instruction: str) -> Prompt:
+    """The prompt baseline: `compare(model, {"caa": c, "prompt": prompt("Answer gladly.")}, ...)`.
+
+    Args:
+        instruction: A line before each prompt that is a string, the system message of a chat.
+    """
+    if not instruction.strip():
+        raise ValueError("the instruction is empty; say what the model is asked to do")
+    return Prompt(instruction)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the model.
+
+    Args:
+        name: Of its row in a table.
+        controller: What steers, or None.
+        strength: Factor on every control.
+        instruction: Before every prompt.
+        seed: Of what the arm itself draws.
+    """
+
+    name: str
+    controller: Controller | None = None
+    strength: float = 1.0
+    instruction: str = ""
+    seed: int = 0
+
+
+UNSTEERED = Arm("unsteered", strength=0.0)
+
+
+class Bench:
+    """Runs a model as arms steer it, and keeps what every arm is compared with.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model, or a host such as `steerlens.remote(model)`.
+        prompts: What meters without items of their own are measured on.
+        batch: Rows in one forward pass.
+        seed: Of all sampling.
+        max_new_tokens: Of the texts.
+        temperature: Of the texts; 0 is greedy.
+        samples: Texts for each prompt.
+        prepend_bos: As in `Pairs`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Text],
+        *,
+        batch: int = 16,
+        seed: int = 0,
+        max_new_tokens: int = 24,
+        temperature: float = 0.8,
+        samples: int = 1,
+        prepend_bos: bool | None = None,
+    ):
+        self.host = host_of(model)
+        self.prompts = list(prompts)
+        self.batch, self.seed, self.prepend_bos = batch, seed, prepend_bos
+        self.max_new_tokens, self.temperature, self.samples = max_new_tokens, temperature, samples
+        self._continuations: dict[Any, list[Row]] = {}
+        self._texts: tuple[Any, list[list[Generation]]] | None = None
+        self._kept: dict[Any, Tensor] = {}
+        self._bytes = 0
+
+    def row(self, text: Text, arm: Arm = UNSTEERED) -> Row:
+        """A text as prompt and completion. A text without a completion is scored from its second token on."""
+        if isinstance(text, str):
+            given: Text = (arm.instruction + "\n", text) if arm.instruction else text
+        else:
+            given = with_instruction(text, arm.instruction, self.host)
+        if isinstance(given, tuple) and _is_chat(given[0]):
+            given = [*given[0], {"role": "assistant", "content": given[1]}]
+        ids, length = tokenize(given, self.host, self.prepend_bos)
+        length = 1 if length == len(ids) else max(length, 1)
+        if len(ids) <= length:
+            raise ValueError(f"{text!r} leaves no token to score; give a longer text or a completion")
+        return list(ids[:length]), list(ids[length:])
+
+    def prompt(self, text: Text, arm: Arm = UNSTEERED) -> list[int]:
+        """Token ids of a prompt that is to be continued."""
+        return prompt_ids(with_instruction(text, arm.instruction, self.host), self.host, self.prepend_bos)
+
+    def logits(self, arm: Arm, rows: Sequence[Row], reduce: Callable[[int, Tensor], Any]) -> list[Any]:
+        """What a function gives for each row's index and scored logits `[completion+1 vocab]`, see `scored_logits`."""
+        return scored_logits(
+            self.host,
+            arm.controller,
+            [[*prompt, *completion] for prompt, completion in rows],
+            [len(prompt) for prompt, _ in rows],
+            strength=arm.strength,
+            batch=self.batch,
+            reduce=reduce,
+        )
+
+    def against_unsteered(
+        self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row], reduce: Callable[[Tensor, Tensor], Any]
+    ) -> list[Any]:
+        """What a function gives for log-probabilities `[completion vocab]` of the unsteered model and of the arm.
+
+        Args:
+            rows: The arm's rows.
+            plain: The same completions after the prompts of the unsteered model.
+        """
+        found: list[Any] = []
+        for start in range(0, len(rows), self.batch):
+            part = slice(start, start + self.batch)
+            reference = self._reference(plain[part])
+
+            def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> Any:
+                return reduce(reference[index].to(logits.device), logits[:-1].log_softmax(-1))
+
+            found += self.logits(arm, rows[part], both)
+        return found
+
+    def _reference(self, rows: Sequence[Row]) -> list[Tensor]:
+        keys = [(tuple(prompt), tuple(completion)) for prompt, completion in rows]
+        if all(key in self._kept for key in keys):
+            return [self._kept[key] for key in keys]
+        found = self.logits(UNSTEERED, rows, lambda _, logits: logits[:-1].log_softmax(-1))
+        size = sum(value.numel() * value.element_size() for value in found)
+        if self._bytes + size <= KEPT_BYTES:
+            self._kept.update(zip(keys, found, strict=True))
+            self._bytes += size
+        return found
+
+    def continuations(self, prompts: Sequence[Text], tokens: int) -> list[Row]:
+        """Prompts and what the unsteered model itself says after them, sampled at temperature 1."""
+        rows = [self.prompt(text) for text in prompts]
+        key = (tuple(map(tuple, rows)), tokens)
+        if key not in self._continuations:
+            written = generate_texts(
+                self.host, None, rows, max_new_tokens=tokens, temperature=1.0, seed=self.seed, batch=2 * self.batch
+            )
+            self._continuations[key] = [(list(text.prompt), list(text.completion)) for text in written]
+        return self._continuations[key]
+
+    def texts(self, arm: Arm, prompts: Sequence[Text]) -> list[list[Generation]]:
+        """What an arm writes after each prompt, `samples` texts each; all arms draw the same random numbers."""
+        rows = [self.prompt(text, arm) for text in prompts]
+        key = (arm, tuple(map(tuple, rows)))
+        if self._texts is None or self._texts[0] != key:
+            drawn = [
+                generate_texts(
+                    self.host,
+                    arm.controller,
+                    rows,
+                    max_new_tokens=self.max_new_tokens,
+                    temperature=self.temperature,
+                    seed=self.seed + 7919 * number,
+                    strength=arm.strength,
+                    batch=2 * self.batch,
+                )
+                for number in range(self.samples)
+            ]
+            self._texts = key, [list(texts) for texts in zip(*drawn, strict=True)]
+        return self._texts[1]
+
+    def dose(self, arm: Arm) -> list[list[float]]:
+        """The relative size of the control, |u|/|x| from the last prompt token on, a mean over the sites where it acts.
+
+        x is the unsteered state at the site, on the unsteered model's continuations of the first prompts.
+        """
+        rows = self.continuations(self.prompts[:DOSED], self.max_new_tokens)
+        if arm.controller is None:
+            return [[math.nan if arm.instruction else 0.0] for _ in rows]
+        whole, lengths = [[*prompt, *completion] for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
+        sites = arm.controller.sites
+        ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], self.host.device)
+        placed = place(arm.controller, torch.tensor(lengths), ids.shape[1])
+        with torch.no_grad(), steer(self.host, placed, strength=arm.strength, record=("u_norm",)) as run:
+            self.host.logits(ids, mask)
+            names = {site: (held.total or held.own[0])["u_norm"] for site, held in run.signals.items()}
+            norms = {site: run.record[name].double().cpu() for site, name in names.items()}
+        states = self.host.states(whole, sites, batch=self.batch)
+        shares = torch.full((len(sites), *ids.shape), torch.nan, dtype=torch.float64)
+        for number, site in enumerate(sites):
+            for index, state in enumerate(states[site]):
+                size = state.double().flatten(1).norm(dim=1)
+                shares[number, index, : len(size)] = norms[site][index, : len(size)] / size
+        means = shares.nanmean(0)
+        # of the tokens whose logits are scored; a token that no loop steers has the dose 0
+        return [
+            means[index, length - 1 : len(row)].nan_to_num().tolist()
+            for index, (row, length) in enumerate(zip(whole, lengths, strict=True))
+        ]
+
+    def check_zero(self, controller: Controller) -> None:
+        """Raises RuntimeError unless strength 0 gives the unsteered model's logits, bit for bit."""
+        ids = [self.prompt(text) for text in self.prompts[:4]]
+        rows = [(row[: max(1, len(row) // 2)], row[max(1, len(row) // 2) :]) for row in ids]
+        plain, off = (
+            self.logits(arm, rows, lambda _, logits: logits.cpu().clone())
+            for arm in (UNSTEERED, Arm("off", controller, 0.0))
+        )
+        if not all(torch.equal(a, b) for a, b in zip(plain, off, strict=True)):
+            gap = max(float((a - b).abs().max()) for a, b in zip(plain, off, strict=True))
+            raise RuntimeError(
+                f"{controller!r} at strength 0 changes the logits by up to {gap:.3g}; nothing measured with it "
+                "would be the effect of its control"
+            )
+
+    def at(self, prompts: Sequence[Text]) -> Bench:
+        """The same bench with other prompts; what is kept is shared."""
+        other = Bench.__new__(Bench)
+        other.__dict__.update(self.__dict__ | {"prompts": list(prompts)})
+        return other
+
+
+def _is_chat(text: Any) -> bool:
+    return isinstance(text, list) and bool(text) and isinstance(text[0], dict)

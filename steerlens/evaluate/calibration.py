@@ -1,0 +1,248 @@
+"""The strength at which a controller spends a budget, in few evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from steerlens.core import Controller
+from steerlens.diagnose.result import curves, frame
+from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
+from steerlens.evaluate.bootstrap import draws, ends
+from steerlens.evaluate.meter import Budget, Values, pooled
+from steerlens.fit.contrast import Text
+
+MET, NEVER, NOTHING = "met", "never", "by doing nothing"
+#: A value below this share of the budget is nothing.
+NEGLIGIBLE = 0.02
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A strength that meets a budget.
+
+    Attributes:
+        controller: The controller at this strength.
+        strength: Factor on every control.
+        interval: Of the strength: where the budget would be met on other prompts of the same kind; NaN if nowhere.
+        curve: `(strength, value)` of every evaluation, by strength.
+        met: `"met"`; `"never"`: the unsteered model is over the budget; `"by doing nothing"`: within the budget are
+            only strengths at which the controller does next to nothing.
+        value: The meter's value at this strength.
+        budget: In words.
+        note: What else there is to know, such as that the value stays below the budget; empty if nothing.
+    """
+
+    controller: Controller
+    strength: float
+    interval: tuple[float, float]
+    curve: tuple[tuple[float, float], ...]
+    met: str
+    value: float
+    budget: str
+    note: str = ""
+
+    def table(self) -> Any:
+        """The curve as a pandas DataFrame."""
+        strengths, values = zip(*self.curve, strict=True)
+        return frame({"strength": strengths, "value": values}, "strength")
+
+    def plot(self) -> Any:
+        """The meter's value against the strength."""
+        strengths, values = zip(*self.curve, strict=True)
+        title = f"{self.budget}: {self.met} at strength {self.strength:.3g}"
+        return curves({"value": (strengths, torch.tensor(values))}, title=title, x="strength", y=self.budget)
+
+    def plain(self) -> dict[str, Any]:
+        """All but the controller, as plain JSON."""
+        names = ("strength", "interval", "curve", "met", "value", "budget", "note")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return (
+            f"Calibration(strength {self.strength:.3g}, {low:.3g} to {high:.3g}; {self.budget}: {self.met} "
+            f"with {self.value:.3g} in {len(self.curve)} evaluations{'; ' + self.note if self.note else ''})"
+        )
+
+
+def calibrate(
+    model: Any,
+    controller: Controller,
+    prompts: Sequence[Text],
+    *,
+    budget: Budget,
+    tolerance: float = 0.04,
+    largest: float = 64.0,
+    evaluations: int = 12,
+    level: float = 0.95,
+    batch: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """The largest strength within a budget: `calibrate(model, c, prompts, budget=evaluate.kl() <= 0.3).controller`.
+
+    A search in log strength and log value, which are a line for a KL at small strengths: KL grows as s^2. Secants while
+    they stay inside what is known, else halves. The interval is that of the crossing under a bootstrap over prompts.
+
+    Args:
+        model: TransformerBridge, HookedTransformer or nnsight model.
+        controller: What is scaled.
+        prompts: Where the meter is measured, if it has no items of its own. Report effects on others.
+        budget: `meter <= limit`, of a meter that grows with the strength.
+        tolerance: How far from the limit the value may be, relative.
+        largest: Strengths beyond this are not tried.
+        evaluations: Largest number of strengths to try.
+        level: Of the interval.
+        batch: Texts in one forward pass.
+        seed: Of what the meter samples, and of the bootstrap.
+        progress: Show a bar.
+
+    Raises:
+        TypeError: the budget is no `meter <= limit`.
+        ValueError: a limit that is not positive, no prompts.
+    """
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget is a {type(budget).__name__}; write meter <= limit, as in evaluate.kl() <= 0.3")
+    bench = Bench(model, prompts, batch=batch, seed=seed)
+    return search(
+        bench,
+        Arm("calibrated", controller),
+        budget,
+        tolerance=tolerance,
+        largest=largest,
+        evaluations=evaluations,
+        level=level,
+        progress=progress,
+    )
+
+
+def search(
+    bench: Bench,
+    arm: Arm,
+    budget: Budget,
+    *,
+    tolerance: float = 0.04,
+    largest: float = 64.0,
+    evaluations: int = 12,
+    level: float = 0.95,
+    progress: bool = True,
+) -> Calibration:
+    """As `calibrate`, on a bench, for an arm with a controller."""
+    limit, meter = budget.limit, budget.meter
+    if not limit > 0:
+        raise ValueError(f"the budget {budget} is not positive")
+    if not meter.over(bench):
+        raise ValueError("no prompts; give at least one")
+    assert arm.controller is not None
+    measured: dict[float, Values] = {}
+    with tqdm(total=evaluations, desc=f"calibrate {arm.name}", disable=not progress, leave=False) as bar:
+
+        def value(strength: float) -> float:
+            if strength not in measured:
+                at = UNSTEERED if strength == 0 else Arm(arm.name, arm.controller, strength, "", arm.seed)
+                measured[strength] = meter(bench, at)
+                bar.update()
+            return meter.pool(measured[strength])
+
+        # a KL is 0 without control; other meters have a level of their own
+        at_rest = 0.0 if meter.name == "KL" else value(0.0)
+        strength, met, note = _find(value, at_rest, limit, tolerance, largest, evaluations)
+        if met == MET and len(measured) < 2:
+            value(0.9 * strength)  # the interval needs a slope
+    curve = tuple((s, meter.pool(values)) for s, values in sorted(measured.items()))
+    reached = dict(curve).get(strength, at_rest)
+    bounds = _bounds(measured, meter.at, limit, level, bench.seed) if met == MET and not note else (math.nan, math.nan)
+    return Calibration(arm.controller * strength, strength, bounds, curve, met, reached, str(budget), note)
+
+
+def _find(
+    value: Callable[[float], float], at_rest: float, limit: float, tolerance: float, largest: float, evaluations: int
+) -> tuple[float, str, str]:
+    """Strength, verdict and note."""
+    if at_rest > limit:
+        return 0.0, NEVER, f"the unsteered model has {at_rest:.3g}"
+    low, high = 0.0, math.inf
+    known: list[tuple[float, float]] = []
+    strength = 1.0
+    for _ in range(evaluations):
+        found = value(strength)
+        known.append((strength, found))
+        # NaN: the model broke
+        if found <= limit:
+            low = max(low, strength)
+        else:
+            high = min(high, strength)
+        if abs(found / limit - 1) <= tolerance:
+            return strength, MET, ""
+        if low >= largest or (low > 0 and high / low < 1 + tolerance / 4):
+            break
+        strength = _next(known, limit, low, min(high, 2 * largest), largest)
+    return _outside(dict(known), limit, low, high, largest)
+
+
+def _next(known: list[tuple[float, float]], limit: float, low: float, high: float, largest: float) -> float:
+    """A strength where the line through the two nearest values in logarithms meets the limit."""
+    usable = [(math.log(s), math.log(v)) for s, v in known if v > 0 and math.isfinite(v)]
+    below = [point for point in usable if point[1] <= math.log(limit)]
+    above = [point for point in usable if point[1] > math.log(limit)]
+    slope, start = 2.0, usable[-1] if usable else (math.log(known[-1][0]), math.log(limit) - 4)
+    if below and above:
+        a, b = max(below), min(above)
+        slope, start = (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else 2.0, a
+    elif len(usable) > 1:
+        a, b = sorted(usable)[:2] if above else sorted(usable)[-2:]
+        slope, start = (b[1] - a[1]) / (b[0] - a[0]), (a if above else b)
+    slope = min(max(slope, 0.5), 6.0)
+    guess = math.exp(start[0] + (math.log(limit) - start[1]) / slope)
+    if low > 0 and high < math.inf and above:
+        inside = (
+            math.exp(0.1 * math.log(high) + 0.9 * math.log(low)),
+            math.exp(0.9 * math.log(high) + 0.1 * math.log(low)),
+        )
+        # a secant that would leave the bracket, or creep along its edge, is replaced by the middle
+        crept = len(known) > 5 and len(known) % 2
+        return math.sqrt(low * high) if crept or not inside[0] <= guess <= inside[1] else guess
+    return min(max(guess, known[-1][0] / 16), known[-1][0] * 8, largest)
+
+
+def _outside(
+    known: dict[float, float], limit: float, low: float, high: float, largest: float
+) -> tuple[float, str, str]:
+    """The verdict if no strength was found at which the value is the limit."""
+    if low == 0 or known[low] < NEGLIGIBLE * limit:
+        reason = f"already strength {high:.3g} gives {known[high]:.3g}" if high < math.inf else "it changes nothing"
+        return low, NOTHING, reason
+    if high == math.inf:
+        return low, MET, f"the value stays below the budget up to strength {low:.3g}: {known[low]:.3g}"
+    return low, MET, f"the value goes from {known[low]:.3g} at {low:.4g} to {known[high]:.3g} at {high:.4g}"
+
+
+def _bounds(measured: dict[float, Values], at: str, limit: float, level: float, seed: int) -> tuple[float, float]:
+    """Where bootstrapped curves cross the limit, in logarithms between the strengths that were tried."""
+    strengths = sorted(s for s in measured if s > 0)
+    n = len(measured[strengths[0]])
+    if len(strengths) < 2:
+        return math.nan, math.nan
+    crossings = []
+    for chosen in draws(n, resamples=400, seed=seed).tolist():
+        values = [pooled([measured[s][index] for index in chosen], at) for s in strengths]
+        crossings.append(_crossing(strengths, values, limit))
+    return ends(torch.tensor(crossings, dtype=torch.float64), n, level)
+
+
+def _crossing(strengths: list[float], values: list[float], limit: float) -> float:
+    points = [(math.log(s), math.log(v)) for s, v in zip(strengths, values, strict=True) if v > 0]
+    if len(points) < 2:
+        return math.nan
+    goal = math.log(limit)
+    # beyond what was tried the nearest line goes on
+    right = next((index for index, (_, v) in enumerate(points) if v >= goal), len(points) - 1)
+    (s0, v0), (s1, v1) = points[max(right, 1) - 1], points[max(right, 1)]
+    slope = (v1 - v0) / (s1 - s0)
+    return math.exp(s0 + (goal - v0) / slope) if slope > 0.1 else math.nan

@@ -1,0 +1,81 @@
+"""An evaluation as Markdown."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerlens.evaluate.evaluation import Evaluation
+
+
+def evaluation_card(found: Evaluation) -> str:
+    """The title, what was compared, the table, slopes, what is a proxy and what was not measured, and the protocol."""
+    from steerlens.evaluate.evaluation import ELSEWHERE
+
+    protocol = found.protocol
+    about = found.meters[found.effect]
+    proxies = [name for name, own in found.meters.items() if own["proxy"]]
+    exact = "a proxy" if about["proxy"] else "likelihood (exact)" if about["needs"] == "logits" else "text"
+    count = len(found.change(*found.arms[0]))
+    lines = [
+        f"**{found.effect}** ({about['unit']}), {count} held-out items"
+        if found.calibrations
+        else f"**{found.effect}** ({about['unit']}), {count} items",
+        "",
+    ]
+    lines += [_table(found), ""]
+    for arm, chosen in found.calibrations.items():
+        low, high = chosen["interval"]
+        note = f"; {chosen['note']}" if chosen["note"] else ""
+        span = "" if math.isnan(low) else f" ({low:.3g} to {high:.3g})"
+        lines.append(f"- {arm}: strength {chosen['strength']:.3g}{span}, {chosen['budget']}: {chosen['met']}{note}")
+    lines += _slopes(found)
+    lines.append(f"- scorer: {exact}" + (f"; proxies: {', '.join(proxies)}" if proxies else ""))
+    lines.append(f"- not measured: {'; '.join([*found.missing, ELSEWHERE])}")
+    lines.append(
+        "- effect: change against unsteered, 95 % interval by a bootstrap over items, paired; worst: mean over "
+        "the tenth of the items with the least change; wrong way: share of items moved against the aim; dose: |u|/|x|"
+    )
+    model = protocol.get("model", {})
+    versions = ", ".join(f"{name} {version}" for name, version in protocol.get("versions", {}).items())
+    lines.append(
+        f"- {model.get('class')}, {model.get('n_layers')} layers, d = {model.get('d_model')}, {protocol.get('dtype')} "
+        f"on {protocol.get('device')}; seed {protocol.get('seed')}; {versions}"
+    )
+    return "\n".join(lines)
+
+
+def _table(found: Evaluation) -> str:
+    rows = found.table().reset_index().to_dict("records")
+    names = [name for name in rows[0] if name not in ("low", "high")]
+    several = len({own.seed for own in found.measured if own.arm == "random"})
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+    for row in rows:
+        cells = [_cell(name, row, several) for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(name: str, row: dict[str, Any], several: int) -> str:
+    plain = row["arm"] == "unsteered"
+    value = row[name]
+    if name == "arm":
+        return f"random x{several}" if value == "random" and several > 1 else str(value)
+    if (plain and name in ("worst", "wrong way", "strength")) or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if name == "effect":
+        return "0" if plain else f"{value:+.2f} [{row['low']:+.2f} {row['high']:+.2f}]"
+    if name == "wrong way":
+        return f"{100 * value:.0f} %"
+    return f"{value:.3g}"
+
+
+def _slopes(found: Evaluation) -> list[str]:
+    lines = []
+    for arm in dict.fromkeys(name for name, _ in found.arms):
+        if sum(name == arm for name, _ in found.arms) > 1:
+            slopes = found.slopes(arm) * (found.meters[found.effect]["direction"] or 1)
+            below = 100 * float((slopes < 0).double().mean())
+            lines.append(f"- {arm}: slope per item: median {float(slopes.median()):.2f}, {below:.0f} % below 0")
+    return lines

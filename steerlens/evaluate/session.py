@@ -1,0 +1,116 @@
+"""Measures arms on meters, one after another, and keeps what is known already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from steerlens.evaluate.bench import Arm, Bench
+from steerlens.evaluate.evaluation import DOSE, RANDOM_NAME, UNSTEERED_NAME, Measured
+from steerlens.evaluate.log import Log, setting
+from steerlens.evaluate.meter import Meter, Values, digest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm that is built only if something is still to be measured on it.
+
+    Args:
+        name, strength, seed: As of `Arm`.
+        build: Gives the arm. Its own strength is what the controller is scaled by.
+    """
+
+    name: str
+    build: Callable[[], Arm]
+    strength: float
+    seed: int = 0
+
+
+class Session:
+    """Runs meters on arms.
+
+    Args:
+        bench: The model and the prompts.
+        meters: The effect first.
+        log: What is known, and where it goes.
+        progress: Show a bar with the time left.
+    """
+
+    def __init__(self, bench: Bench, meters: Sequence[Meter], log: Log, *, progress: bool):
+        self.bench, self.meters, self.log, self.progress = bench, list(meters), log, progress
+        self.about: dict[str, dict[str, Any]] = {meter.name: meter.describe() for meter in meters}
+
+    def run(self, entries: Sequence[Entry]) -> tuple[Measured, ...]:
+        """All numbers of these arms.
+
+        Raises:
+            RuntimeError: an arm of strength 0 differs from the unsteered one; a controller changes no logit.
+        """
+        found: list[Measured] = []
+        names = [f"{entry.name} {entry.strength:.3g}" for entry in entries]
+        bar = tqdm(total=len(entries) * (len(self.meters) + 1), disable=not self.progress, leave=False)
+        with bar:
+            for name, entry in zip(names, entries, strict=True):
+                bar.set_description(name)
+                found += self._arm(entry, bar.update)
+        return tuple(found)
+
+    def _arm(self, entry: Entry, tick: Callable[[], Any]) -> list[Measured]:
+        built: list[Arm] = []
+
+        def arm() -> Arm:
+            if not built:
+                built.append(entry.build())
+            return built[0]
+
+        found: dict[str, Values] = {}
+        for meter in self._for(entry):
+            found[meter.name] = self._known(entry, meter.name, lambda meter=meter: meter(self.bench, arm()))  # type: ignore[misc]
+            tick()
+        found[DOSE] = self._known(entry, DOSE, lambda: self.bench.dose(arm()))
+        tick()
+        self._check(entry, found)
+        return [Measured(entry.name, entry.strength, entry.seed, name, values) for name, values in found.items()]
+
+    def _for(self, entry: Entry) -> list[Meter]:
+        # likelihoods are cheap; random directions after the first write texts only if texts are the aim
+        if entry.name != RANDOM_NAME or entry.seed == 0:
+            return self.meters
+        return [meter for number, meter in enumerate(self.meters) if number == 0 or meter.needs == "logits"]
+
+    def _known(self, entry: Entry, name: str, measure: Callable[[], Values]) -> Values:
+        key = [entry.name, entry.strength, entry.seed, name]
+        return self.log[key] if key in self.log else self.log.put(key, measure())
+
+    def _check(self, entry: Entry, found: dict[str, Values]) -> None:
+        """Compare an arm with the unsteered one."""
+        if entry.name == UNSTEERED_NAME:
+            return
+        plain = {name: self.log[[UNSTEERED_NAME, 0.0, 0, name]] for name in found if name != DOSE}
+        exact = [meter.name for meter in self.meters if meter.needs == "logits"]
+        changed = [name for name in plain if found[name] != plain[name]]
+        if entry.strength == 0 and changed:
+            raise RuntimeError(f"{entry.name} at strength 0 differs from the unsteered model on {', '.join(changed)}")
+        if entry.strength != 0 and exact and not set(exact) & set(changed):
+            raise RuntimeError(
+                f"{entry.name} at strength {entry.strength:g} changes no scored logit: every number equals the "
+                "unsteered model's. Does its `where` name tokens of the completions, and do its gates open here?"
+            )
+
+
+def protocol_of(bench: Bench, meters: Sequence[Meter]) -> dict[str, Any]:
+    """What the numbers depend on besides the arms, as plain JSON."""
+    return setting(bench.host) | {
+        "seed": bench.seed,
+        "prompts": {"count": len(bench.prompts), "digest": digest(bench.prompts)},
+        "texts": {
+            "max_new_tokens": bench.max_new_tokens,
+            "temperature": bench.temperature,
+            "samples": bench.samples,
+        },
+        "batch": bench.batch,
+        "meters": [meter.describe() for meter in meters],
+    }

@@ -1,0 +1,201 @@
+"""Every point of every architecture, on both hosts, against PyTorch hooks; what is not there is refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import pytest
+import torch
+from architectures import ARCHS, build, tokenizer
+from ground_truth import POINTS, Truth, call_of
+
+import steerlens as sl
+from steerlens.hosts import host_of
+from steerlens.models.wrap import wrap
+
+#: Each layout once; `make test-models` runs all.
+DISTINCT = (
+    *("gpt_neo", "pythia", "gptj", "mixtral", "qwen3_moe_mixed", "qwen3_next", "gemma4_kvshared", "gemma4_moe"),
+    *("olmo2", "falcon_new", "falcon_alibi_seq", "bloom", "opt", "opt_postnorm", "gpt_oss_square", "deepseek_v3"),
+    *("cohere", "granite", "glm4", "mpt", "llama4_text", "jamba", "falcon_h1", "lfm2", "openai_gpt", "mamba"),
+    *("gemma3_vlm", "llava", "qwen3_vl"),
+)
+#: What cannot be steered, and the words that say why.
+REFUSED = {
+    "t5": "encoder and a decoder",
+    "bert_masked": "see those behind them",
+    "gemma3n": "several streams",
+    "gemma3n_vlm": "several streams",
+}
+#: Booting a multimodal TransformerBridge installs torchvision into the environment.
+TOWERS = ("gemma3_vlm", "gemma4_vlm", "gemma3n_vlm", "llava", "qwen2_5_vl", "qwen3_vl")
+NAMES = [name for name in ARCHS if name not in REFUSED]
+HOSTS = ("nnsight",)
+
+IDS = torch.tensor([[3, 17, 25, 29, 41, 22, 46]])
+PADDED = torch.tensor([[97, 97, 3, 17, 25, 29], [5, 11, 60, 71, 80, 2]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@cache
+def model_of(name, host):
+    """The model on a host, or the reason why there is none."""
+    if host == "bridge" and name in TOWERS:
+        return "multimodal TransformerBridges are not booted in tests"
+    torch.manual_seed(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return wrap(host, f"tests/{name}", build(name), tokenizer(), processed=False, prepend_bos=False)
+    except Exception as error:
+        return f"{host} does not load it: {type(error).__name__}: {error}"
+
+
+def loaded(name, host):
+    model = model_of(name, host)
+    if isinstance(model, str):
+        pytest.skip(model[:150])
+    return model
+
+
+@cache
+def truth_of(name):
+    return Truth(name, build(name))
+
+
+def logits_of(model, ids, mask=None):
+    mask = torch.ones_like(ids) if mask is None else mask
+    if hasattr(model, "original_model"):
+        with torch.no_grad():
+            return model.original_model(**call_of(model.original_model, ids, mask)).logits
+    with torch.no_grad(), model.trace(call_of(model._module, ids, mask)):
+        logits = model.output.logits.save()
+    return logits  # noqa: RET504 (bound by the trace)
+
+
+def close(a, b, what, tolerance=1e-4):
+    scale = max(1.0, float(b.abs().max()))
+    assert float((a - b).abs().max()) <= tolerance * scale, f"{what}: off by {float((a - b).abs().max()):.1e}"
+
+
+def param(name):
+    return pytest.param(name, marks=[] if name in DISTINCT else pytest.mark.more_models)
+
+
+def sites_of(host, truth):
+    """Sites that the host offers; each one that it does not offer is refused by name."""
+    offered = []
+    for layer in range(host.n_layers):
+        for point in POINTS:
+            site = sl.Site(layer, point)
+            if host.missing(site) is None:
+                offered.append(site)
+            else:
+                with pytest.raises(ValueError, match=f"block {layer} "):
+                    host.check([site])
+    return offered
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", [param(name) for name in NAMES])
+def test_every_point_that_a_block_has_is_read_and_every_other_refused(name, host):
+    adapter, truth = host_of(loaded(name, host)), truth_of(name)
+    expected = truth.read(IDS)
+    offered = sites_of(adapter, truth)
+    if host == "nnsight":
+        assert {(site.layer, site.point) for site in offered} == set(expected)
+    read = adapter.states(IDS.tolist(), offered)
+    for site in offered:
+        assert (site.layer, site.point) in expected, f"{host} offers {site}, the block has no such point"
+        value = expected[site.layer, site.point][0]
+        assert read[site][0].shape == value.shape
+        close(read[site][0], value, f"{site} read")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", [param(name) for name in NAMES])
+def test_a_control_at_every_point_does_what_hooks_do(name, host):
+    model, truth = loaded(name, host), truth_of(name)
+    adapter = host_of(model)
+    for site in sites_of(adapter, truth):
+        if site.layer not in (0, 1):
+            continue
+        u = torch.linspace(-1, 1, torch.Size(adapter.shape(site)).numel()).reshape(adapter.shape(site))
+        with sl.steer(model, sl.Controller([sl.Loop(sl.Add(u), site, where="all")])):
+            steered = logits_of(model, PADDED, MASK)
+        expected = truth.added(u, site.layer, site.point, PADDED, MASK)
+        for row in range(2):
+            real = MASK[row] > 0
+            close(steered[row, real], expected[row, real], f"{site} written")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", [param(name) for name in NAMES])
+def test_generation_with_and_without_a_cache_is_that_of_hooks(name, host):
+    model, truth = loaded(name, host), truth_of(name)
+    site = sl.Site(1, "resid_pre")
+    u = torch.linspace(-2, 2, 32)
+    prompt = IDS[:, :4]
+    expected = truth.greedy(u, 1, "resid_pre", prompt, 5, 3)
+    inner = model.original_model if host == "bridge" else None
+    for use_cache in (True, False):
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "use_cache": use_cache}
+        options |= {"eos_token_id": None, "pad_token_id": 97}
+        with sl.steer(model, sl.Controller([sl.Loop(sl.Add(u), site, where="last")])):
+            if inner is not None:
+                tokens = inner.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            else:
+                with model.generate({"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, **options) as t:
+                    tokens = t.result.save()
+        assert tokens.tolist() == expected.tolist(), f"use_cache={use_cache}"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_steered_is_refused_by_name(name):
+    nnsight = pytest.importorskip("nnsight")
+    try:
+        plain = build(name)
+    except ImportError as error:
+        pytest.skip(str(error).strip().splitlines()[0])
+    with pytest.raises(TypeError, match=REFUSED[name]):
+        host_of(nnsight.NNsight(plain))
+
+
+class Unheard(torch.nn.Module):
+    """A block of nobody's: the branches of another, under names of its own."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first_norm, self.mixing = block.input_layernorm, block.self_attn
+        self.second_norm, self.thinking = block.post_attention_layernorm, block.mlp
+
+    def forward(self, x, **kwargs):
+        x = x + self.mixing(hidden_states=self.first_norm(x), **kwargs)[0]
+        return x + self.thinking(self.second_norm(x))
+
+
+def test_blocks_that_no_table_knows_have_their_ends_and_the_rest_by_name():
+    plain = build("llama")
+    plain.model.layers = torch.nn.ModuleList([Unheard(block) for block in plain.model.layers])
+    model = wrap("nnsight", "tests/unheard", plain, tokenizer(), processed=False, prepend_bos=False)
+    expected = truth_of("llama").read(IDS)
+    ends = [sl.Site(1, point) for point in ("resid_pre", "resid_post")]
+    for site, read in host_of(model).states(IDS.tolist(), ends).items():
+        close(read[0], expected[1, site.point][0], str(site))
+    with pytest.raises(ValueError, match=r"is a Unheard, whose mlp_post steerlens does not know.*steerlens.roles"):
+        host_of(model).check([sl.Site(1, "mlp_post")])
+    with pytest.raises(ValueError, match="no module of that path"):
+        sl.roles(model, attn_out="self_attn")
+    names = {"attn_out": "mixing", "mlp_out": "thinking", "z": "mixing.o_proj", "mlp_post": "thinking.down_proj"}
+    sl.roles(model, blocks="model.layers", **names, resid_mid="second_norm")
+    adapter = host_of(model)
+    sites = [sl.Site(1, point) for point in POINTS]
+    for site, read in adapter.states(IDS.tolist(), sites).items():
+        close(read[0], expected[1, site.point][0], str(site))
+    u = torch.linspace(-1, 1, 32)
+    for point in ("attn_out", "resid_mid", "mlp_out"):
+        with sl.steer(model, sl.Controller([sl.Loop(sl.Add(u), sl.Site(1, point), where="all")])):
+            close(logits_of(model, IDS), truth_of("llama").added(u, 1, point, IDS), point)
