@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steerlens.core import (
     Controller,
@@ -160,6 +163,31 @@ class Run:
         """Size of the latest request to a server, controller and travelling code included; None on a local run."""
         return self._attachment.payload_bytes
 
+    @contextmanager
+    def scoring(self, prompt_lengths: int | Ordered[int] | Tensor) -> Iterator[None]:
+        """Say where the prompts end in the forward passes inside, which are given more than a prompt:
+
+            with run.scoring([7, 5]):
+                logits = model(prompts_and_answers, attention_mask=mask)
+
+        Every `where`, gate, schedule, tangent and signal then means what it means while the rest is generated, so that
+        scored log-probabilities are those of the generation. Without it, all tokens of a pass are its prompt. Calls of
+        `generate` know their prompts by themselves.
+
+        Args:
+            prompt_lengths: Real tokens of the prompt, BOS included, one number for all rows or one for each row of the
+                batch.
+
+        Raises:
+            TypeError: lengths that are not whole numbers.
+            ValueError: a length below 1; in a pass: another number of lengths than of rows.
+        """
+        self._pass.score(_check_lengths(prompt_lengths))
+        try:
+            yield
+        finally:
+            self._pass.score(None)
+
     def remove(self) -> None:
         """Take the controller off; a second call does nothing."""
         self._attachment.detach()
@@ -215,6 +243,21 @@ def _prepare(
     _check_fit(model, controller, trust)
     check_loops(controller.loops, model.shape, dtype)
     return controller
+
+
+def _check_lengths(lengths: Any) -> int | list[int]:
+    """Prompt lengths as a number or a list of numbers."""
+    if isinstance(lengths, Tensor):
+        lengths = lengths.tolist()
+    if isinstance(lengths, int) and not isinstance(lengths, bool):
+        rows = [lengths]
+    elif isinstance(lengths, (list, tuple)) and all(isinstance(row, int) for row in lengths):
+        rows = lengths = list(lengths)
+    else:
+        raise TypeError(f"prompt_lengths={lengths!r}; give a number of tokens, or one for each row of the batch")
+    if not rows or min(rows) < 1:
+        raise ValueError(f"prompt_lengths={lengths!r}; a prompt has at least one token")
+    return lengths
 
 
 def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:

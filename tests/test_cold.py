@@ -9,10 +9,11 @@ import torch
 
 import steerlens as sl
 from steerlens.core import Now
+from steerlens.fit.gradients import example_gradients
 from steerlens.fit.objectives import labelled, objective
 from steerlens.hosts import host_of
 from steerlens.laws.feedback import Add
-from steerlens.methods.cold_kernel import Kernel, example_gradients
+from steerlens.laws.learning import Kernel
 from steerlens.testing import Case, snapshot
 
 SITE = sl.Site(1)

@@ -10,8 +10,9 @@ from steerlens.core import Now, Schedule
 from steerlens.gating import best_separating
 from steerlens.hosts import host_of
 from steerlens.laws.feedback import Add
+from steerlens.laws.scaling import Dynamic
 from steerlens.methods.cast import pairwise_component
-from steerlens.methods.tda import Dynamic, tail_threshold
+from steerlens.methods.tda import tail_threshold
 from steerlens.testing import Case, discover_hosts, padding
 
 OPEN = [[3, 17, 25, 29, 41], [7, 17, 26, 30, 42], [9, 18, 25, 31, 43]]

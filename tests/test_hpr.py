@@ -13,7 +13,8 @@ from steerlens import Pairs, hpr, shipped, steer
 from steerlens.core import Now
 from steerlens.fit.logistic import linear_probe
 from steerlens.flow.flows import angle
-from steerlens.methods.hpr import PseudoRotation, fit_angle, fit_probe, predict_angle, probe_score, rotate
+from steerlens.laws.rotation import PseudoRotation, predict_angle, rotate
+from steerlens.methods.hpr import fit_angle, fit_probe, probe_score
 from steerlens.testing import Case, snapshot
 from tests.conftest import DATA
 

@@ -74,9 +74,12 @@ MISTAKES = {
     ),
     "no vector": (law_of(one, signals=("a",), vectors=("a",)), r"has to be \[batch pos ...\], since it is in vectors"),
     "other shape": (law_of(lambda self, x, now: (x[..., :3], {})), r"gives a control of shape \[3\], not \[32\]"),
-    "NaN": (held(torch.tensor([float("nan")])), "holds a NaN in gain"),
-    "NaN number": (held(float("nan")), "has gain=nan; give a finite number"),
-    "infinite number in a list": (held([1.0, float("inf")]), r"has gain\[1\]=inf; give a finite number"),
+    "NaN": (
+        held(torch.tensor([float("nan")])),
+        r"resid_post\.gain holds nan; the numbers of a controller must be finite",
+    ),
+    "NaN number": (held(float("nan")), r"resid_post\.gain holds nan"),
+    "infinite number in a list": (held([1.0, float("inf")]), r"resid_post\.gain\[1\] holds inf"),
     "infinite control": (law_of(lambda self, x, now: (x + float("inf"), {})), "gives a control that is not finite"),
     "a misspelt lifetime": (law_of(lambda self, x, now: (x, now.layer)), "fails when it is tried .* AttributeError"),
     "no summary": (

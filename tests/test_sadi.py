@@ -9,7 +9,8 @@ import steerlens as sl
 from steerlens.core import Now
 from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
-from steerlens.methods.sadi import Scale, top_k
+from steerlens.laws.scaling import Scale
+from steerlens.methods.sadi import top_k
 from steerlens.testing import Case, padding
 
 IDS = torch.tensor([[3, 17, 25, 29, 41, 22, 9]])

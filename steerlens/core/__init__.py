@@ -12,6 +12,7 @@ from steerlens.core.passing import Display, Pass
 from steerlens.core.positions import PROMPT_ONLY, Positions, check_where
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.record import Record
+from steerlens.core.sequence import Sequence
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import POINTS, Site
 
@@ -32,6 +33,7 @@ __all__ = [
     "Positions",
     "Record",
     "Schedule",
+    "Sequence",
     "Setpoint",
     "Signals",
     "Site",

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerlens.core.law import Loop
-from steerlens.core.positions import PROMPT_ONLY, Positions
+from steerlens.core.positions import PROMPT_ONLY
 from steerlens.core.prompt import Direction, Summary
+from steerlens.core.sequence import Sequence
 from steerlens.core.sites import Site
 
 
 class Companion:
     """Abstract: runs the model beside a steered forward pass, on the same tokens and unsteered. A host makes it."""
 
-    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    def states(self, sites: Ordered[Site]) -> dict[Site, Tensor]:
         """The unsteered states of the pass that begins, `[batch pos ...]` each."""
         raise NotImplementedError
 
-    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
+    def tangents(self, sites: Ordered[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """How these states change along a direction of the parameters, `[batch pos ...]` each.
 
         Args:
@@ -36,13 +39,16 @@ class Aside:
         loops: Of the pass.
     """
 
-    def __init__(self, loops: Sequence[Loop]):
+    def __init__(self, loops: Ordered[Loop]):
         self._asked = [summary for loop in loops for summary in loop.summaries]
         # a loop that leaves the prompt alone does not change what is known of it
         first = min((loop.act for loop in loops if not _after_prompt(loop)), default=None)
         # what is before the first control is unsteered by itself
         self._clean = [summary for summary in self._asked if first is not None and first < summary.site]
         self._own = [summary for summary in self._asked if summary not in self._clean]
+        # of these, what is asked for before it is seen, if one pass holds the prompt and what is generated
+        earliest = min((loop.act for loop in loops), default=None)
+        self._late = [summary for summary in self._own if earliest is not None and earliest < summary.site]
         #: Sites that the pass must show to `see`.
         self.watched = {summary.site for summary in self._own}
         self._directions: list[Direction] = []
@@ -52,11 +58,8 @@ class Aside:
             self._along.append(None if loop.tangent is None else self._index(loop.tangent))
             if loop.tangent is not None:
                 self._bent[self._index(loop.tangent)].append(loop)
-        self._fresh = False
-        self._pooled: dict[int, Tensor] = {}
-        self._tangents: dict[tuple[int | None, Site], Tensor] = {}
-        #: By gate; forgotten when a sequence begins.
-        self.decisions: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
+        #: Of the present pass.
+        self.sequence = Sequence()
 
     @property
     def apart(self) -> list[Site]:
@@ -69,24 +72,28 @@ class Aside:
         """Whether any loop asks for a tangent."""
         return bool(self._directions)
 
-    def begin(self, positions: Positions, fresh: bool, companion: Companion | None, alone: bool) -> None:
+    def begin(self, sequence: Sequence, companion: Callable[[Any], Companion] | None, alone: bool) -> None:
         """Enter a forward pass; `alone`: no other run steers it."""
-        self._fresh = fresh
-        self._tangents = {}
-        if fresh:
-            self.decisions.clear()
-            self._pooled = {}
+        self.sequence = sequence
+        if not (self._asked or self._directions):
+            return
+        positions, beside = sequence.positions, None if companion is None else companion(sequence.kept)
+        sequence.tangents = {}
         clean = self._clean if alone else self._asked
-        if fresh and clean:
-            states = _required(companion).states(sorted({summary.site for summary in clean}))
-            for summary in clean:
-                self._pooled[id(summary)] = summary.of(states[summary.site], positions.select(summary.where))
+        if alone and positions.past < positions.end and positions.start < positions.seen:
+            clean = [*clean, *self._late]
+        missing = [summary for summary in clean if id(summary) not in sequence.pooled]
+        if missing and positions.past < positions.end:
+            states = _required(beside).states(sorted({summary.site for summary in missing}))
+            for summary in missing:
+                sequence.pooled[id(summary)] = summary.of(states[summary.site], positions.select(summary.where))
         for index, (direction, loops) in enumerate(zip(self._directions, self._bent, strict=True)):
             goes_on = any(not (isinstance(loop.where, str) and loop.where in PROMPT_ONLY) for loop in loops)
+            goes_on = goes_on or not positions.complete
             if goes_on or any(positions.select(loop.where) is not None for loop in loops):
                 sites = sorted({loop.act for loop in loops})
-                found = _required(companion).tangents(sites, direction, goes_on=goes_on)
-                self._tangents.update({(index, site): value for site, value in found.items()})
+                found = _required(beside).tangents(sites, direction, goes_on=goes_on)
+                sequence.tangents.update({(index, site): value for site, value in found.items()})
 
     def _index(self, direction: Direction) -> int:
         """Number of a direction; loops of a loaded controller share its tensors, not the object."""
@@ -97,20 +104,42 @@ class Aside:
         self._bent.append([])
         return len(self._directions) - 1
 
-    def see(self, site: Site, x: Tensor, positions: Positions) -> None:
+    def see(self, site: Site, x: Tensor) -> None:
         """Take a state of the pass itself, before any control has reached it."""
-        if self._fresh:
-            for summary in self._own:
-                if summary.site == site and id(summary) not in self._pooled:
-                    self._pooled[id(summary)] = summary.of(x, positions.select(summary.where))
+        pieces = self.sequence.states.setdefault(site, [])
+        pieces.append(x.detach())
+        pooled, positions = self.sequence.pooled, self.sequence.positions
+        if not positions.complete:
+            return
+        for summary in self._own:
+            wanted = summary.site == site and id(summary) not in pooled
+            if wanted and sum(piece.shape[1] for piece in pieces) == positions.seen:
+                state = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+                pooled[id(summary)] = summary.of(state, positions.whole().select(summary.where))
 
     def summary(self, summary: Summary) -> Tensor:
-        """A summary of the prompt of this sequence, `[batch ...]`."""
-        return self._pooled[id(summary)]
+        """A summary of the prompt of this sequence, `[batch ...]`.
+
+        Raises:
+            RuntimeError: parts of the prompt are still to come, or went through the model before it was steered.
+        """
+        held = self.sequence.pooled.get(id(summary))
+        if held is None:
+            positions = self.sequence.positions
+            if not positions.complete:
+                raise RuntimeError(
+                    f"a loop needs the whole prompt at its tokens, but {positions.end - positions.seen} of them are "
+                    "still to come: leave prefill_chunk_size out, or act at where='last' or where='generated'"
+                )
+            raise RuntimeError(
+                "a loop needs the unsteered state of the whole prompt, but a part of it went through the model before; "
+                "begin with an empty KV cache"
+            )
+        return held
 
     def tangent(self, loop: int, site: Site) -> Tensor:
         """The tangent of this pass's states at a site, along the direction of the loop of this number."""
-        return self._tangents[self._along[loop], site]
+        return self.sequence.tangents[self._along[loop], site]
 
 
 def _after_prompt(loop: Loop) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from steerlens.core.aside import Aside
 from steerlens.core.law import Loop, Signals
 from steerlens.core.now import Now
-from steerlens.core.positions import Positions
 from steerlens.core.prompt import Gate
 from steerlens.core.record import Record
+from steerlens.core.sequence import Sequence
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import Site
 from steerlens.core.stops import Action, Placed, Shown, stops_of, wide_of
@@ -46,21 +48,27 @@ class Pass:
         run: Put into the signals' names, to keep two controllers attached at once apart.
     """
 
-    def __init__(self, loops: Sequence[Loop], *, record: Any = "scalars", run: str = ""):
+    def __init__(self, loops: Ordered[Loop], *, record: Any = "scalars", run: str = ""):
         self.loops = list(loops)
         self.record = record
         self.names: dict[Site, SiteSignals] = name_signals(self.loops, run)
-        self.positions = Positions()
         self.log = Record()
+        #: Prompt lengths of the passes inside `scoring`, with the thread that said so.
+        self.scored: list[tuple[int, Any]] = []
         self.display: Display | None = None
         self.aside = Aside(self.loops)
         # what would be asked anew at every site and token
         self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.watched, record)
-        self._reached: tuple[int, int] = (-1, -1)
+        # of the present pass
+        self.sequence = Sequence()
+        self.positions = self.sequence.positions
+        self._reached = _OUTSIDE
         self._observed = False
         self._selection: list[tuple[Any, bool]] = []
         self._states: dict[Site, Tensor] = {}
         self._now: dict[int, Now] = {}  # by group
+        self._pieces: dict[str, list[Any]] = {}
+        self._age = 0
 
     @property
     def sites(self) -> list[Site]:
@@ -73,30 +81,74 @@ class Pass:
         *,
         past: int = 0,
         mask: Tensor | None = None,
-        continues: bool = False,
         device: Any = None,
+        sequence: Sequence | None = None,
+        end: int | None = None,
         companion: Any = None,
         alone: bool = True,
+        shown: bool = True,
     ) -> None:
-        """Enter a forward pass; arguments as in `Positions.begin`.
+        """Enter a forward pass; `shape`, `past`, `mask`, `device` and `end` as in `Positions.begin`.
 
         Args:
-            companion: Runs the model beside this pass, unsteered, see `Companion`; None where the host cannot.
+            sequence: The one that this pass belongs to; None: one of its own.
+            companion: Makes what runs the model beside this pass, unsteered, from what the sequence keeps for it, see
+                `Companion`; None if the host cannot.
             alone: No other run steers the model meanwhile.
+            shown: `log` becomes the record of this sequence.
         """
-        fresh = self.positions.begin(shape, past, mask, continues=continues, device=device)
-        if fresh:
-            self._now = {loop.group: Now() for loop in self.loops}
-        if self.record is not None:
-            self.log.begin(fresh=fresh, column=past)
+        self.sequence = sequence = Sequence() if sequence is None else sequence
+        self.positions = sequence.positions
+        lengths = self._lengths() if self.scored and end is None else None
+        sequence.begin(shape, past, mask, device=device, end=end, lengths=lengths)
+        if shown:
+            self.log.show(sequence.store)
+        self._pieces, self._age = sequence.store["pieces"], len(sequence.store["moves"])
+        for loop in self.loops:
+            sequence.memory.setdefault(loop.group, {})
         self._observed = self.record is not None or self.display is not None
-        for now in self._now.values():
-            now.layers = {}
+        self._now = {group: Now({}, kept) for group, kept in sequence.memory.items()}
         selections = [self.positions.select(where) for where in self._wheres]
         self._selection = [(selection, _whole(selection, shape[1])) for selection in selections]
         self._states = {}
         self._reached = (-1, -1)
-        self.aside.begin(self.positions, fresh, companion, alone)
+        self.aside.begin(sequence, companion, alone)
+
+    def hold(self) -> dict[str, Any]:
+        """All that belongs to the present pass, for `resume` after another one in its midst."""
+        return {name: self.__dict__[name] for name in _OF_PASS}
+
+    def resume(self, held: dict[str, Any]) -> None:
+        """Go on with a pass."""
+        self.__dict__.update(held)
+        self.aside.sequence = self.sequence
+
+    def rest(self) -> Any:
+        """Leave every state alone until `wake` is given what this returns."""
+        held, self._stops = self._stops, {}
+        return held
+
+    def wake(self, held: Any) -> None:
+        """Act again."""
+        self._stops = held
+
+    def score(self, lengths: Any) -> None:
+        """From now on, in this thread, prompts have these lengths; None ends it."""
+        here = get_ident()
+        if lengths is not None:
+            self.scored = [*self.scored, (here, lengths)]
+            return
+        last = max(index for index, (thread, _) in enumerate(self.scored) if thread == here)
+        self.scored = [entry for index, entry in enumerate(self.scored) if index != last]
+
+    def _lengths(self) -> Any:
+        here = get_ident()
+        return next((lengths for thread, lengths in reversed(self.scored) if thread in (here, 0)), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # where it is sent there is one thread, and another one
+        lengths = self._lengths() if self.scored else None
+        return self.__dict__ | {"scored": [] if lengths is None else [(0, lengths)]}
 
     def at(self, site: Site, x: Tensor, carrier: Tensor | None = None) -> Tensor:
         """Sense and act at a site.
@@ -125,7 +177,7 @@ class Pass:
         if stop.kept:
             self._states[site] = x
         if stop.summarised:
-            self.aside.see(site, x, self.positions)
+            self.aside.see(site, x)
         if not stop.actions:
             return carrier
         observed = self._observed
@@ -212,11 +264,11 @@ class Pass:
 
     def _decision(self, key: Any, gate: Gate, placed: Placed, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A gate's decision, `[batch]`, and what it measured, `[batch]` each; made once for a prompt."""
-        held = self.aside.decisions.get(key)
+        held = self.sequence.decisions.get(key)
         if held is None:
             # what is known of the prompt goes by the summaries of the gate itself, not by those of its copy
             pooled = [self.aside.summary(summary).to(x.device, wide_of(x)) for summary in gate.summaries]
-            held = self.aside.decisions[key] = _exactly(x.device.type, partial(placed.to(x).decide, pooled))
+            held = self.sequence.decisions[key] = _exactly(x.device.type, partial(placed.to(x).decide, pooled))
         decided, measured = held
         return decided.to(x.device), measured
 
@@ -250,11 +302,17 @@ class Pass:
                 value = display.show(name, value)
                 u = value if signal == "u" else u
             if kept:
-                self.log.put(name, value)
+                self._pieces.setdefault(name, []).append((self.positions.past, self._age, value.detach()))
         return u, found
 
     def _looks(self, name: str, kept: bool) -> bool:
         return kept or (self.display is not None and self.display.looks(name))
+
+
+#: Behind every site: what `at` compares with where no pass has begun.
+_OUTSIDE = (1 << 60, 0)
+#: Attributes of a `Pass` that belong to one forward pass.
+_OF_PASS = ("sequence", "positions", "_reached", "_observed", "_selection", "_states", "_now", "_pieces", "_age")
 
 
 def _exactly(kind: str, function: Callable[[], Any]) -> Any:

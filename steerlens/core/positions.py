@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass a loop may touch, told in absolute positions that a KV cache cannot shift."""
+"""Which tokens of a forward pass a loop may touch, in absolute positions that a KV cache cannot shift."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 NAMES = ("last", "last_prompt", "generated", "prompt", "all")
 #: Names of positions that no pass after the first of a sequence has.
 PROMPT_ONLY = ("prompt", "last_prompt")
+#: Names of positions that begin with the last token of the prompt.
+_FROM_LAST = ("last", "last_prompt", "generated")
 _END = 1 << 60
 
 
@@ -34,52 +36,109 @@ def check_where(where: Any) -> None:
 
 
 class Positions:
-    """Absolute positions of the tokens of each forward pass, followed through a generation.
+    """Absolute positions of the tokens of one sequence, pass by pass, and where its prompt ends.
 
     A position counts the real tokens of a row from 0, so it means the same in a left-padded batch, in the row alone,
-    with a KV cache and without one. The prompt is the first pass of a sequence.
+    with a KV cache and without one. A column counts pads too: it is an index into the KV cache.
+
+    Attributes:
+        batch, length, past: Rows and new columns of the present pass, and columns before it.
+        seen: Columns up to the end of the present pass.
+        end: First column after the prompt; pads behind a short prompt count as prompt here.
+        start: First column that may hold a token after the prompt.
+        prompt: Real tokens of the prompt, a number or `[batch]`.
+        padded: Some row has a pad.
+        index: Positions of the present pass, `[batch length]`, -1 at pads; None if no row has a pad.
     """
 
     def __init__(self) -> None:
-        self.batch = self.length = self.past = self.seen = 0
+        self.batch = self.length = self.past = self.seen = self.end = self.start = 0
         self.padded = False
-        self.prompt: Any = 0  # int, or [batch] where rows differ
-        self.index: Tensor | None = None  # [batch length], -1 at pads; None where no row is padded
-        self._mask: Tensor | None = None  # of the whole sequence so far
+        self.prompt: Any = 0
+        self.index: Tensor | None = None
         self.device: torch.device | None = None
+        self._index: Tensor | None = None  # of all columns so far
+        self._mask: Tensor | None = None
 
-    def begin(self, shape: tuple[int, int], past: int, mask: Tensor | None, *, continues: bool, device: Any) -> bool:
+    def begin(
+        self,
+        shape: tuple[int, int],
+        past: int,
+        mask: Tensor | None,
+        *,
+        device: Any = None,
+        end: int | None = None,
+        lengths: Any = None,
+    ) -> bool:
         """Enter a forward pass over `shape` = (batch, length) new tokens after `past` cached ones.
 
+        The prompt ends where `lengths` or `end` say. Without both, a pass of several tokens continues the prompt, and a
+        pass of one token after others is a decoding step.
+
         Args:
-            mask: 1 for real tokens, `[batch past+length]` or `[batch length]`; None: all are real, of a sequence that
-                continues all that are new.
-            continues: the caller knows that this pass belongs to the sequence of the previous one.
+            mask: 1 for real tokens, `[batch past+length]` or `[batch length]`; None: all that are new are real.
+            end: First column after the prompt, which may be ahead of this pass.
+            lengths: Real tokens of each row's prompt, a number or `[batch]`.
 
         Returns:
-            True where a new sequence begins.
+            True if the prompt is another one than before this pass.
+
+        Raises:
+            ValueError: a mask of another number of dimensions; as many lengths as there are not rows.
         """
         batch, length = shape
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; steering needs the 2-d [batch pos] mask")
-        # the cache holds exactly what the last pass left behind: the user decodes by hand
-        follows = past > 0 and (batch, past) == (self.batch, self.seen)
-        fresh = not (continues or follows)
+        first = self.seen == 0 or batch != self.batch
+        repeats = not first and past == 0 and end is not None and end == self.end
         self.batch, self.length, self.past, self.seen = batch, length, past, past + length
         self.device = torch.device(device) if device is not None else None
-        if fresh:
-            self._mask = None
+        if (first or past == 0) and not repeats:
+            self._mask, self.padded = None, False
+        if not self.padded and mask is not None and (first or length > 1) and not repeats:
             # one host-device sync for a prompt, none while decoding
-            self.padded = mask is not None and not bool(mask.all())
-        self.index = None
+            self.padded = not bool(mask.all())
+        self._index = self.index = None
         if self.padded:
-            full = self._whole(mask, past + length)
-            self.index = torch.where(full > 0, full.cumsum(1) - 1, -1)[:, -length:]
-            if fresh:
-                self.prompt = full.sum(1)
-        elif fresh:
-            self.prompt = past + length
-        return fresh
+            full = self._whole(mask, self.seen)
+            self._index = torch.where(full > 0, full.cumsum(1) - 1, -1)
+            self.index = self._index[:, -length:]
+        return self._end_prompt(first, repeats, end, lengths)
+
+    def _end_prompt(self, first: bool, repeats: bool, end: int | None, lengths: Any) -> bool:
+        """Settle where the prompt ends; True if that has changed."""
+        if lengths is not None:
+            self.end, self.start, before = self.seen, 0, self.prompt
+            self.prompt = self._rows_of(lengths)
+            return first or self.past == 0 or not _same(before, self.prompt)
+        if end is not None:
+            if repeats or (not first and self.past >= end == self.end):
+                return False
+            self.end = end
+        elif self.length == 1 and self.past > 0:
+            if not first:
+                return False
+            self.end = self.past
+        else:
+            self.end = self.seen
+        self.start = self.end
+        reached = min(self.end, self.seen)
+        if self._mask is None:
+            self.prompt = self.end
+        else:
+            # what is still to come of a prompt that is read in pieces has no pads
+            self.prompt = self._mask[:, :reached].sum(1) + (self.end - reached)
+        return True
+
+    def _rows_of(self, lengths: Any) -> Any:
+        """Lengths of prompts as a number, or one number for each row."""
+        if isinstance(lengths, int):
+            return lengths
+        rows = torch.as_tensor(lengths, dtype=torch.long)
+        if rows.ndim != 1 or len(rows) != self.batch:
+            raise ValueError(f"scoring() was given {rows.numel()} prompt lengths for a batch of {self.batch} rows")
+        same = rows.device.type == "cpu" and len(rows) > 0 and bool((rows == rows[0]).all())
+        return int(rows[0]) if same else rows.to(self.device)
 
     def _whole(self, mask: Tensor | None, total: int) -> Tensor:
         """The mask of the whole sequence so far, `[batch total]`, whatever part of it came in."""
@@ -89,8 +148,27 @@ class Positions:
             old = torch.ones(self.batch, 0, dtype=torch.long) if before is None else before[:, : total - new.shape[1]]
             gap = torch.ones(self.batch, total - old.shape[1] - new.shape[1], dtype=torch.long, device=self.device)
             mask = torch.cat([old.to(gap), gap, new.to(gap)], dim=1)
-        self._mask = mask.to(device=self.device, dtype=torch.long)
+        self._mask = mask[:, :total].to(device=self.device, dtype=torch.long)
         return self._mask
+
+    def cut(self, column: int) -> None:
+        """Forget the columns from this one on."""
+        self.seen = min(self.seen, column)
+        if self._mask is not None:
+            self._mask = self._mask[:, :column]
+
+    def rows(self, index: Tensor) -> None:
+        """Take other rows, `[new batch]`, in the place of those that were there."""
+        self.batch = len(index)
+        for name in ("_mask", "_index", "index", "prompt"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value[index.to(value.device)])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole prompt has gone through the model."""
+        return self.seen >= self.end
 
     def table(self) -> Tensor:
         """Absolute positions `[batch length]`; -1 at pads."""
@@ -104,15 +182,27 @@ class Positions:
         last = self.prompt - 1
         return self.table() - (last[:, None] if isinstance(last, Tensor) else last)
 
+    def whole(self) -> Positions:
+        """The same sequence as if it had gone through the model in one pass."""
+        whole = Positions()
+        whole.__dict__.update(self.__dict__)
+        whole.past, whole.length, whole.index = 0, self.seen, self._index
+        return whole
+
     def select(self, where: Any) -> slice | Tensor | None:
         """The columns to touch: None (nothing), a slice of this pass's tokens, or a bool mask `[batch length]`."""
         if isinstance(where, (str, slice)):
+            if where in PROMPT_ONLY and self.past >= self.end:
+                return None
+            if (where in _FROM_LAST and not self.complete) or (where == "generated" and self.seen <= self.start):
+                return None
             low, high = _bounds(where, self.prompt)
-            if self.index is None:
+            if self.index is None and not isinstance(low, Tensor) and not isinstance(high, Tensor):
                 start = min(max(int(low) - self.past, 0), self.length)
                 stop = min(max(int(high) - self.past, 0), self.length)
                 return slice(start, stop) if start < stop else None
-            return (self.index >= _column(low)) & (self.index < _column(high)) & (self.index >= 0)
+            index = self.table()
+            return (index >= _column(low)) & (index < _column(high)) & (index >= 0)
         table = self.table()
         mask = _lookup(where, table) if isinstance(where, Tensor) else where(table)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != table.shape:
@@ -155,3 +245,8 @@ def _lookup(mask: Tensor, table: Tensor) -> Tensor:
     rows = rows.expand(table.shape[0], -1)
     inside = (table >= 0) & (table < rows.shape[1])
     return rows.gather(1, table.clamp(0, rows.shape[1] - 1)) & inside
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two numbers of tokens are one; tensors are not looked into."""
+    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)

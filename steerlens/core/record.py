@@ -4,51 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Record(Mapping):
-    """Signals of the latest sequence, `{"blocks.5.hook_steer_error": [batch pos], ...}`.
+def blank() -> dict[str, Any]:
+    """What a sequence without columns has recorded: plain values, so that a server can send them back.
 
-    One column per token of the sequence, in its order; a generation's columns are the prompt and every generated token
-    that went through the model, whether or not a KV cache was used. A scalar is NaN, and a control zero, at tokens
-    that were not steered.
+    `pieces`: for each signal the values of each pass, as (first column, number of moves before it, `[batch pos ...]`).
+    `moves`: the rows that took the place of those before, `[new batch]` each, in order. `length`: columns so far.
+    """
+    return {"pieces": {}, "moves": [], "length": 0}
+
+
+def cut(store: dict[str, Any], column: int) -> None:
+    """Drop the columns from this one on: they are computed anew, or were rejected."""
+    if column >= store["length"]:
+        return
+    store["length"] = column
+    if column == 0:
+        store["pieces"].clear()
+        store["moves"].clear()
+    for name, pieces in store["pieces"].items():
+        store["pieces"][name] = [
+            (start, age, value[:, : column - start]) for start, age, value in pieces if start < column
+        ]
+
+
+class Record(Mapping):
+    """Signals of one sequence, `{"blocks.5.hook_steer_error": [batch pos], ...}`.
+
+    One column per token of the sequence, in its order, and one row per text: a generation's columns are the prompt and
+    every generated token that went through the model, whether or not a KV cache was used, its rows those of what it
+    returns. A column that is computed again is written again, and one that the model takes back is dropped. A scalar is
+    NaN, and a control zero, at tokens that were not steered.
+
+    Attributes:
+        held: What is recorded, under `"now"`, see `blank`. One dict for good, so that a server can fill the very object
+            that is sent to it and send it back.
     """
 
     def __init__(self) -> None:
-        # one dict for good, so that a server can fill the very object that is sent to it and send it back
-        self.pieces: dict[str, list[Tensor]] = {}
+        self.held: dict[str, Any] = {"now": blank()}
 
-    def begin(self, *, fresh: bool, column: int) -> None:
-        """A pass whose first token is the sequence's `column`-th begins."""
-        if fresh or column == 0:  # a pass without a KV cache repeats the sequence from its start
-            self.pieces.clear()
+    def show(self, store: dict[str, Any]) -> None:
+        """Be the record of another sequence."""
+        self.held["now"] = store
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Keep one pass's values of one signal."""
-        self.pieces.setdefault(name, []).append(value.detach())
+    @property
+    def pieces(self) -> dict[str, list[tuple[int, int, Tensor]]]:
+        """The values of each pass, by signal."""
+        return self.held["now"]["pieces"]
 
     def __getitem__(self, name: str) -> Tensor:
-        pieces = self.pieces[name]
-        if len(pieces) == 1:
-            return pieces[0]
+        pieces, moves = self.pieces[name], self.held["now"]["moves"]
+        if len(pieces) == 1 and not moves:
+            return pieces[0][2]
         # a pass in which no token was selected does not know a signal's shape beyond batch and position
-        trailing = max(pieces, key=lambda piece: piece.ndim).shape[2:]
-        whole = [
-            piece
-            if piece.ndim == 2 + len(trailing)
-            else piece.view(*piece.shape, *[1] * len(trailing)).expand(-1, -1, *trailing)
-            for piece in pieces
-        ]
+        trailing = max((value for _, _, value in pieces), key=lambda value: value.ndim).shape[2:]
+        rows = _since(moves)
+        whole = []
+        for _, age, value in pieces:
+            if value.ndim != 2 + len(trailing):
+                value = value.view(*value.shape, *[1] * len(trailing)).expand(-1, -1, *trailing)
+            row = rows[age]
+            whole.append(value if row is None else value[row.to(value.device)])
         return torch.cat(whole, dim=1)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.pieces)
+        return (name for name, pieces in self.pieces.items() if pieces)
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return sum(1 for _ in self)
 
     def __repr__(self) -> str:
         shapes = {tuple(self[name].shape) for name in self}
@@ -73,7 +102,7 @@ class Record(Mapping):
     def copy(self) -> Record:
         """A record that later passes do not change."""
         copy = Record()
-        copy.pieces.update({name: [self[name].clone()] for name in self})
+        copy.held["now"] = blank() | {"pieces": {name: [(0, 0, self[name].clone())] for name in self}}
         return copy
 
     def save(self, path: str | Path) -> None:
@@ -103,7 +132,16 @@ class Record(Mapping):
                 head, _, signal = name.partition(".hook_steer_")
                 if not (head.startswith("blocks.") and head[7:].isdecimal() and signal and value.ndim >= 2):
                     raise ValueError(f"its tensor {name!r} is no signal [batch pos ...]")
-                record.pieces[name] = [value]
+                record.pieces[name] = [(0, 0, value)]
         except ValueError as error:
             raise ValueError(f"{path} was not loaded: {error}") from None
         return record
+
+
+def _since(moves: list[Tensor]) -> list[Tensor | None]:
+    """For a value recorded before each move, and after the last, which of its rows are there by now."""
+    rows: list[Tensor | None] = [None]
+    for move in reversed(moves):
+        later = rows[0]
+        rows.insert(0, move if later is None else move[later])
+    return rows

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 
 class Attachment:
-    """A pass that is attached to a model; `detach` takes it off and leaves nothing behind."""
+    """A pass that is attached to a model; `detach` takes it off and leaves nothing behind.
+
+    Attributes:
+        run: The pass.
+    """
+
+    run: Pass
+
+    def ready(self) -> None:
+        """A forward pass begins."""
 
     @property
     def payload_bytes(self) -> int | None:

@@ -149,13 +149,15 @@ class Pid(Law):
         before = now.layers.get("pid_error")
         if before is None and self.carry:
             before = now.sequence.get("pid_error")
+            before = None if before is None else before[:, -1:]
         total = now.layers.get("pid_sum")
         total = e if total is None else total + e
         total = torch.zeros_like(total) if self.reset else total
         change = e if before is None else e - before
         now.layers["pid_sum"], now.layers["pid_error"] = total, e
         if self.carry:
-            now.sequence["pid_error"] = e[:, -1:].detach()
+            # of all tokens: those that the model takes back are dropped, see `Sequence.cut`
+            now.sequence["pid_error"] = e.detach()
         u = self.kp * e + self.ki * total + self.kd * change
         return u, {**signals, "integral": lambda: norm(total), "derivative": lambda: norm(change)}
 

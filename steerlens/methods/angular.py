@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site
+from steerlens.core import Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.laws.rotation import Turn
 
 
 @method(card=Card(needs="sets", points=("resid_pre", "resid_mid")))
@@ -78,43 +78,6 @@ def angular(
     law = Turn(torch.stack([first, second]).to(dtype), angle_rad, adaptive=adaptive)
     loops = [Loop(law, site, where=where, strength=strength) for site in sites]
     return Controller(loops, {"read_layer": known[index]})
-
-
-class Turn(Law):
-    """Set the angle of the state's projection on a plane.
-
-        u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x),   g = 1 or [<b1, x> > 0]
-
-    Args:
-        plane: b1 and b2, orthonormal, `[2 d]`.
-        angle_rad: theta, in radians.
-        adaptive: Gate by the sign of `<b1, x>`.
-
-    Signals: `angle_rad` `[batch pos]`, the angle before, in radians; `gate` `[batch pos]`, g, where adaptive.
-    """
-
-    def __init__(self, plane: Tensor, angle_rad: float, *, adaptive: bool = False):
-        self.plane = plane
-        self.angle_rad = float(angle_rad)
-        self.adaptive = bool(adaptive)
-
-    @property
-    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """`angle_rad`, and `gate` where adaptive."""
-        return ("angle_rad", "gate") if self.adaptive else ("angle_rad",)
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x)`"""
-        c = x @ self.plane.T
-        # a state outside the plane has no angle in it; the floor, far below rounding, keeps its gradient finite
-        radius = (c.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-        wanted = torch.cat([radius * math.cos(self.angle_rad), radius * math.sin(self.angle_rad)], dim=-1)
-        u = (wanted - c) @ self.plane
-        signals: Signals = {"angle_rad": lambda: torch.atan2(c[..., 1], c[..., 0])}
-        if not self.adaptive:
-            return u, signals
-        gate = (c[..., 0] > 0).to(x.dtype)
-        return gate[..., None] * u, {**signals, "gate": lambda: gate}
 
 
 def most_alike(directions: Tensor) -> int:

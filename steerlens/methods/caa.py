@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
+from steerlens.core import POINTS, Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, pick_layers, unit
+from steerlens.laws.along import Amplify, Push
 from steerlens.laws.feedback import Add
 
+#: Form -> law.
+FORMS = {"add": Add, "projection": Amplify, "piecewise": Push}
 
-@method(card=Card(needs="sets", points=POINTS), options={"form": ("add", "projection", "piecewise")})
+
+@method(card=Card(needs="sets", points=POINTS), options={"form": tuple(FORMS)})
 def caa(
     model: Any,
     data: Pairs,
@@ -66,53 +67,3 @@ def caa(
         direction = unit(v, site)
         loops.append(Loop(FORMS[form](direction if normalize else v), site, where=where, strength=strength))
     return Controller(loops)
-
-
-class Amplify(Law):
-    """Go on along a vector in proportion to the state's cosine with it: `u = <v, x>/|x| v`.
-
-    Args:
-        vector: v, the state's shape without batch and position.
-
-    Signals: `projection` `[batch pos]`, <v, x>/|v|, in activation units.
-    """
-
-    signals = ("projection",)
-
-    def __init__(self, vector: Tensor):
-        self.vector = vector
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = <v, x>/|x| v`"""
-        along = x.flatten(2) @ self.vector.flatten()
-        # a zero state has no cosine; the smallest normal number keeps the quotient finite
-        norm = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return _along(along / norm, self.vector), {"projection": lambda: along / self.vector.norm()}
-
-
-class Push(Law):
-    """Go on along a vector, by all of it: `u = sgn(<v, x>) v`, sgn(0) = -1.
-
-    Args:
-        vector: v, the state's shape without batch and position.
-
-    Signals: `projection` `[batch pos]`, <v, x>/|v|, in activation units.
-    """
-
-    signals = ("projection",)
-
-    def __init__(self, vector: Tensor):
-        self.vector = vector
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = sgn(<v, x>) v`"""
-        along = x.flatten(2) @ self.vector.flatten()
-        return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": lambda: along / self.vector.norm()}
-
-
-def _along(factor: Tensor, vector: Tensor) -> Tensor:
-    return factor.view(*factor.shape, *[1] * vector.ndim) * vector
-
-
-#: Form -> law.
-FORMS = {"add": Add, "projection": Amplify, "piecewise": Push}

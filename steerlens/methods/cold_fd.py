@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Direction, Law, Loop, Now, Signals
+from steerlens.core import POINTS, Controller, Direction, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -16,7 +16,7 @@ from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, obje
 from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
-from steerlens.laws.norms import share
+from steerlens.laws.learning import Drift
 
 #: Step of a central difference as a fraction of the parameters' norm: truncation and float32 rounding both stay
 #: below 1e-2 of the tangent there.
@@ -118,28 +118,6 @@ def cold_fd(
         loops.append(Loop(Drift(torch.tensor(rate * norm)), site, where=where, strength=strength, tangent=direction))
         rates.append(rate)
     return Controller(loops, {"estimator": "fd" if direction.step else "jvp", "rates": rates})
-
-
-class Drift(Law):
-    """Follow the tangent of the state along a direction of the parameters, backwards.
-
-        u_t = -n dx_t
-
-    Args:
-        norm: n, `[]`: the learning rate times the gradient's norm, since the direction has unit norm.
-
-    Signals: `relative` `[batch pos]`, norm of u over norm of x, no unit.
-    """
-
-    signals = ("relative",)
-
-    def __init__(self, norm: Tensor):
-        self.norm = norm
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = -n dx`"""
-        u = -self.norm * now.tangent
-        return u, {"relative": lambda: share(u, x)}
 
 
 def _losses(

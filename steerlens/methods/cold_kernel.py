@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals, Site
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
+from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
+from steerlens.fit.objectives import SCALES, objective
 from steerlens.fit.reading import mean_norm, pick_layers
-from steerlens.hosts import Host
 from steerlens.laws.feedback import Add
+from steerlens.laws.learning import Kernel
 
 
 @method(
@@ -102,62 +102,6 @@ def cold_kernel(
         loops.append(Loop(law, site, where=where, strength=strength * rate))
         rates.append(rate)
     return Controller(loops, {"rates": rates})
-
-
-class Kernel(Law):
-    """A step along the examples' gradients, each weighed by how like its activation the state is.
-
-        u = -(1/N) sum_i <x, x_i> g_i
-
-    Args:
-        states: x_i, `[i d]`.
-        gradients: g_i, `[i d]`.
-        count: N.
-    """
-
-    def __init__(self, states: Tensor, gradients: Tensor, count: int):
-        self.states = states
-        self.gradients = gradients
-        self.count = count
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = -(1/N) (x X') G`"""
-        return (x @ self.states.T) @ self.gradients / -self.count, {}
-
-
-def example_gradients(
-    host: Host, data: Pairs, aim: Objective, sites: Sequence[Site], *, rejected_only: bool = False, batch: int = 4
-) -> tuple[dict[Site, Tensor], dict[Site, Tensor], int]:
-    """Activation and loss gradient of each text before its first label token, and N.
-
-    Returns:
-        `{site: x [text d]}`, `{site: dL/dx [text d]}` and the number of examples; with two texts an example their rows
-        are neighbours, chosen first.
-    """
-    texts = labelled(data, host, aim.sides)
-    per = 2 if aim.sides == "both" else 1
-    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for start in range(0, len(texts), batch * per):
-        chosen = texts[start : start + batch * per]
-
-        def loss(logits: Tensor, chosen: list[Labelled] = chosen) -> Tensor:
-            return aim(logits, chosen).sum()
-
-        gradients = host.gradients(
-            [text.tokens for text in chosen],
-            [text.weights() for text in chosen],
-            sites,
-            loss,
-        )
-        for site, values in gradients.items():
-            found[site].append(values)
-    kept = [index for index in range(len(texts)) if not rejected_only or index % 2]
-    read = host.read([texts[i].tokens for i in kept], [texts[i].weights() for i in kept], sites)
-    rows = {site: torch.cat(values)[kept] for site, values in found.items()}
-    for site, values in rows.items():
-        if not torch.isfinite(values).all():
-            raise ValueError(f"a gradient at {site} is not finite; is the model's dtype {host.dtype} too narrow?")
-    return read, rows, len(texts) // per
 
 
 def _moved(law: Law, x: Tensor, site: Site) -> float:

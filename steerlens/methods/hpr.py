@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site, map_tensors
+from steerlens.core import Controller, Loop, Site, map_tensors
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, every_layer
 from steerlens.flow.flows import angle
+from steerlens.laws.rotation import PseudoRotation, predict_angle
 
 
 @method(card=Card(needs="pairs", points=("resid_post",)))
@@ -100,66 +100,6 @@ def hpr(
         "angle_error_rad": errors,
     }
     return Controller(loops, found)
-
-
-class PseudoRotation(Law):
-    """Turn states on the negative side of a hyperplane, in the plane of the state and the hyperplane's normal.
-
-        u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x),   g = alpha pi sigmoid(f(x))
-
-    Args:
-        probe: w, `[d]`; only its direction counts.
-        weights: Of f, one matrix `[out in]` a layer, from d to 1.
-        biases: Of f, `[out]` each.
-        alpha: Factor on the angle.
-
-    Signals: `gate` `[batch pos]`, 1 where it turns; `angle_rad` `[batch pos]`, the angle turned, in radians.
-    """
-
-    signals = ("gate", "angle_rad")
-
-    def __init__(self, probe: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], alpha: float = 1.0):
-        if not weights or len(weights) != len(biases):
-            raise ValueError(
-                f"the angle network has {len(weights)} weights and {len(biases)} biases; train it first, with hpr() or "
-                "fit_angle()"
-            )
-        if weights[0].shape[1] != len(probe) or weights[-1].shape[0] != 1:
-            shapes = [list(weight.shape) for weight in weights]
-            raise ValueError(f"an angle network of shapes {shapes} does not map a state of {len(probe)} to one angle")
-        self.probe = probe
-        self.weights = list(weights)
-        self.biases = list(biases)
-        self.alpha = float(alpha)
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x)`"""
-        gate = (x @ self.probe <= 0).to(x.dtype)
-        turned = gate * self.alpha * predict_angle(x, self.weights, self.biases)
-        return gate[..., None] * rotate(x, self.probe, turned), {"gate": lambda: gate, "angle_rad": lambda: turned}
-
-
-def rotate(x: Tensor, probe: Tensor, turned: Tensor) -> Tensor:
-    """What turns x by an angle `[...]` towards `probe` adds to it, `[... d]`.
-
-    A state that is a multiple of the probe has no such plane: it is only scaled by the cosine.
-    """
-    normal = probe / probe.norm()
-    # the floor is far below rounding; a zero state has no direction
-    norm = (x.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-    direction = x / norm
-    tangent = normal - (direction @ normal)[..., None] * direction
-    tangent = tangent / (tangent.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-    g = turned[..., None]
-    # cos(g) - 1 written so that no digits are lost for small angles
-    return norm * (torch.sin(g) * tangent - 2 * torch.sin(g / 2).square() * direction)
-
-
-def predict_angle(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """`pi sigmoid(f(x))`, f a chain of linear maps with GELU between them, `[... d] -> [...]`."""
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        x = gelu(linear(x, weight, bias))
-    return math.pi * torch.sigmoid(linear(x, weights[-1], biases[-1])[..., 0])
 
 
 def fit_probe(positive: Tensor, negative: Tensor) -> Tensor:

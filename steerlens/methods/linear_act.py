@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
+from steerlens.core import POINTS, Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.laws.affine import Stretch
 
 #: Keeps a coordinate that never varies in the negative texts at slope 0, as in the authors' code.
 RIDGE = 1e-10
@@ -61,23 +62,6 @@ def linear_act(
         law = Stretch(slope.to(positive.dtype), shift.to(positive.dtype))
         loops.append(Loop(law, site, where=where, strength=strength))
     return Controller(loops)
-
-
-class Stretch(Law):
-    """An affine map of each coordinate: `u = w * x + b - x`.
-
-    Args:
-        slope: w, of the state's shape; no unit.
-        shift: b, of the state's shape, in activation units.
-    """
-
-    def __init__(self, slope: Tensor, shift: Tensor):
-        self.slope = slope
-        self.shift = shift
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = (w - 1) * x + b`"""
-        return (self.slope - 1) * x + self.shift, {}
 
 
 def rank_regression(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

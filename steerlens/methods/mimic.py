@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals
+from steerlens.core import Controller, Loop
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.laws.affine import Transport
 
 
 @method(card=Card(needs="sets", points=VECTORS))
@@ -67,42 +68,6 @@ def mimic(
         law = transport(positive, negative, ridge, gate=gate)
         loops.append(Loop(law, site, where=where, strength=strength))
     return Controller(loops)
-
-
-class Transport(Law):
-    """An affine map that is the identity outside a subspace, plus a shift.
-
-        u = g (U'(A - I) U (x - m) + t),   g = 1 or [<w, x> + k <= 0]
-
-    Args:
-        basis: U, orthonormal rows `[r d]`.
-        stretch: A - I on the subspace, symmetric `[r r]`.
-        source: m, `[d]`, in activation units.
-        shift: t, `[d]`, in activation units.
-        probe: w and k in one vector `[d+1]`, or None for no gate.
-
-    Signals: `gate` `[batch pos]`, g, where there is a probe.
-    """
-
-    def __init__(self, basis: Tensor, stretch: Tensor, source: Tensor, shift: Tensor, probe: Tensor | None = None):
-        self.basis = basis
-        self.stretch = stretch
-        self.source = source
-        self.shift = shift
-        self.probe = probe
-
-    @property
-    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """`gate` where there is a probe."""
-        return () if self.probe is None else ("gate",)
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = g (U'(A - I) U (x - m) + t)`"""
-        u = ((x - self.source) @ self.basis.T) @ self.stretch @ self.basis + self.shift
-        if self.probe is None:
-            return u, {}
-        gate = (x @ self.probe[:-1] + self.probe[-1] <= 0).to(x.dtype)
-        return gate[..., None] * u, {"gate": lambda: gate}
 
 
 def transport(positive: Tensor, negative: Tensor, ridge: float, *, gate: bool = False) -> Transport:

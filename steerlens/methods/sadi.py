@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
+from steerlens.core import Controller, Law, Loop, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
-from steerlens.laws.norms import share
+from steerlens.laws.scaling import Frozen, Scale
 
 #: Component -> points of the block where its elements are; the first is the default.
 POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
@@ -114,42 +114,6 @@ def sadi(
         elif row.any():
             loops.append(Loop(Scale(row), site, where=where, strength=strength))
     return Controller(loops, {"n_elements": count, "point": chosen_point})
-
-
-class Scale(Law):
-    """Scale elements of the state: `u = m * x`.
-
-    Args:
-        mask: m, 1 for the elements to scale, else 0; the state's shape without batch and position, or `[head 1]`.
-
-    Signals: `share` `[batch pos]`, norm of `m * x` over norm of `x`, no unit.
-    """
-
-    signals = ("share",)
-
-    def __init__(self, mask: Tensor):
-        self.mask = mask
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = m * x`"""
-        u = self.mask * x
-        return u, {"share": lambda: share(u, x)}
-
-
-class Frozen(Law):
-    """Set the state to the scaled unsteered one of the last prompt token: `u = f * x0 - x`.
-
-    Args:
-        factors: f, `1 + s` for the elements to scale, else 1; the state's shape without batch and position, or
-            `[head 1]`.
-    """
-
-    def __init__(self, factors: Tensor):
-        self.factors = factors
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = f * x0 - x`"""
-        return self.factors * now.summary[:, None] - x, {}
 
 
 def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None = None) -> Tensor:

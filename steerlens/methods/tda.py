@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
+from steerlens.core import Controller, Loop, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, every_layer
+from steerlens.laws.scaling import Dynamic
 
 
 @method(
@@ -80,28 +81,6 @@ def tda(
         bounds.append(bound)
         shares.append(float((norms * a.abs() < bound).double().mean()))
     return Controller(loops, {"thresholds": bounds, "below": shares})
-
-
-class Dynamic(Law):
-    """Keep the neurons that the prompt used: `u = (m - 1) * a`, `m = 1 where norms * rms(a) > threshold`.
-
-    Args:
-        norms: Norm of what one unit of each neuron writes, `[neuron]`.
-        threshold: `[]`, in the units of the residual stream.
-
-    Signals: `kept` `[batch pos]`, share of the neurons that stay on, no unit.
-    """
-
-    signals = ("kept",)
-
-    def __init__(self, norms: Tensor, threshold: Tensor):
-        self.norms = norms
-        self.threshold = threshold
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = (m - 1) * a`"""
-        kept = (self.norms * now.summary > self.threshold).to(x.dtype)
-        return (kept[:, None] - 1) * x, {"kept": lambda: kept.mean(-1)[:, None].expand(-1, x.shape[1])}
 
 
 def tail_threshold(activations: Tensor, writes: Tensor, error: float) -> float:

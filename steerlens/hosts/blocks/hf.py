@@ -13,7 +13,10 @@ from steerlens.hosts.blocks.nominal import Capture, Nominal
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `Pass.begin` that a call of a Hugging Face base model carries."""
+    """What a call of a Hugging Face base model says of its pass: the shape of its tokens, mask and cache.
+
+    `past` is a tensor if the cache is a static one.
+    """
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
@@ -23,8 +26,49 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
         mask = args[1]
     cache = kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    return {"shape": (tokens.shape[0], tokens.shape[1]), "past": past, "mask": mask, "device": tokens.device}
+    past = cache.get_seq_length() if cache is not None else 0
+    return {
+        "shape": (tokens.shape[0], tokens.shape[1]),
+        "past": past if isinstance(past, Tensor) else int(past),
+        "mask": plain_mask(mask),
+        "device": tokens.device,
+        "cache": cache,
+        "tokens": tokens,
+    }
+
+
+def plain_mask(mask: Any) -> Tensor | None:
+    """Which columns hold real tokens, `[batch pos]`, in the mask that a model is given.
+
+    A static cache needs masks of four dimensions, one for each kind of attention: there the last query sees every real
+    token, except through a sliding window.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None or mask.ndim == 2:
+        return mask
+    if mask.ndim != 4:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; steering needs [batch pos]")
+    row = mask[:, 0, -1]
+    return row if row.dtype == torch.bool else row == 0
+
+
+def prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """First column after the prompt of a call of transformers' `generate`; None: it does not say.
+
+    With a cache that holds the beginning of the text, `generate` takes either the whole text or what is new of it, and
+    tells them apart by the length of the mask; so does this.
+    """
+    given = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    found = [value for value in given if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1]]
+    if not found:
+        return None
+    length = max(value.shape[1] for value in found)
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if not past or mask is None or mask.shape[1] == length:
+        return length
+    return past + length
 
 
 class FrozenCache:

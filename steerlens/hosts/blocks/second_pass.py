@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ class BaseCompanion(Companion):
         spots: Where each site's state is.
         args, kwargs: Of the call; a KV cache among them is neither read nor written.
         past: Number of tokens that it holds.
-        kept: What earlier calls of the same attachment left: by direction the KV caches of its own.
+        kept: What earlier passes of the sequence left: by direction the KV caches of its own.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class BaseCompanion(Companion):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         past: int,
-        kept: dict[int, Any],
+        kept: dict[Any, Any],
     ):
         self.base = base
         self.aside = aside
@@ -65,13 +66,13 @@ class BaseCompanion(Companion):
 
         key = id(direction.values[0])
         if self.past == 0:
-            self.kept[key] = [_Kept(), _Kept()]
-        elif self.kept.get(key) is None or self.kept[key][0].length != self.past:
+            self.kept[key] = Tracks()
+        elif self.kept.get(key) is None or self.kept[key].length != self.past:
             raise RuntimeError(
                 f"the tangents of {self.past} earlier tokens are not known: they went through the model before it was "
                 "steered, or at positions that `where` leaves out; begin with an empty KV cache"
             )
-        tracks = self.kept[key]
+        tracks = self.kept[key].sides
         with self.aside(), torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             along = self._along(direction)
             if not direction.step:
@@ -107,7 +108,15 @@ class BaseCompanion(Companion):
     def _own(self) -> dict[str, Any]:
         """The call's keyword arguments but for what a pass of its own settles by itself."""
         settled = ("past_key_values", "use_cache", "return_dict")
-        return {name: value for name, value in self.kwargs.items() if name not in settled}
+        return {name: self._short(value) for name, value in self.kwargs.items() if name not in settled}
+
+    def _short(self, value: Any) -> Any:
+        """A mask for a static cache, whose keys are as many as fit into it, as one for the tokens that there are."""
+        if isinstance(value, dict):
+            return {name: self._short(entry) for name, entry in value.items()}
+        if isinstance(value, Tensor) and value.ndim == 4:
+            return value[..., : self.past + value.shape[2]]
+        return value
 
     def _run(self, sites: Sequence[Site], changed: dict[str, Tensor], track: _Kept | None) -> dict[Site, Tensor]:
         """States with other parameters."""
@@ -123,6 +132,32 @@ class BaseCompanion(Companion):
         if track is not None:
             track.keep()
         return found
+
+
+class Tracks:
+    """What a sequence keeps for its tangents: a KV cache with other parameters, or two, on both sides of a step."""
+
+    def __init__(self) -> None:
+        self.sides = [_Kept(), _Kept()]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in it."""
+        return self.sides[0].length
+
+    def rows(self, index: Tensor) -> None:
+        """Take other rows, `[new batch]`."""
+        for side in self.sides:
+            side.rows(index)
+
+    def cut(self, column: int) -> None:
+        """Forget the columns from this one on."""
+        for side in self.sides:
+            side.cut(column)
+
+    def fork(self) -> Tracks:
+        """A copy that goes on by itself."""
+        return copy.deepcopy(self)
 
 
 class _Kept:
@@ -145,6 +180,28 @@ class _Kept:
                 if tangent is not None:
                     setattr(layer, name, forward_ad.make_dual(getattr(layer, name), tangent))
         return self._cache
+
+    def rows(self, index: Tensor) -> None:
+        """See `Tracks`."""
+        if self._cache is not None:
+            self._cache.batch_select_indices(index)
+            self._tangents = [
+                [None if side is None else side[index.to(side.device)] for side in layer] for layer in self._tangents
+            ]
+
+    def cut(self, column: int) -> None:
+        """See `Tracks`."""
+        excess = self.length - column
+        if excess <= 0:
+            return
+        if column == 0:
+            self.length, self._cache, self._tangents = 0, None, []
+            return
+        self._cache.crop(-excess)
+        self.length = column
+        self._tangents = [
+            [None if side is None else side[..., :-excess, :] for side in layer] for layer in self._tangents
+        ]
 
     def keep(self) -> None:
         """Take the tangents out of the cache after a pass."""

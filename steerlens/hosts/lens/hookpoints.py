@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +13,7 @@ from steerlens.core import Display, Pass, Site
 from steerlens.hosts.base import Attachment, Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
-
-#: What is attached to a model, in the order of attachment.
-_ATTACHED: WeakKeyDictionary[Any, list[LensAttachment]] = WeakKeyDictionary()
+from steerlens.hosts.steered import Steered, Wrapped
 
 
 class LensHost(Host):
@@ -103,8 +98,8 @@ class LensHost(Host):
         """Take hook points of ours off again."""
         raise NotImplementedError
 
-    def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
-        """Call `begin(**arguments of Pass.begin)`, a companion among them, as each pass enters; returns the handles."""
+    def wraps(self, steered: Steered) -> list[Wrapped]:
+        """What stands around the model's methods while it is steered, so that passes and generations are known."""
         raise NotImplementedError
 
     def writes_mid(self) -> bool:
@@ -196,12 +191,10 @@ class LensAttachment(Attachment):
     """Hooks and signal points of one pass on one model."""
 
     def __init__(self, host: LensHost, run: Pass):
+        self.run = run
         self._host = host
         self._points: dict[str, HookPoint] = {}
         self._seats: list[Seat] = []
-        self._torch_handles: list[Any] = []
-        self._run = run
-        self._generation: Any = None
         try:
             self._install()
         except BaseException:
@@ -209,7 +202,7 @@ class LensAttachment(Attachment):
             raise
 
     def _install(self) -> None:
-        host, run = self._host, self._run
+        host, run = self._host, self.run
         if run.record is not None:
             for names in run.names.values():
                 for name in names.names():
@@ -217,9 +210,6 @@ class LensAttachment(Attachment):
                     point.name = name
             run.display = SignalPoints(self._points)
             host.publish(self._points)
-        # an unsteered pass begins where no other run can have steered yet
-        layers = sorted({site.layer for site in run.sites} | ({0} if run.aside.apart else set()))
-        self._torch_handles = host.watch(self._begin, layers)
         modules = host.find({place for site in run.sites for place in (site, *self._around(site))})
         self._check_transcoders(modules)
         for site in run.sites:
@@ -227,13 +217,13 @@ class LensAttachment(Attachment):
                 self._steer_mid(modules, site)
             else:
                 self._sit(host.seat(site, modules[site], _acting(run, site), self._rows))
-        _ATTACHED.setdefault(host.model, []).append(self)
+        Steered.attach(host.model, self, host.wraps)
 
     def _check_transcoders(self, modules: Mapping[Site, nn.Module]) -> None:
         everything = self._host.modules()
         read = [everything.get(name) for name in getattr(self._host.model, "_transcoder_output_hooks", ())]
         for site, module in modules.items():
-            if site in self._run.names and any(module is other for other in read):
+            if site in self.run.names and any(module is other for other in read):
                 raise ValueError(
                     f"a transcoder reads '{site}' before a control could be added there; splice it in after steer()"
                 )
@@ -243,11 +233,11 @@ class LensAttachment(Attachment):
         seat.take()
 
     def _rows(self) -> int:
-        return self._run.positions.batch
+        return self.run.positions.batch
 
     def _around(self, site: Site) -> tuple[Site, ...]:
         """Where to hook for a control that cannot be written at its own site."""
-        if site.point != "resid_mid" or self._host.writes_mid() or site not in self._run.names:
+        if site.point != "resid_mid" or self._host.writes_mid() or site not in self.run.names:
             return ()
         return Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
 
@@ -259,37 +249,28 @@ class LensAttachment(Attachment):
             before[:] = [x]
 
         def act(x: Tensor) -> Tensor:
-            return self._run.at(site, before.pop() + x, carrier=x)
+            return self.run.at(site, before.pop() + x, carrier=x)
 
         for place, change in zip(self._around(site), (enter, act), strict=True):
             self._sit(self._host.seat(place, modules[place], change, self._rows, outgoing=True))
 
-    def _begin(self, **call: Any) -> None:
+    def ready(self) -> None:
+        """Move to where the model's places are by now."""
         self._host.publish(self._points)  # HookedTransformer.setup() rebuilds its table
-        # all runs at once and the latest first, each before what is there: so they keep their order, and hooks of the
-        # user's that were set since an SAE came or went see steered states, as they would have without it
-        for attachment in reversed(_ATTACHED.get(self._host.model, [])):
-            for seat in reversed(attachment._seats):
-                seat.follow()
-        generation = _generate_frame()
-        continues = generation is not None and generation is self._generation
-        # kept only where it can matter: the frame holds the locals of generate(), a KV cache among them
-        self._generation = generation if call["past"] == 0 else None
-        self._run.begin(continues=continues, alone=len(_ATTACHED[self._host.model]) == 1, **call)
+        # the latest first, each before what is there: so runs keep their order, and hooks of the user's that were set
+        # since an SAE came or went see steered states, as they would have without it
+        for seat in reversed(self._seats):
+            seat.follow()
 
     def detach(self) -> None:
         """Take every hook and hook point off again."""
         for seat in self._seats:
             seat.leave()
-        for handle in self._torch_handles:
-            handle.remove()
         self._host.withdraw(self._points)
-        self._seats, self._torch_handles, self._points = [], [], {}
-        attached = _ATTACHED.get(self._host.model, [])
-        if self in attached:
-            attached.remove(self)
-        self._run.display = None
-        self._generation = None
+        steered = Steered.of(self._host.model)
+        if steered is not None:
+            steered.leave(self)
+        self.run.display = None
 
 
 class SignalPoints(Display):
@@ -316,20 +297,3 @@ def _acting(run: Pass, site: Site) -> Change:
         return None if steered is x else steered
 
     return act
-
-
-def _generate_frame() -> Any:
-    """The frame of the `generate` call that this forward pass serves, or None.
-
-    Without a KV cache each step of a generation is a pass over the whole sequence so far. Nothing but the call it
-    belongs to tells such a step from the first pass of a new prompt.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name.startswith("generate"):
-            library = frame.f_globals.get("__name__", "").partition(".")[0]
-            if library in ("transformer_lens", "transformers", "sae_lens"):
-                return frame
-        frame = frame.f_back
-    return None

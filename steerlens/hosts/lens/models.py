@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import get_attention_mask
 
-from steerlens.core import Companion, Direction, Record, Site
+from steerlens.core import Record, Site
 from steerlens.hosts.base import Host
 from steerlens.hosts.blocks import hf
-from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
-from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather, require_whole
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot
+from steerlens.hosts.caches import Generation
+from steerlens.hosts.generation import hf_generations, hf_pass
+from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
+from steerlens.hosts.steered import Steered, Wrapped, unsteered
 
 try:
     from transformer_lens import HookedTransformer
@@ -92,24 +98,50 @@ class BridgeHost(LensHost):
         """No: the Bridge's `hook_resid_mid` is the input of the MLP's norm only."""
         return False
 
-    def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
-        """Through a pre-hook on the Hugging Face base model, which sees mask and cache however it was called."""
+    @property
+    def _entry(self) -> nn.Module:
+        """The module whose blocks these are; OPT's head, for one, calls it and not the base model."""
+        first = self.model.blocks[0]
+        for module in self._base.modules():
+            for child in module.children():
+                if isinstance(child, nn.ModuleList) and len(child) and child[0] is first:
+                    return module
+        return self._base
 
-        base = self._base
-        kept: dict[int, Any] = {}
+    def wraps(self, steered: Steered) -> list[Wrapped]:
+        """Around the module that runs the blocks, which sees mask and cache however it was called, and `generate`."""
+        entry = self._entry
+        return [
+            Wrapped(entry, "forward", partial(hf_pass, steered, self._beside(entry))),
+            Wrapped(self.model, "forward", partial(self._list_of_prompts, steered)),
+            Wrapped(self.model, "generate", partial(_generate, steered)),
+            Wrapped(self.model, "generate_stream", steered.stream),
+            *hf_generations(steered, self.model.original_model),
+        ]
 
-        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = hf.call_shape(args, kwargs)
-            begin(**call, companion=BaseCompanion(base, self._aside, self._spots, args, kwargs, call["past"], kept))
+    def _beside(self, entry: nn.Module) -> Callable[..., Any]:
+        return lambda args, kwargs, past: (
+            lambda kept: BaseCompanion(entry, self._aside, self._spots, args, kwargs, past, kept)
+        )
 
-        return [base.register_forward_pre_hook(entering, with_kwargs=True)]
+    def _list_of_prompts(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The Bridge pads a list on the right without a mask, since no real token sees the pads behind it."""
+        given = args[0] if args else kwargs.get("input")
+        if not isinstance(given, list) or len(given) < 2 or kwargs.get("attention_mask") is not None:
+            return inner(*args, **kwargs)
+        side = str(kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", "right"))
+        with steered.padding(lambda tokens: padding_mask(self.tokenizer, tokens, self.prepends_bos, side)):
+            return inner(*args, **kwargs)
 
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
         return Learner(self.model.original_model, self._aside, self._spots)
 
-    def _aside(self) -> Bare:
-        return Bare(self.model.original_model)
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The model without what is attached to it and without any hook."""
+        with unsteered(self.model), Bare(self.model.original_model):
+            yield
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
         heads = self.n_heads
@@ -183,26 +215,69 @@ class HookedHost(LensHost):
         """Yes."""
         return True
 
-    def watch(self, begin: Callable[..., None], layers: Sequence[int]) -> list[Any]:
-        """Through pre-hooks on the controlled blocks: `generate` calls `forward` directly, from any layer."""
-        seen = -1
+    def wraps(self, steered: Steered) -> list[Wrapped]:
+        """Around `forward`, which `generate` calls directly, from any layer on."""
+        return [
+            Wrapped(self.model, "forward", partial(self._pass, steered)),
+            Wrapped(self.model, "input_to_embed", partial(self._embedded, steered)),
+            Wrapped(self.model, "generate", partial(_generate, steered)),
+            Wrapped(self.model, "generate_stream", steered.stream),
+        ]
 
-        def entering(layer: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                nonlocal seen
-                entry = kwargs.get("past_kv_cache_entry")
-                if isinstance(entry, FrozenEntry):
-                    raise RuntimeError("a block is replayed while the model is steered; linearise before steering")
-                if layer <= seen or seen < 0:
-                    past = entry.past_keys.shape[1] if entry is not None else 0
-                    x = args[0]
-                    call = {"shape": x.shape[:2], "past": past, "mask": kwargs.get("attention_mask")}
-                    begin(**call, device=x.device, companion=BlocksCompanion(self, layer, args, kwargs, past))
-                seen = layer
+    def _pass(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward pass, which may begin and end at any layer."""
+        given, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
+        with steered.passing() as begin:
+            if begin is None:
+                return inner(given, *rest, **kwargs)
+            start = kwargs.get("start_at_layer")
+            call = {"cache": kwargs.get("past_kv_cache"), "begin": begin}
+            if start is not None:
+                mask, positions = kwargs.get("attention_mask"), kwargs.get("shortformer_pos_embed")
+                layer = range(self.n_layers)[start]
+                self._begin(call, given, tokens=given, mask=mask, positions=positions, layer=layer)
+                return inner(given, *rest, **kwargs)
+            if isinstance(given, (str, list)):
+                # None: as the model and its tokenizer are configured
+                prepend, side = kwargs.get("prepend_bos"), kwargs.get("padding_side")
+                listed = isinstance(given, list) and len(given) > 1
+                given = self.model.to_tokens(given, prepend_bos=prepend, padding_side=side)
+                if listed:
+                    # padded on the right it has no mask, since no real token sees the pads behind it
+                    bos, side = self.prepends_bos if prepend is None else prepend, side or self.tokenizer.padding_side
+                    call["pads"] = padding_mask(self.tokenizer, given, bos, side)
+            steered.expected.append(call)
+            try:
+                return inner(given, *rest, **kwargs)
+            finally:
+                if call in steered.expected:
+                    steered.expected.remove(call)
 
-            return hook
+    def _embedded(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The part of a forward pass that knows the mask of all tokens so far."""
+        result = inner(*args, **kwargs)
+        if steered.expected:
+            call = steered.expected.pop()
+            state, tokens, positions, mask = result
+            mask = call.get("pads") if mask is None else mask
+            self._begin(call, state, tokens=tokens, mask=mask, positions=positions, layer=0)
+        return result
 
-        return [self.model.blocks[n].register_forward_pre_hook(entering(n), with_kwargs=True) for n in sorted(layers)]
+    def _begin(
+        self, call: dict[str, Any], state: Tensor, *, tokens: Tensor, mask: Any, positions: Any, layer: int
+    ) -> None:
+        cache = call["cache"]
+        past = 0 if cache is None else cache[0].past_keys.shape[1]
+        companion = partial(BlocksCompanion, self, layer, state, {"shortformer_pos_embed": positions}, mask, past)
+        call["begin"](
+            state.shape[:2],
+            past=past,
+            mask=mask,
+            device=state.device,
+            cache=cache,
+            tokens=tokens,
+            companion=companion,
+        )
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -230,11 +305,11 @@ class HookedHost(LensHost):
 
     def need_parameters(self) -> None:
         """Raises NotImplementedError."""
-        raise NotImplementedError(_OTHER_PARAMETERS)
+        raise NotImplementedError(OTHER_PARAMETERS)
 
     def learner(self) -> Learner:
         """Raises NotImplementedError."""
-        raise NotImplementedError(_OTHER_PARAMETERS)
+        raise NotImplementedError(OTHER_PARAMETERS)
 
     def _out_weight(self, layer: int) -> Tensor | None:
         return getattr(getattr(self.model.blocks[layer], "mlp", None), "W_out", None)
@@ -246,56 +321,18 @@ class HookedHost(LensHost):
         return self.model(ids, attention_mask=mask)
 
 
-#: A gradient step depends on how a function is parametrised.
-_OTHER_PARAMETERS = (
-    "a HookedTransformer's parameters are not the model's: biases added, embeddings untied, norms perhaps folded, so a "
-    "gradient step on them is another one; use TransformerBridge or nnsight"
-)
+def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """TransformerLens's own loop: its first pass is the whole prompt."""
+    with steered.generating(Generation()):
+        return inner(*args, **kwargs)
 
 
-class BlocksCompanion(Companion):
-    """Runs the blocks of a HookedTransformer again, from the one whose call is given.
-
-    Args:
-        host: Of the model.
-        layer, args, kwargs: The block that is being called, and with what.
-        past: Number of tokens in the KV cache.
-    """
-
-    def __init__(self, host: HookedHost, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], past: int):
-        self.host = host
-        self.layer = layer
-        self.args = args
-        self.kwargs = kwargs | {"past_kv_cache_entry": None}
-        self.past = past
-
-    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The unsteered states of a prompt."""
-        require_whole(self.past)
-        model = self.host.model
-
-        def run() -> None:
-            state = self.args[0]
-            for block in model.blocks[self.layer :]:
-                state = block(state, *self.args[1:], **self.kwargs)
-
-        with Bare(model), torch.no_grad():
-            return gather({site: (*place_of(module), 0, 1.0) for site, module in self.host.find(sites).items()}, run)
-
-    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(_OTHER_PARAMETERS)
-
-
-class FrozenEntry:
-    """Stands in for a TransformerLens cache entry during a replay, as `hf.FrozenCache` does for Hugging Face."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.past_keys, self.past_values = keys, values
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Past and new keys and values, `[n pos head d_head]`."""
-        return FixedContext.join(self.past_keys, keys, 1), FixedContext.join(self.past_values, values, 1)
+def padding_mask(tokenizer: Any, tokens: Tensor, prepends_bos: bool, side: str) -> Tensor:
+    """Real tokens of a padded batch, as TransformerLens itself tells them from pads."""
+    mask = get_attention_mask(tokenizer, tokens, prepends_bos, padding_side=side)
+    if side == "right" and prepends_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:
+        mask[:, 0] = 1  # an empty text is its BOS
+    return mask
 
 
 def _folded(cfg: Any) -> bool:

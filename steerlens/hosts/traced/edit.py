@@ -190,7 +190,28 @@ def spots_of(taps: list[Tap]) -> dict[Site, Any]:
     return {tap.read: (tap.envoy._module, tap.side, tap.heads, tap.scale) for tap in taps}
 
 
-def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[int, Tensor]) -> None:
+class Passes:
+    """How the passes of a trace or a generation follow each other, as far as their shapes tell: on a server.
+
+    The first pass brings the whole prompt, each later one continues the sequence.
+    """
+
+    def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
+        """Begin a pass of a run; `call` as `call_shape` gives it."""
+        run.begin(
+            call["shape"],
+            past=int(call["past"]),
+            mask=call["mask"],
+            device=call["device"],
+            sequence=run.sequence if step else None,
+            end=run.positions.end if step else None,
+            **options,
+        )
+
+
+def follow(
+    base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[int, Tensor], passes: Passes
+) -> None:
     """The body of the edit: visit the taps in every forward pass of one trace or generation.
 
     Args:
@@ -198,8 +219,8 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
         first: None where the weights are here. On a server, where reading `base`'s arguments would send the KV cache to
             the sandbox and back at every token, the first norm of the first block: its input tells the shape.
         apart: Where the states are that a companion is asked for.
+        passes: Begins each pass.
     """
-    kept_apart: dict[int, Any] = {}
     for step in Iterations()[:]:
         try:
             whole = step == 0 or first is None or run.aside.differentiates
@@ -211,17 +232,8 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
             return  # the generation is over: the loop asked for a pass that never came
         companion = None
         if apart and inputs is not None and not _weightless(base._module):
-            args, kwargs = inputs
-            companion = BaseCompanion(
-                base._module,
-                lambda: StoodDown(base),
-                lambda sites: spots_of([tap for tap in apart if tap.read in sites]),
-                args,
-                kwargs,
-                call["past"],
-                kept_apart,
-            )
-        run.begin(**call, continues=step > 0, companion=companion, alone=not apart or only_run(base))
+            companion = beside(base, apart, inputs, call)
+        passes.begin(run, call, step, companion=companion, alone=not apart or only_run(base))
         carried.clear()
         kept: dict[str, Tensor] = {}
         # on a server this is inside the visit of `first`, where no walk can begin; the wire costs more than it saves
@@ -233,6 +245,20 @@ def follow(base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, 
             else:
                 taps[index].visit(run, kept, carried)
                 index += 1
+
+
+def beside(base: Any, apart: list[Tap], inputs: Any, call: dict[str, Any]) -> Any:
+    """What makes a companion of a pass from what its sequence keeps for one."""
+    args, kwargs = inputs
+    return lambda kept: BaseCompanion(
+        base._module,
+        lambda: StoodDown(base),
+        lambda sites: spots_of([tap for tap in apart if tap.read in sites]),
+        args,
+        kwargs,
+        int(call["past"]),
+        kept,
+    )
 
 
 def only_run(base: Any) -> bool:
@@ -255,4 +281,11 @@ def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:
     seen = run.positions.seen
     # without a KV cache each pass repeats the sequence and adds a token
     past = 0 if x.shape[1] == seen + 1 else seen
-    return {"shape": (x.shape[0], x.shape[1]), "past": past, "mask": None, "device": x.device}
+    return {
+        "shape": (x.shape[0], x.shape[1]),
+        "past": past,
+        "mask": None,
+        "device": x.device,
+        "cache": None,
+        "tokens": None,
+    }

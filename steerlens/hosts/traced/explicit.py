@@ -10,7 +10,7 @@ from nnsight.intervention.interleaver import Mediator
 
 from steerlens.core import Controller, Pass, Record
 from steerlens.hosts.traced.anatomy import Anatomy
-from steerlens.hosts.traced.edit import follow, steers
+from steerlens.hosts.traced.edit import Passes, follow, steers
 
 
 class Applied:
@@ -69,7 +69,7 @@ def apply_here(
     edits = [edit for edit in model._edits if steers(edit)]
     carried = edits[0].lcls["carried"] if edits else {}
     worker = Mediator(
-        compile("follow(base, first, taps, apart, run, carried)", "<steerlens.apply>", "exec"),
+        compile("follow(base, first, taps, apart, run, carried, passes)", "<steerlens.apply>", "exec"),
         {},
         {
             "follow": follow,
@@ -79,6 +79,7 @@ def apply_here(
             "apart": [anatomy.tap(site) for site in run.aside.apart],
             "run": run,
             "carried": carried,
+            "passes": Passes(),
         },
     )
     worker.batch_group = block.batch_group

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import nnsight
 import torch
@@ -19,12 +18,12 @@ from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.blocks.second_pass import Spot
+from steerlens.hosts.steered import Steered
+from steerlens.hosts.traced import known
 from steerlens.hosts.traced.anatomy import Anatomy, gradients_at
-from steerlens.hosts.traced.edit import StoodDown, Tap, follow, spots_of
+from steerlens.hosts.traced.edit import Passes, StoodDown, follow, spots_of
+from steerlens.hosts.traced.known import KnownPasses
 from steerlens.hosts.traced.remote import Limits, RemoteForms, backend
-
-#: One dict for all edits of a model, see `Tap.visit`.
-_CARRIED: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 def claim(model: Any) -> Host | None:
@@ -65,8 +64,13 @@ class TracedHost(Anatomy, Host):
 
     def attach(self, run: Pass, *, payload_limit: int, timeout_s: float) -> Attachment:
         """An edit on the model's root: it also steers `generate`, sessions and remote runs."""
-        apart, limits = [self.tap(site) for site in run.aside.apart], Limits(payload_limit, timeout_s)
-        return TracedAttachment(self.model, self.base, self.entry, self.taps(run), apart, run, limits)
+        return TracedAttachment(self, run, Limits(payload_limit, timeout_s))
+
+    def wraps(self, steered: Steered) -> list[Any]:
+        """What stands around the model's methods while it is steered here; nothing if its weights are elsewhere."""
+        if self.away:
+            return []
+        return known.wraps(self.base._module, self.model._module, self.model.interleaver, steered)
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -151,20 +155,31 @@ class TracedHost(Anatomy, Host):
 class TracedAttachment(Attachment):
     """One edit on a model's root envoy."""
 
-    def __init__(self, model: Any, base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, limits: Limits):
-        self._model = model
-        self._run = run
-        self._forms = RemoteForms.enter(model, run, limits) if isinstance(model, Remotable) else None
-        carried = _CARRIED.setdefault(model, {})
-        with model.edit(inplace=True):
-            follow(base, first, taps, apart, run, carried)
-        self._edit = model._edits[-1]
+    def __init__(self, host: TracedHost, run: Pass, limits: Limits):
+        self.run = run
+        self._model = model = host.model
+        self._forms: RemoteForms | None = None
+        base, first, taps = host.base, host.entry, host.taps(run)
+        apart = [host.tap(site) for site in run.aside.apart]
+        try:
+            steered = Steered.attach(model, self, host.wraps)
+            carried, passes = steered.carried, Passes() if host.away else KnownPasses(steered)
+            if isinstance(model, Remotable):
+                self._forms = RemoteForms.enter(model, run, limits)
+            with model.edit(inplace=True):
+                follow(base, first, taps, apart, run, carried, passes)
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Remove this edit and no other."""
-        self._model._edits = [edit for edit in self._model._edits if edit is not self._edit]
+        self._model._edits = [edit for edit in self._model._edits if (edit.lcls or {}).get("run") is not self.run]
         if self._forms is not None:
-            self._forms.leave(self._run)
+            self._forms.leave(self.run)
+        steered = Steered.of(self._model)
+        if steered is not None:
+            steered.leave(self)
 
     @property
     def payload_bytes(self) -> int | None:

@@ -208,7 +208,7 @@ class SteeredBackend(TellingBackend):
     def request(self, request: Any, tracer: Any) -> Any:
         """With one statement more in the block."""
         frame, node = tracer.info.frame, tracer.node
-        logs = {_RECORD.format(index): run.log.pieces for index, (run, _) in enumerate(self.forms.runs) if run.record}
+        logs = {_RECORD.format(index): run.log.held for index, (run, _) in enumerate(self.forms.runs) if run.record}
         tracer.node = _with_saves(node, list(logs))
         tracer.info.frame = SimpleNamespace(
             f_locals={**frame.f_locals, **{f"{name}_": log for name, log in logs.items()}},

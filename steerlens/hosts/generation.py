@@ -1,0 +1,64 @@
+"""Passes and generations of a Hugging Face model, whoever has wrapped it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from steerlens.core.record import cut
+from steerlens.hosts.blocks import hf
+from steerlens.hosts.caches import Generation
+from steerlens.hosts.steered import Steered, Wrapped
+
+
+def hf_pass(steered: Steered, beside: Callable[..., Any], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward pass of the module that runs the blocks.
+
+    Args:
+        beside: From the call's arguments and its past, what makes a companion.
+        inner: The module's `forward`.
+    """
+    with steered.passing() as begin:
+        if begin is None:
+            return inner(*args, **kwargs)
+        call = hf.call_shape(args, kwargs)
+        if call["mask"] is None:
+            call["mask"] = steered.pads(call["tokens"])
+        identity = begin(call.pop("shape"), companion=beside(args, kwargs, call["past"]), **call)
+        output = inner(*args, **kwargs)
+        if call["cache"] is None:
+            made = getattr(output, "past_key_values", None)
+            if made is not None:
+                steered.bind(identity, made)
+        return output
+
+
+def hf_generations(steered: Steered, model: nn.Module) -> list[Wrapped]:
+    """Around transformers' `generate`, and what it calls before each pass of its own."""
+    return [
+        Wrapped(model, "generate", partial(_generate, steered)),
+        Wrapped(model, "prepare_inputs_for_generation", partial(_prepare, steered)),
+    ]
+
+
+def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    generation = Generation(hf.prompt_end(args, kwargs), announced=True)
+    with steered.generating(generation):
+        result = inner(*args, **kwargs)
+    tokens = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
+    # of embeddings only what follows them is returned
+    if isinstance(tokens, Tensor) and generation.identity is not None and kwargs.get("inputs_embeds") is None:
+        for sequence in generation.identity.held.values():
+            # the last token has not been through the model; speculated ones may have
+            cut(sequence.store, tokens.shape[1] - 1)
+    return result
+
+
+def _prepare(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    generation = steered.generation
+    if generation is not None:
+        generation.announce(hf.plain_mask(kwargs.get("attention_mask")))
+    return inner(*args, **kwargs)

@@ -1,0 +1,59 @@
+"""Passes of an nnsight model whose weights are here, where caches and calls of `generate` can be told apart."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from steerlens.core import Pass
+from steerlens.hosts.blocks import hf
+from steerlens.hosts.generation import hf_generations
+from steerlens.hosts.steered import Steered
+from steerlens.hosts.traced.edit import Passes
+
+
+class KnownPasses(Passes):
+    """Begins passes with what the model's own calls tell of them; on a server it is `Passes`."""
+
+    def __init__(self, steered: Steered):
+        self.steered = steered
+
+    def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
+        """See `Passes.begin`."""
+        identity, known, fresh = self.steered.present
+        sequence = identity.of(run, fresh=fresh)
+        run.begin(call["shape"], device=call["device"], sequence=sequence, **known, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Passes, ()
+
+
+def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered) -> list[Any]:
+    """Around a Hugging Face model behind nnsight, see `Steered.attach`.
+
+    Hooks on the base model and not its `forward`, which nnsight has wrapped: it warns of anybody who does so after it.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if interleaver.interleaving:
+            call = hf.call_shape(args, kwargs)
+            shape, _ = call.pop("shape"), call.pop("device")
+            steered.present = steered.identify(shape, **call)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        made = getattr(output, "past_key_values", None)
+        if interleaver.interleaving and made is not None and kwargs.get("past_key_values") is None:
+            steered.bind(steered.present[0], made)
+
+    handles = [
+        base.register_forward_pre_hook(enter, with_kwargs=True),
+        base.register_forward_hook(leave, with_kwargs=True),
+    ]
+    return [*map(_Handle, handles), *hf_generations(steered, model)]
+
+
+class _Handle:
+    def __init__(self, handle: Any):
+        self.remove = partial(handle.remove)
