@@ -143,12 +143,16 @@ def _shown(value: Any) -> str:
         return f"a {type(value).__name__}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    words = repr(value)
+    if isinstance(value, (list, tuple)) and not all(isinstance(entry, (int, float, str)) for entry in value[:4]):
+        return f"a {type(value).__name__} of {len(value)}"
+    words = repr(value[:4] if isinstance(value, (list, tuple, str)) and len(value) > 60 else value)
     return words if len(words) <= 60 else words[:57] + "..."
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("torch.", "")
+    if isinstance(hint, type):
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("torch.", "").replace("collections.abc.", "")
 
 
 def _words(names: Iterable[str]) -> str:
