@@ -174,7 +174,7 @@ def steer_once(arrived, torch):
         def tangents(self, sites, direction, *, goes_on):
             return self.states(sites)
 
-    run.begin((1, 3), companion=Apart())
+    run.begin((1, 3), companion=lambda kept: Apart())
     for site in run.sites:
         x = torch.linspace(-1, 1, 3).view(1, 3, *[1] * len(shapes[site.point])).expand(1, 3, *shapes[site.point])
         assert torch.isfinite(run.at(site, x)).all()
