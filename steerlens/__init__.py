@@ -13,8 +13,9 @@ from steerlens.control.linearization import Linearization, linearize
 from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
 from steerlens.evaluate import calibrate, compare, prompt, separation, sweep
-from steerlens.fit.contrast import Pairs, shipped
+from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import exported
+from steerlens.fit.shipped import shipped, shipped_texts
 from steerlens.flow.fields import Field
 from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
@@ -78,6 +79,7 @@ __all__ = [
     "schedule",
     "separation",
     "shipped",
+    "shipped_texts",
     "steer",
     "sweep",
     "when",

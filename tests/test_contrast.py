@@ -69,12 +69,6 @@ def test_chat_messages_go_through_the_template(smol):
     assert adapter.tokenizer.decode(ids[:prompt]).endswith("<|im_start|>assistant\n")
 
 
-def test_shipped_pairs():
-    assert len(sl.shipped("sentiment")) == 48
-    with pytest.raises(ValueError, match="there are anger, french, ocean, sentiment, wedding"):
-        sl.shipped("cats")
-
-
 def test_the_digest_tells_data_apart():
     a, b = sl.Pairs(["x"], ["y"]), sl.Pairs(["x"], ["y"], read="mean")
     assert a.digest() == sl.Pairs(["x"], ["y"]).digest() != b.digest()

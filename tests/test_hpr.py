@@ -179,7 +179,7 @@ def test_unpaired_texts_one_pair_and_equal_texts_are_refused(device):
     for data, words in (
         (Pairs([[5, 9]], [[5, 8], [5, 7]]), "hpr needs pairs"),
         (Pairs([[5, 9]], [[5, 8]]), "two pairs"),
-        (Pairs([[5, 9], [6, 9]], [[5, 9], [6, 9]]), "no difference"),
+        (Pairs([[5, 9], [6, 9]], [[5, 9], [6, 9]]), "identical activations"),
     ):
         with pytest.raises(ValueError, match=words):
             hpr(case.model, data)

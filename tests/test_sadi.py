@@ -218,7 +218,7 @@ def test_bad_arguments_are_told_before_the_model_runs(case):
     ):
         with pytest.raises(ValueError, match=words):
             case.fit(**options)
-    with pytest.raises(ValueError, match="no difference at any z"):
+    with pytest.raises(ValueError, match="identical activations at every z"):
         sl.sadi(case.model, sl.Pairs([[1, 2, 3]], [[1, 2, 3]]))
 
 

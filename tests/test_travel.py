@@ -47,12 +47,15 @@ def test_what_a_controller_is_made_of_travels(kind):
 
 def test_what_an_edit_runs_travels():
     pytest.importorskip("nnsight")
+    from steerlens.control import gains
     from steerlens.core.package import Ambassador
-    from steerlens.hosts.blocks import graph
-    from steerlens.hosts.traced import anatomy, edit, explicit
+    from steerlens.hosts.blocks import context, graph, nominal, readout
+    from steerlens.hosts.traced import anatomy, differences, edit, explicit
     from steerlens.steering import _prepare
 
     things = [edit.follow, edit.Tap, graph.pool, explicit.apply_here, _prepare, Ambassador, anatomy.gradients_at]
+    things += [differences.differences, anatomy.call_beside, gains.gains_beside, gains.Gains, gains.Blocks]
+    things += [nominal.Nominal, nominal.Capture, context.FixedContext, context.Times, readout.Readout]
     for thing in (*things, anatomy.Anatomy, Labelled, Objective):
         assert problems(thing) == []
 

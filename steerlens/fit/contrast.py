@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ class Pairs:
         positive: Texts with the behaviour. Each is a string, a `(prompt, completion)` tuple, a list of chat messages
             (`{"role": ..., "content": ...}`, put through the tokenizer's chat template), or token ids. Prompt and
             completion are two strings or two lists of token ids.
-        negative: Texts without it; as many as positives where a method needs pairs.
+        negative: Texts without it; as many as positives if a method needs pairs.
         read: Which activation of a text to take: `"last"` (its last token), `"mean"` (the mean over its tokens, the
             first excluded, which carries an attention sink), `"completion"` (the mean over the completion's tokens), or
             an index into the text's tokens, negative from its end.
@@ -67,11 +66,29 @@ class Pairs:
 
     @classmethod
     def from_jsonl(
-        cls, path: str | Path, *, positive: str = "positive", negative: str = "negative", **options: Any
+        cls,
+        path: str | Path,
+        *,
+        positive: str = "positive",
+        negative: str = "negative",
+        prompt: str | None = None,
+        read: str | int = "last",
+        prepend_bos: bool | None = None,
     ) -> Pairs:
-        """Pairs from a file of JSON lines, one object a pair; `positive` and `negative` name its fields."""
+        """Pairs from a file of JSON lines, one object a pair.
+
+        Args:
+            path: The file.
+            positive, negative: Names of the fields that hold the two texts.
+            prompt: Name of the field with the prompt that both texts complete; None: they are whole texts.
+            read: As in `Pairs`.
+            prepend_bos: As in `Pairs`.
+        """
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        return cls([row[positive] for row in rows], [row[negative] for row in rows], **options)
+        sides = [
+            [row[side] if prompt is None else (row[prompt], row[side]) for row in rows] for side in (positive, negative)
+        ]
+        return cls(sides[0], sides[1], read=read, prepend_bos=prepend_bos)
 
     def __len__(self) -> int:
         return min(len(self.positive), len(self.negative))
@@ -102,26 +119,12 @@ class Pairs:
         return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
-def shipped(name: str, **options: Any) -> Pairs:
-    """Contrast pairs that come with steerlens, written for it and free to use: `shipped("sentiment")`.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    folder = resources.files("steerlens") / "data"
-    known = sorted(entry.name.removesuffix(".jsonl") for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
-    if name not in known:
-        raise ValueError(f"no shipped pairs {name!r}; there are {', '.join(known)}")
-    with resources.as_file(folder / f"{name}.jsonl") as path:
-        return Pairs.from_jsonl(path, **options)
-
-
 def tokenize(text: Text, host: Host, prepend_bos: bool | None = None, *, split: bool = False) -> tuple[list[int], int]:
-    """Token ids of one text, and how many of them belong to its prompt (all, where there is no completion).
+    """Token ids of one text, and how many of them belong to its prompt (all, if there is no completion).
 
     Raises:
-        ValueError: with `split`, a chat whose template writes the messages before the answer in another way once the
-            answer is there, so that no token is known to begin it.
+        ValueError: with `split`, a chat whose template writes the messages before the answer differently once the
+            answer is there, so that it is not known which token begins the answer.
     """
     tokenizer = host.tokenizer
     if isinstance(text, str):

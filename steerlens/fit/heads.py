@@ -1,4 +1,4 @@
-"""Attention heads: which of them tell two sides apart, and a shift for them."""
+"""Attention heads: which of them separate two sides, and by how much to shift them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def head_shift(
         else:
             v = linear_probe(everything[:, head], labels)[0]
         if v.norm() == 0:
-            raise ValueError(f"the texts give no difference in head {head} at {site}; ask for fewer heads")
+            raise ValueError(f"both sides have identical activations in head {head} at {site}; choose fewer heads")
         vector[head] = scaled(v / v.norm(), everything[:, head])
     return vector.to(positive.dtype)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
-from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
 
 if TYPE_CHECKING:
     from steerlens.hosts.blocks.learning import Learner
+
+
+Found = TypeVar("Found")
+
+
+class UntrustedError(NotImplementedError):
+    """A server keeps requests apart from the weights."""
 
 
 class Attachment:
@@ -43,20 +49,12 @@ class Host(Dimensions):
     """Abstract: one model behind the few verbs that steerlens needs."""
 
     library: str
+    #: The server on which fits run, or whether they do.
+    remote: bool | str = False
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None."""
-        raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first block's weights are."""
-        raise NotImplementedError
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the first block's weights."""
         raise NotImplementedError
 
     @property
@@ -85,8 +83,31 @@ class Host(Dimensions):
         """Whether a hook point of this name exists already."""
         return False
 
-    def nominal(self, tokens: Sequence[int]) -> Nominal:
-        """The unsteered path of the last token through the blocks, its context frozen."""
+    def beside(self, function: Callable[..., Found], *arguments: Any) -> Found:
+        """`function(place, *arguments)` where the weights are: here, or on a server that trusts you.
+
+        Args:
+            function: Travels, as its arguments and its result do; `place` has the verbs of `Dimensions`.
+
+        Raises:
+            UntrustedError: the server keeps requests apart from the weights.
+        """
+        return function(self, *arguments)
+
+    def tangents(self, tokens: Sequence[int], directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """`v @ A_t'` for directions v before block t, by central differences in one forward pass.
+
+            A v = (f(x + h v) - f(x - h v)) / 2 h,   h = 1e-3 |x| (2e-2 |x| for a 16-bit model),   |v| = 1
+
+        Needs the states only, so that a server grants it that lets nobody at the weights.
+
+        Args:
+            tokens: Of the text; the direction is added to its last token's state.
+            directions: By block, `[m d]`.
+
+        Returns:
+            `[m d]` by block, in float32, on the CPU.
+        """
         raise NotImplementedError
 
     def head_writes(self, layer: int) -> Tensor:

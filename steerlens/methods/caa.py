@@ -41,18 +41,19 @@ def caa(
         layers: Where to add; default the middle layer. On several layers the same s is used at each.
         point: Point of the block, see `Site`.
         strength: s, in multiples of the class difference; no unit.
-        form: `"add"` is the method. The two others, which COLD-Steer is compared with, go on in the direction along v
-            that the state has already: `"projection"` in proportion, `"piecewise"` by the same step everywhere, with
-            sgn(0) = -1 as there.
+        form: `"add"` is the method. The two other forms are baselines of COLD-Steer. They push the state further in
+            the direction along v in which it already lies: `"projection"` in proportion to its cosine with v,
+            `"piecewise"` by v itself, with sgn(0) = -1 as in COLD-Steer.
         normalize: Use v / |v|, so that s is in activation units.
         where: Token positions, see `Loop`. The paper adds at the last prompt token and every generated one.
 
     Returns:
-        One loop per layer. Recorded signals: `u`, `u_norm`; but for `form="add"`, `projection` `[batch pos]`, <v, x>
-        over |v|, in activation units.
+        One loop per layer. Recorded signals: `u`, `u_norm`; with the two other forms also `projection` `[batch pos]`,
+        <v, x> over |v|, in activation units.
 
     Raises:
-        ValueError: an unknown form; a layer or point the model does not have; texts that give no difference at a layer.
+        ValueError: an unknown form; a layer or point the model does not have; sides with identical
+            activations at a layer.
 
     Source: Rimsky et al. (arXiv 2312.06681). The vectors of one behaviour are used as they are; the authors rescale
     them to the mean norm over the behaviours that they study. The other forms are DiffMeanProj and DiffMeanPW of

@@ -1,4 +1,4 @@
-"""COLD-Steer with a kernel in place of the learning dynamics: one gradient step, taken on the activations."""
+"""COLD-Steer with a kernel instead of the learning dynamics: one gradient step, taken on the activations."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def cold_kernel(
         u = -eta (1/N) sum_i <x, x_i> g_i                         for kernel="linear"
 
     A step on the parameters moves the activation of a new input by `-eta J(x) (1/N) sum_i J(x_i)' g_i`; the unit kernel
-    puts the identity for `J(x) J(x_i)'`. The labels are the tokens after the common prefix of the prompt and the whole
-    text; `l` is the mean log probability of a text's labels:
+    replaces `J(x) J(x_i)'` by the identity. The labels are the tokens after the common prefix of the prompt and the
+    whole text; `l` is the mean log probability of a text's labels:
 
         sft           L = -l+          negative_sft   L = l-
         dpo           L = -log sigmoid(beta (l+ - l-)),   reference="self": beta ((l+ - l+ref) - (l- - l-ref))
@@ -54,20 +54,20 @@ def cold_kernel(
     A dpo gradient is the sum of those of both runs, each at its own position.
 
     Args:
-        model: TransformerBridge, HookedTransformer or nnsight model with its weights here.
+        model: TransformerBridge, HookedTransformer or nnsight model whose weights are on this machine.
         data: `(prompt, completion)` tuples or chats that end with the assistant. For dpo both texts of a pair have the
             same prompt; sft reads the positive texts only, negative_sft the negative ones.
         loss: One of the names above, or a function of the mean label log probabilities `l+`, `l-` (both `[pair]`) that
             gives a loss for each pair, `[pair]`.
         beta: Of dpo, no unit.
         reference: None, as the paper has it (no reference model), or `"self"`: the model itself, held fixed, which
-            makes every pair weigh beta / 2.
+            gives every pair the weight beta / 2.
         pairs: `"sum"`, or `"rejected_only"` to reproduce the authors' dpo, which keeps the gradient of the
             rejected run only.
         kernel: `"unit"` or `"linear"`. The authors evaluate their linear kernel at the last prompt token and add the
             result to every token; here each token has its own.
         eta: With `scale="relative"`: mean norm of u over mean norm of x, both at the fitting positions, no unit. With
-            `"absolute"`: the learning rate (paper: 0.1 to 2), which does not carry over from one model to another.
+            `"absolute"`: the learning rate (paper: 0.1 to 2), which is not transferable between models.
         scale: See `eta`. The recipe holds the learning rate of each layer.
         layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
         point: Point of the block, see `Site`.
@@ -80,12 +80,12 @@ def cold_kernel(
         One loop per layer. Recorded signals: `u`, `u_norm`.
 
     Raises:
-        ValueError: a text without a prompt or without label tokens; a dpo pair with two prompts; an unknown option; a
-            layer or point the model does not have; a gradient that is zero or not finite.
-        NotImplementedError: the model's weights are not here.
+        ValueError: a text without a prompt or without label tokens; a dpo pair with two different prompts; an unknown
+            option; a layer or point the model does not have; a gradient that is zero or not finite.
+        NotImplementedError: the model's weights are not on this machine.
 
     Source: COLD-Steer (arXiv 2603.06495). The authors' released code overwrites the chosen run's dpo gradient with the
-    rejected run's (see `pairs`) and reads it at a position of the wrong sequence where lengths differ.
+    rejected run's (see `pairs`) and reads it at a position of the wrong sequence if their lengths differ.
     """
     aim = objective(loss, beta=beta, reference=reference)
     if pairs == "rejected_only" and aim.sides != "both":

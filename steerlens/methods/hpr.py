@@ -36,35 +36,36 @@ def hpr(
     strength: float = 1.0,
     where: Any = "last",
 ) -> Controller:
-    """Turn states that a probe takes for negative towards its hyperplane and across, by an angle that a network gives.
+    """Rotate states that a probe classifies as negative towards and across its hyperplane, by an angle from a network.
 
-        u = |x| (cos(g) x/|x| + sin(g) t) - x   where <w, x> <= 0, else 0
+        u = |x| (cos(g) x/|x| + sin(g) t) - x   if <w, x> <= 0, else 0
         g = alpha pi sigmoid(f(x)),   t = unit part of w orthogonal to x
 
-    so that |x| is kept. The probe w is a logistic regression without intercept, f a network `d -> d/2 -> d/4 -> d/8 ->
-    1` with GELU, trained so that g is the angle between a negative state and its positive partner, and 0 at positive
-    states. The authors write the rotation with the mirror image of x behind the hyperplane, divided by the sine of the
-    angle between the two, which vanishes there; this is the same rotation without that division.
+    so that |x| is unchanged. The probe w is a logistic regression without intercept, f a network `d -> d/2 -> d/4 ->
+    d/8 -> 1` with GELU, trained so that g is the angle between a negative state and its positive partner, and 0 at
+    positive states. The authors write the rotation with the mirror image of x behind the hyperplane, divided by the
+    sine of the angle between the two, which vanishes at the hyperplane; this is the same rotation without that
+    division.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast pairs; `Pairs.read` says which token's activation is x.
         layers: Layers to choose from; default all.
         n_layers: How many are steered: those of highest probe accuracy on held-out pairs, at most all. 5 in the paper.
-        alpha: Factor on the angle, no unit. Beyond the mirror image, where g is large, it turns on, as in the paper.
+        alpha: Factor on the angle, no unit. A large g rotates beyond the mirror image, as in the paper.
         steps: Steps of AdamW for each network.
         rate: Learning rate, after a warm-up over a twentieth of the steps.
         batch: Pairs in a step.
-        held_out: Share of the pairs on which the probes are compared, one pair at least. Probe and network that are
-            kept see all pairs.
+        held_out: Share of the pairs on which the probes are compared, one pair at least. The final probe and
+            network are fitted on all pairs.
         seed: Of the held-out pairs, the networks' first weights and the batches.
         strength: Factor on the control, no unit; only 1 keeps the norm.
         where: Token positions, see `Loop`.
 
     Returns:
         One loop per chosen layer, at `resid_post`. The recipe holds the accuracies and, per layer, the networks' root
-        mean square error in radians. Recorded signals: `gate` `[batch pos]`, 1 where it turns; `angle_rad`
-        `[batch pos]`, the angle turned, in radians, 0 where it does not; `u`; `u_norm`.
+        mean square error in radians. Recorded signals: `gate` `[batch pos]`, 1 if the state is rotated, else 0;
+        `angle_rad` `[batch pos]`, the angle of the rotation, in radians; `u`; `u_norm`.
 
     Raises:
         ValueError: a layer the model does not have; fewer than two pairs; a number of layers, of steps or of pairs in a
@@ -72,8 +73,8 @@ def hpr(
 
     Source: Pham and Nguyen, Householder Pseudo-Rotation (EMNLP 2024, arXiv 2409.10053). Deviations: the authors train
     probe and network by one loss, whose two terms share no parameter; here the probe is the optimum of its own. They
-    read every token of two responses, here `Pairs.read` gives one state a text. The network's input is divided by a
-    layer's root mean square activation, within its first weights.
+    read every token of two responses, here `Pairs.read` gives one state for each text. The network's input is divided
+    by a layer's root mean square activation, within its first weights.
     """
     check_training(n_layers=n_layers, steps=steps, batch=batch, alpha=alpha, rate=rate, held_out=held_out)
     if len(data) < 2:
@@ -88,7 +89,7 @@ def hpr(
     for site in chosen:
         positive, negative = states[site]
         if torch.equal(positive, negative):
-            raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+            raise ValueError(f"both sides have identical activations at {site}; do all texts end in the same token?")
         probe = fit_probe(positive, negative)
         weights, biases, error = fit_angle(positive, negative, steps=steps, rate=rate, batch=batch, seed=seed)
         law = map_tensors(PseudoRotation(probe, weights, biases, alpha), lambda t, like=positive: t.to(like.dtype))
@@ -177,7 +178,7 @@ def check_training(*, n_layers: int, steps: int, batch: int, alpha: float, rate:
     if n_layers < 1 or batch < 1:
         raise ValueError(f"n_layers={n_layers}, batch={batch}; one layer and one pair in a step are the least")
     if steps < 1:
-        raise ValueError(f"steps={steps}: an angle network that was never trained turns everything by a right angle")
+        raise ValueError(f"steps={steps}: an angle network that was never trained rotates every state by a right angle")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha}; it must be finite")
     if not 0 < rate < math.inf:

@@ -1,4 +1,4 @@
-"""Inference-time intervention: shift the attention heads that tell the two sides apart."""
+"""Inference-time intervention: shift the attention heads that separate the two sides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def iti(
     seed: int = 0,
     where: Any = "last",
 ) -> Controller:
-    """Add to the best attention heads a direction that a linear probe finds there.
+    """Add a direction to the attention heads in which a linear probe separates the two sides best.
 
         u_h = alpha sigma_h v_h   for the K heads of highest probe accuracy, 0 for the others
 
@@ -49,12 +49,13 @@ def iti(
 
     Returns:
         One loop per layer with a chosen head, at `z` `[batch pos head d_head]` (query heads). The recipe holds the
-        heads as `[layer, head]` with their accuracies, the best first; equal ones in the order of the forward pass.
+        heads as `[layer, head]` with their accuracies, the best first, heads of equal accuracy in the order of the
+        forward pass.
         Recorded signals: `u`, `u_norm`.
 
     Raises:
-        ValueError: a layer the model does not have; more heads than there are; fewer than two texts on a side; heads
-            that do not differ between the sides; a model whose heads cannot be reached.
+        ValueError: a layer the model does not have; more heads than there are; fewer than two texts on a side; a chosen
+            head with identical activations on both sides; a model whose heads cannot be reached.
 
     Source: Li et al. (arXiv 2306.03341). The authors take sigma over texts of its own and act on the first row of a
     batch only; with `direction="probe"` their code fails.

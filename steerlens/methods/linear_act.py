@@ -38,9 +38,9 @@ def linear_act(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts, the negative ones the source and the positive ones the target; of the longer side the
-            last ones are left out. `Pairs.read` says which activation is used, in the paper the mean over tokens
-            (`read="mean"`).
+        data: Contrast texts, the negative ones the source and the positive ones the target; if the sides have different
+            numbers of texts, the last ones of the longer side are left out. `Pairs.read` selects the activation, in the
+            paper the mean over tokens (`read="mean"`).
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
         strength: s, the fraction of the way; no unit. 1 is the transport.

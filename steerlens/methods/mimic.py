@@ -29,7 +29,7 @@ def mimic(
     gate: bool = False,
     where: Any = "last",
 ) -> Controller:
-    """Give the state the mean and the covariance that the positive texts have.
+    """Map the mean and the covariance of the negative texts' activations to those of the positive texts'.
 
         u = s (A (x - m-) + m+ - x),   A = S-^-1/2 (S-^1/2 S+ S-^1/2)^1/2 S-^-1/2,   S = cov + ridge I
 
@@ -44,19 +44,19 @@ def mimic(
         point: Point of the block, see `Site`.
         strength: s, the fraction of the way; no unit. 1 is the transport.
         ridge: Added to the covariances' diagonal, in squared activation units. With fewer texts than dimensions it
-            decides how far a state outside the sample is stretched.
-        gate: Move only states that a logistic regression takes for negative, as ODESteer's comparison does.
+            determines how far a state outside the sample is stretched.
+        gate: Move only states that a logistic regression classifies as negative, as ODESteer's comparison does.
         where: Token positions, see `Loop`.
 
     Returns:
-        One loop per layer. Recorded signals: `u`, `u_norm`; with `gate`, `gate` `[batch pos]`, 1 where it acts.
+        One loop per layer. Recorded signals: `u`, `u_norm`; with `gate`, `gate` `[batch pos]`, 1 if it acts, else 0.
 
     Raises:
         ValueError: a layer or point the model does not have; a ridge that is not positive; a point whose state is not
             one vector; fewer than two texts on a side.
 
-    Source: Singh et al. (arXiv 2402.09631). In float64, where the matrix roots of float32 fail for fewer texts than
-    dimensions; ODESteer's code for it ignores the strength.
+    Source: Singh et al. (arXiv 2402.09631). In float64, because the matrix roots fail in float32 if there are fewer
+    texts than dimensions; ODESteer's code for it ignores the strength.
     """
     if not 0 < ridge < float("inf"):
         raise ValueError(f"ridge={ridge}; it must be positive and finite, or the covariances have no inverse")

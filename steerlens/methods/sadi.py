@@ -50,7 +50,7 @@ def sadi(
         u = (1 + s m) * x0 - x,   x0 the unsteered state of the last prompt token       mode="frozen"
         D = mean_i x(p_i+) - mean_i x(p_i-),   for a head the mean of D over d_head
 
-    The k elements are chosen over all layers jointly, by signed value; equal values go by layer, then by index. What is
+    The k elements are chosen over all layers jointly, by signed value; ties are broken by layer, then by index. What is
     added depends on the input's own activation: the elements are multiplied by `1 + s`. Frozen, the state of every
     layer, whether or not it has a chosen element, is set to its unsteered value with the elements multiplied, so that
     one scaled element does not reach another through the layers between.
@@ -58,14 +58,14 @@ def sadi(
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` says which token's activation is x (paper: the last of question + answer).
-        component: `"head"`: query heads at `z`, also where keys and values are shared. `"neuron"`: `mlp_post`.
+        component: `"head"`: query heads at `z`, also in models that share keys and values. `"neuron"`: `mlp_post`.
             `"hidden"`: coordinates of `mlp_out`, as the authors' code has it, or of `resid_post` (see `point`).
         n_elements: k, the number of elements, at most as many as there are; default 4 heads, 50 neurons or 10
             coordinates.
         strength: s, no unit; delta in the paper. 0 is off in both modes. The authors' code calls `1 + s` the
             strength: 5 to 80 for heads.
         select: `"max"` (largest D), `"min"` (most negative D) or `"abs"`.
-        normalize: None, as in the paper, which favours late layers, where activations are large; `"layer_std"` divides
+        normalize: None, as in the paper, which favours late layers, whose activations are larger; `"layer_std"` divides
             D by its standard deviation over the elements of its layer before ranking.
         mode: `"live"`, or `"frozen"` as in the authors' code, which costs a second pass over each prompt. A frozen
             controller times a factor goes that part of the way to the frozen state; s is in it.
@@ -75,8 +75,8 @@ def sadi(
             for `mode="frozen"`.
 
     Returns:
-        One loop per layer that has a chosen element, and where frozen for every layer. Recorded signals: `u`, `u_norm`,
-        `share` (norm of `m * x` over norm of `x`, no unit; not where frozen).
+        One loop per layer that has a chosen element, or for every layer with `mode="frozen"`. Recorded signals: `u`,
+        `u_norm`, `share` (norm of `m * x` over norm of `x`, no unit; only with `mode="live"`).
 
     Raises:
         ValueError: `n_elements` below 1 or above the number of elements; an unknown component, point, `select`,
@@ -85,7 +85,7 @@ def sadi(
 
     Source: Wang et al. (arXiv 2410.12299). Deviations from the authors' code: their neuron is act(gate) of a gated MLP.
     Scaling it and scaling `mlp_post`, act(gate) * up, are the same, but D here is that of `mlp_post`, so other neurons
-    are chosen. Their head indices are wrong where a model has more layers than heads. Theirs is `mode="frozen"`; the
+    are chosen. Their head indices are wrong if a model has more layers than heads. Theirs is `mode="frozen"`; the
     paper's equation is `"live"`.
     """
     chosen_point = _point(component, point)
@@ -102,7 +102,9 @@ def sadi(
     scores = torch.stack([positive[site] - negative[site] for site in sites])
     scores = scores.mean(-1) if component == "head" else scores
     if not scores.any():
-        raise ValueError(f"the texts give no difference at any {chosen_point}; do all of them end alike?")
+        raise ValueError(
+            f"both sides have identical activations at every {chosen_point}; do all texts end in the same token?"
+        )
     mask = top_k(scores, count, select=select, normalize=normalize)
     loops = []
     for site, row in zip(sites, mask.to(scores.dtype), strict=True):

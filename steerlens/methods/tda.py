@@ -35,17 +35,17 @@ def tda(
     strength: float = 1.0,
     where: Any = "generated",
 ) -> Controller:
-    """Switch off, while a prompt is continued, the neurons that it hardly used.
+    """Switch off the neurons that a prompt hardly used while it is continued.
 
         u = s (m - 1) * a,   m_n = 1 if |w_n| rms_t(a_tn) > b, else 0
         b: largest with mean_i |sum_n [|w_n a_in| < b] a_in w_n| / |sum_n a_in w_n| <= error
 
-    a is the neurons' activation `mlp_post`, w_n what neuron n writes, rms over the unsteered prompt's tokens. What is
-    dropped is decided once for each row of a prompt. An intervention that shows how few neurons a continuation needs;
+    a is the neurons' activation `mlp_post`, w_n what neuron n writes, rms over the unsteered prompt's tokens. The
+    neurons are chosen once for each row of the batch. An intervention that shows how few neurons a continuation needs;
     it saves no time here, since the matrices are multiplied whole.
 
     Args:
-        model: TransformerBridge, HookedTransformer or nnsight model with its weights here.
+        model: TransformerBridge, HookedTransformer or nnsight model whose weights are on this machine.
         data: Texts of both sides calibrate the threshold; `Pairs.read` says which token's activation is a_i.
         error: Share of the MLP's output that the dropped neurons may carry on these texts, no unit (about 0.2 in the
             paper).
@@ -60,7 +60,7 @@ def tda(
 
     Raises:
         ValueError: an `error` outside (0, 1); a layer the model does not have.
-        NotImplementedError: the model's weights are not here.
+        NotImplementedError: the model's weights are not on this machine.
 
     Source: Ma et al. (arXiv 2408.11393). No code was released. The paper's root of the sum over the prompt is a root
     mean square here, so that a threshold fitted on single tokens means the same for prompts of any length.

@@ -32,17 +32,17 @@ class FixedContext(TorchFunctionMode):
     _active: FixedContext | None = None
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchFunctionMode.__init__(self)
         #: id of a stand-in: itself, the token's own part, and the dimension of the positions, counted from the last
         self._held: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def __enter__(self) -> FixedContext:
         FixedContext._active = self
-        return super().__enter__()
+        return TorchFunctionMode.__enter__(self)
 
     def __exit__(self, *exception: Any) -> None:
         FixedContext._active = None
-        super().__exit__(*exception)
+        TorchFunctionMode.__exit__(self, *exception)
 
     @staticmethod
     def join(past: Tensor, new: Tensor, dim: int) -> Tensor:

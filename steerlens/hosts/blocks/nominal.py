@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.readout import Readout
@@ -114,11 +113,16 @@ class Nominal:
         return (x, y, readout) if readout.adds_to(y) else (*self._replay(t), None)
 
 
-@contextmanager
-def _differentiable() -> Iterator[None]:
+def _differentiable() -> ExitStack:
     """Gradients on, and attention in plain operations, whose gradient can be batched and differentiated again."""
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        yield
+    # not at the top: pickle does not find this enumeration by its name, so no code that travels may hold it
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
 
 
 def _pull(y: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
