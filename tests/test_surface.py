@@ -101,3 +101,79 @@ def test_controllers_are_subtracted_and_iterated_over(model):
     assert torch.equal(final(model, sl.Site(1), a - a)[0, :1], final(model, sl.Site(1))[0, :1])
     with pytest.raises(TypeError):
         a - 1
+
+
+@pytest.fixture(scope="module")
+def record(model):
+    controller = sl.Controller([sl.Loop(sl.Feedback(level(), level().basis), sl.Site(layer)) for layer in (1, 3)])
+    with sl.steer(model, controller, record="all") as run:
+        model(PROMPT.repeat(2, 1))
+    return run.record.copy()
+
+
+def level():
+    return sl.Level(torch.nn.functional.normalize(torch.linspace(-1, 1, 32), dim=0), 2.0)
+
+
+def test_a_record_knows_short_names(record):
+    full = record["blocks.3.hook_steer_error"]
+    for name in (("error", 3), ("steer_error", 3), ("hook_steer_error", 3)):
+        assert record[name] is full or torch.equal(record[name], full, equal_nan=True)
+        assert name in record
+    assert ("error", 2) not in record
+    assert "error" not in record
+    with pytest.raises(KeyError, match=r"no signal \('eror', 3\) .* holds .*error at layers 1, 3"):
+        record["eror", 3]
+    with pytest.raises(KeyError, match=r"no signal 'blocks.9.hook_steer_u' was recorded"):
+        record["blocks.9.hook_steer_u"]
+    assert record.get("nothing") is None
+
+
+def test_a_record_is_a_long_table(record):
+    pytest.importorskip("pandas")
+    table = record.frame()
+    assert list(table.columns) == ["row", "token", "layer", "signal", "value"]
+    assert set(table.signal) == {"error", "projection", "u_norm"}
+    assert len(table) == 2 * 4 * 2 * 3
+    for layer in (1, 3):
+        for row in (0, 1):
+            chosen = table[(table.layer == layer) & (table.row == row) & (table.signal == "error")].sort_values("token")
+            expected = record["error", layer][row].double()
+            torch.testing.assert_close(torch.tensor(chosen.value.tolist()).double(), expected, equal_nan=True)
+
+
+def test_a_record_is_a_cache_and_a_picture(record, model):
+    from transformer_lens import ActivationCache
+
+    for cache in (record.to_cache(), record.to_cache(model)):
+        assert isinstance(cache, ActivationCache)
+        torch.testing.assert_close(cache["steer_error", 3], record["error", 3], equal_nan=True)
+    figure = record.plot(tokens=["a", "b", "c", "d"])
+    assert len(figure.data) == 2
+    assert list(figure.data[0].y) == [1, 3]
+
+
+def test_reprs_say_what_a_thing_is(record, model):
+    controller = sl.add(torch.ones(32), layer=1)
+    assert repr(record) == (
+        "Record(8 signals of 2 rows, 4 tokens: the record holds u at layers 1, 3; u_norm at layers 1, 3; "
+        "error at layers 1, 3; projection at layers 1, 3)"
+    )
+    assert repr(controller) == "Controller(add: 1 loop at layer 1, 128 B)"
+    assert repr(sl.Pairs(["a"], ["b", "c"])) == "Pairs(1 positive, 2 negative, read='last')"
+    assert repr(sl.Add(torch.ones(32))) == "Add(vector=[32])"
+    assert repr(sl.Feedback(level(), torch.ones(1, 32))) == (
+        "Feedback(setpoint=Level(basis=[1 32], level=[1]), gains=[1 32], matrix=None)"
+    )
+    assert repr(sl.Site(3)) == "Site(3, 'resid_post')"
+    gate = sl.Gate(sl.Side(torch.ones(32), torch.tensor(1.5)), [sl.Summary(sl.Site(2))])
+    assert repr(gate) == (
+        "Gate(condition=Side(direction=[32], threshold=1.5), "
+        "summaries=(Summary(place='blocks.2.hook_resid_post', pool='mean', where='prompt'),), inverted=False)"
+    )
+    assert repr(sl.Loop(sl.Add(torch.ones(32)), 2)) == (
+        "Loop(Add(vector=[32]), Site(2, 'resid_post'), where='last', strength=1.0)"
+    )
+    with sl.steer(model, controller) as run:
+        assert repr(run) == f"Run({controller!r} on TransformerBridge, attached; {run.record!r})"
+    assert "removed" in repr(run)

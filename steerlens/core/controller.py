@@ -109,8 +109,9 @@ class Controller:
 
     def __repr__(self) -> str:
         method = self.recipe.get("method", "?")
-        size = f"{self.nbytes / 1e3:.0f} kB"
-        return f"Controller({method}: {len(self.loops)} loops at layers {_ranges(self.layers)}, {size})"
+        size = f"{self.nbytes} B" if self.nbytes < 1000 else f"{self.nbytes / 1e3:.0f} kB"
+        loops = f"{len(self)} loop{'s' * (len(self) != 1)} at layer{'s' * (len(self.layers) != 1)}"
+        return f"Controller({method}: {loops} {_ranges(self.layers)}, {size})"
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file: tensors, and everything else as JSON in its header.

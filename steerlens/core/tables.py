@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+#: What shows a record with a library that this room does not know, by name; the rooms that know it enter themselves.
+VIEWS: dict[str, Callable[..., Any]] = {}
 
 
 def find(record: Mapping[str, Tensor], name: Any) -> str:
@@ -19,7 +22,7 @@ def find(record: Mapping[str, Tensor], name: Any) -> str:
         full = f"blocks.{int(layer)}.hook_steer_{signal.removeprefix('hook_').removeprefix('steer_')}"
     else:
         full = name
-    if isinstance(full, str) and full in set(record):
+    if isinstance(full, str) and full in list(record):
         return full
     raise KeyError(f"no signal {name!r} was recorded; {described(record)}")
 
