@@ -89,7 +89,8 @@ def test_messages_that_end_with_the_user_are_read_where_an_answer_begins(host, t
     model = tiny_model(host)
     tokenizer = host_of(model).tokenizer
     before = tokenizer.chat_template
-    tokenizer.chat_template = "{% for message in messages %}w1 {{ message['content'] }} w2 {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
+    begun = "{% if add_generation_prompt %}w9{% endif %}"
+    tokenizer.chat_template = "{% for message in messages %}w1 {{ message['content'] }} w2 {% endfor %}" + begun
     try:
         chat = [[{"role": "user", "content": "w5"}]]
         for asked, expected in ((True, [1, 5, 2, 9]), (False, [1, 5, 2])):
