@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -155,7 +155,7 @@ def _rows(name: str, given: Any, point: str) -> Tensor:
 
 
 def _sites(layer: int | Sequence[int], point: str) -> list[Site]:
-    layers = [layer] if hasattr(layer, "__index__") else list(layer)  # type: ignore[arg-type]
+    layers: list[int] = list(layer) if isinstance(layer, Iterable) else [layer]
     if not layers:
         raise ValueError("layer is empty; give one layer or several")
     sites = [Site(each, point) for each in layers]
