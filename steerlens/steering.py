@@ -23,7 +23,9 @@ from steerlens.core import (
     check_where,
     name_signals,
 )
+from steerlens.core.tables import VIEWS
 from steerlens.hosts import Dimensions, Host, host_of
+from steerlens.plots import plot_record
 
 
 def steer(
@@ -145,6 +147,7 @@ class Run:
     def __init__(self, host: Host, controller: Controller, record: Any, payload_limit: int, timeout_s: float):
         self.controller = controller
         self._host = host
+        self._removed = False
         self._pass = Pass(controller.loops, record=record, run=_free_name(host, controller))
         self._attachment = host.attach(self._pass, payload_limit=payload_limit, timeout_s=timeout_s)
 
@@ -191,18 +194,15 @@ class Run:
     def remove(self) -> None:
         """Take the controller off; a second call does nothing."""
         self._attachment.detach()
+        self._removed = True
 
     def to_cache(self) -> Any:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
-        from steerlens.hosts.lens.models import activation_cache
-
-        return activation_cache(self.record, self._host.model, self._host.n_layers)
+        return self.record.to_cache(self._host.model)
 
     def plot(self) -> Any:
         """Tracking error and control norm by layer and token, a plotly figure."""
-        from steerlens.plots import plot_record
-
-        return plot_record(self.record)
+        return self.record.plot()
 
     def __enter__(self) -> Run:
         return self
@@ -213,7 +213,8 @@ class Run:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Run({self.controller!r} on {type(self._host.model).__name__}, {self.record!r})"
+        state = "removed" if self._removed else "attached"
+        return f"Run({self.controller!r} on {type(self._host.model).__name__}, {state}; {self.record!r})"
 
 
 def _prepare(
@@ -284,3 +285,15 @@ def _free_name(host: Host, controller: Controller) -> str:
         # no digit right after "steer": TransformerLens would take it for a layer
         name = f"run{number}"
     return name
+
+
+def _cache(record: Record, model: Any) -> Any:
+    """See `Record.to_cache`."""
+    from steerlens.hosts.lens.models import activation_cache
+
+    known = model if hasattr(model, "cfg") else None
+    layers = [0, *(int(name.split(".")[1]) for name in record)]
+    return activation_cache(record, known, max(layers) + 1 if model is None else host_of(model).n_layers)
+
+
+VIEWS.update(plot=plot_record, cache=_cache)

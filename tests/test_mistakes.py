@@ -185,6 +185,6 @@ def test_a_control_that_the_models_dtype_cannot_hold_is_refused(host, tiny_model
 
 
 def test_a_verb_for_features_takes_a_target():
-    for verb in (sl.hold, sl.watch):
+    for verb in (sl.sae.hold, sl.sae.observe):
         with pytest.raises(TypeError, match=rf"{verb.__name__}\(\) takes a target, it got 31; make one first: feature"):
             verb(None, 31)

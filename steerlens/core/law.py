@@ -230,4 +230,8 @@ class Loop:
 
     def __repr__(self) -> str:
         sensed = "" if self.sense == self.act else f", sense={self.sense!r}"
-        return f"Loop({type(self.law).__name__}, {self.act!r}{sensed}, where={self.where!r}, strength={self.strength})"
+        # a mask's shape, not its numbers
+        where = f"mask {list(self.where.shape)}" if isinstance(self.where, Tensor) else repr(self.where)
+        more = [f"{name}={value!r}" for name in ("gates", "schedules") if (value := getattr(self, name))]
+        shown = ", ".join([f"where={where}", f"strength={self.strength}", *more])
+        return f"Loop({self.law!r}, {self.act!r}{sensed}, {shown})"

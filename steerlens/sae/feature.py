@@ -13,6 +13,7 @@ from steerlens.core import Controller, Loop, Site
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.recipe import recipe
 from steerlens.hosts import Host, host_of
+from steerlens.laws import single
 from steerlens.laws.feedback import Feedback
 from steerlens.sae.reading import states_of
 from steerlens.sae.setpoint import Feature
@@ -89,7 +90,7 @@ def feature(
         site: Where the autoencoder was trained, if its metadata does not say.
 
     Returns:
-        A target for `hold`, `lead`, `watch` and `diagnose.reach`; its `.setpoint` works with any feedback law.
+        A target for `hold`, `reach`, `observe` and `diagnose.reach`; its `.setpoint` works with any feedback law.
 
     Raises:
         IndexError: no such feature.
@@ -198,13 +199,11 @@ def hold(model: Any, target: Target, *, where: Any = "last") -> Controller:
     return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
 
 
-def watch(model: Any, target: Target, *, where: Any = "all") -> Controller:
-    """Read features and do nothing: a loop with gain zero, for its signals.
+def observe(model: Any, target: Target, *, where: Any = "all") -> Controller:
+    """Measure features and do nothing: `u = 0`. As `steerlens.observe`, after a check that the autoencoder fits.
 
-        u = 0
-
-    Composed after a controller, `hold(...) + watch(...)`, it reads what the controller has reached: signals of loops at
-    one site have the loop's name, `blocks.15.hook_steer_watch_feature`.
+    Composed after a controller, `hold(...) + observe(...)`, it measures what the controller has reached: signals of
+    loops at one site have the loop's name, `blocks.15.hook_steer_observe_feature`.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -214,9 +213,9 @@ def watch(model: Any, target: Target, *, where: Any = "all") -> Controller:
     Raises:
         TypeError, ValueError: as for `hold`.
     """
-    host = checked("watch", model, target)
-    law = Feedback(target.setpoint, torch.zeros_like(target.setpoint.basis))
-    return Controller([Loop(law, target.site, where=where, name="watch")], recipe("watch", host, target.arguments))
+    host = checked("observe", model, target)
+    loops = single.observe(target.setpoint, target.site, where=where).loops
+    return Controller(loops, recipe("observe", host, target.arguments))
 
 
 def checked(verb: str, model: Any, target: Any) -> Host:
