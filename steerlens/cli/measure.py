@@ -56,7 +56,7 @@ def compare_command(
         loaded = load_model(model)
         return compare(
             loaded,
-            fits_of(methods, loaded, task.fit, where),  # type: ignore[arg-type]
+            fits_of(methods, loaded, task.fit, where),
             task.effect,
             budget=kl(at=at) <= budget,
             prompts=task.prompts,
