@@ -115,6 +115,11 @@ def test_mistakes_in_a_call_are_named_with_the_method(model):
         (lambda: halfway(model, PAIRS, 3), TypeError, r"halfway\(\) too many positional arguments"),
         (lambda: halfway(model, PAIRS, sing=1), TypeError, r"halfway\(\) got an unexpected keyword argument 'sing'"),
         (lambda: halfway(model, PAIRS, sign=0), ValueError, "sign=0; it is one of 1, -1"),
+        (lambda: halfway(model, PAIRS, where="first"), ValueError, "where='first'"),
+        (lambda: halfway(model, PAIRS, strength=[1.0, 0.5]), TypeError, r"strength=\[1.0, 0.5\]; it is one number"),
+        (lambda: halfway(model, PAIRS, strength=float("nan")), ValueError, "strength=nan; it must be finite"),
+        (lambda: halfway(model, PAIRS, layers="all"), TypeError, "layers='all'; give a layer's number"),
+        (lambda: halfway(model, PAIRS, layers=1.5), TypeError, "layers=1.5; give a layer's number"),
         (lambda: halfway(model, [1, 2]), TypeError, "data is a list; give steerlens.Pairs"),
         (lambda: halfway(torch.nn.Linear(2, 2), PAIRS), TypeError, "cannot steer a torch.nn"),
     ):
@@ -138,6 +143,27 @@ def test_one_notion_has_one_argument_name():
         assert {"model", "data", "layers", "strength"} <= names, name
         assert not names & {"layer", "k", "count", "heads", "condition_layers", "angle", "angle_deg"}, name
         assert not any(each.endswith(("_deg", "degrees")) for each in names), name
+
+
+@pytest.mark.parametrize("name", ["lqr", "pid", "track", "odesteer", "cold_kernel", "cold_fd", "caa", "angular"])
+def test_strength_is_a_factor_on_the_control(name):
+    case = Case(name, discover_hosts()[0])
+    whole, half = case.controller, case.fit(strength=0.5)
+    for a, b in zip(whole.loops, half.loops, strict=True):
+        assert b.strength == pytest.approx(0.5 * a.strength, rel=1e-6)
+        assert repr(type(a.law)) == repr(type(b.law))
+    assert half.recipe["arguments"]["strength"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["lqr", "pid"])
+def test_level_zero_holds_at_the_origin_and_strength_zero_is_off(name):
+    case = Case(name, discover_hosts()[0])
+    ids = torch.tensor([case.prompt])
+    plain = case.logits(ids)
+    with case.steer(controller=case.fit(level=0.0)):
+        assert not torch.equal(case.logits(ids), plain)
+    with case.steer(controller=case.fit(level=2.0, strength=0.0)):
+        assert torch.equal(case.logits(ids), plain)
 
 
 def test_what_is_no_method_declares_nothing():

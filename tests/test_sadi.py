@@ -195,6 +195,17 @@ def test_frozen_states_survive_saving(case, tmp_path):
         assert torch.equal(case.logits(IDS), loaded)
 
 
+@pytest.mark.parametrize("mode", ["live", "frozen"])
+def test_strength_zero_is_off_in_both_modes_also_after_another_controller(case, mode):
+    """A frozen state differs from the one that another controller has moved, so that its factor must be 0, not s."""
+    before = sl.caa(case.model, case.data, layers=0, where="all")
+    prompt = torch.tensor([case.prompt])
+    with case.steer(controller=before):
+        alone = case.logits(prompt)
+    with case.steer(controller=before + case.fit(mode=mode, strength=0.0)):
+        assert torch.equal(case.logits(prompt), alone)
+
+
 def test_bad_arguments_are_told_before_the_model_runs(case):
     host = host_of(case.model)
     count = host.n_layers * host.n_heads

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.dimensions import Dimensions
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Host(Dimensions):
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None."""
+        raise NotImplementedError
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
         raise NotImplementedError
 
     @property
@@ -183,11 +189,10 @@ class Host(Dimensions):
         for start in range(0, len(tokens), batch):
             chosen = longest_first[start : start + batch]
             given = [tokens[row] for row in chosen]
-            if weights is None:
-                ids, mask, _ = pad(given, [[0.0] * len(text) for text in given], self.device)
-                read = self._read(ids, mask, None, sorted(sites))
-            else:
-                read = self._read(*pad(given, [weights[row] for row in chosen], self.device), sorted(sites))
+            own = [[0.0] * len(text) for text in given] if weights is None else [weights[row] for row in chosen]
+            ids, mask, pooled = pad(given, own, self.device)
+            with turn_of(self.block):
+                read = self._read(ids, mask, None if weights is None else pooled, sorted(sites))
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
         return [rows[row] for row in range(len(tokens))]
@@ -241,7 +246,8 @@ class Host(Dimensions):
         self.check(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
-        found = self._gradients(ids, mask, pooled, ordered, loss)
+        with turn_of(self.block):
+            found = self._gradients(ids, mask, pooled, ordered, loss)
         return {
             site: gradient.reshape(len(ids), *self.shape(site)).cpu()
             for site, gradient in zip(ordered, found, strict=True)

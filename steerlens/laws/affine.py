@@ -37,7 +37,7 @@ class Transport(Law):
         shift: t, `[d]`, in activation units.
         probe: w and k in one vector `[d+1]`, or None for no gate.
 
-    Signals: `gate` `[batch pos]`, g, where there is a probe.
+    Signals: `gate` `[batch pos]`, g, if there is a probe.
     """
 
     def __init__(self, basis: Tensor, stretch: Tensor, source: Tensor, shift: Tensor, probe: Tensor | None = None):
@@ -49,7 +49,7 @@ class Transport(Law):
 
     @property
     def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """`gate` where there is a probe."""
+        """`gate` if there is a probe."""
         return () if self.probe is None else ("gate",)
 
     def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:

@@ -23,7 +23,7 @@ class Turn(Law):
         angle_rad: theta, in radians.
         adaptive: Gate by the sign of `<b1, x>`.
 
-    Signals: `angle_rad` `[batch pos]`, the angle before, in radians; `gate` `[batch pos]`, g, where adaptive.
+    Signals: `angle_rad` `[batch pos]`, the angle before, in radians; `gate` `[batch pos]`, g, if adaptive.
     """
 
     def __init__(self, plane: Tensor, angle_rad: float, *, adaptive: bool = False):
@@ -33,7 +33,7 @@ class Turn(Law):
 
     @property
     def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """`angle_rad`, and `gate` where adaptive."""
+        """`angle_rad`, and `gate` if adaptive."""
         return ("angle_rad", "gate") if self.adaptive else ("angle_rad",)
 
     def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
@@ -61,7 +61,8 @@ class PseudoRotation(Law):
         biases: Of f, `[out]` each.
         alpha: Factor on the angle.
 
-    Signals: `gate` `[batch pos]`, 1 where it turns; `angle_rad` `[batch pos]`, the angle turned, in radians.
+    Signals: `gate` `[batch pos]`, 1 if the state is rotated, else 0; `angle_rad` `[batch pos]`, the angle of the
+    rotation, in radians.
     """
 
     signals = ("gate", "angle_rad")

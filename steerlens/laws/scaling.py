@@ -46,7 +46,7 @@ class Frozen(Law):
 
 
 class Dynamic(Law):
-    """Keep the neurons that the prompt used: `u = (m - 1) * a`, `m = 1 where norms * rms(a) > threshold`.
+    """Keep the neurons that the prompt used: `u = (m - 1) * a`, `m = 1 if norms * rms(a) > threshold, else 0`.
 
     Args:
         norms: Norm of what one unit of each neuron writes, `[neuron]`.

@@ -62,6 +62,11 @@ class TracedHost(Anatomy, Host):
             return []
         return known.wraps(self.base._module, self.model._module, self.model.interleaver, steered)
 
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+        return self.layers[0]._module
+
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Through a trace, which runs the edits; `_logits` calls the module below them."""
         where = backend(self.model, self.remote, self.timeout_s) if self.remote else None
