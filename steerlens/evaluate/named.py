@@ -17,17 +17,13 @@ def open_host(model: Any, library: str = "transformer_lens") -> Host:
     """The host of a model; a model that is given by name is loaded first.
 
     Args:
-        model: A model, a host, the name or folder of a Hugging Face model, or `"smollm2"`.
+        model: A model, a host, or the name or folder of a Hugging Face model.
         library: What loads a name: `"transformer_lens"` (as a TransformerBridge) or `"nnsight"`.
     """
     if library not in LIBRARIES:
         raise ValueError(f"library={library!r}; it is one of {', '.join(LIBRARIES)}")
     if not isinstance(model, str):
         return host_of(model)
-    if model == "smollm2":
-        from steerlens.models import smollm2
-
-        return host_of(smollm2(host="bridge" if library == "transformer_lens" else "nnsight"))
     return host_of(bridge(model) if library == "transformer_lens" else language_model(model))
 
 
