@@ -25,7 +25,7 @@ from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Previe
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
 from steerlens.sae import Feature, Target, describe, feature, hold, lead, rank_features, watch
-from steerlens.steering import Run, apply, steer
+from steerlens.steering import Run, apply, clear, runs, steer
 from steerlens.version import __version__
 
 sys.modules[__name__].__class__ = Package
@@ -81,6 +81,8 @@ __all__ = [
     "schedule",
     "separation",
     "shipped",
+    "clear",
+    "runs",
     "steer",
     "sweep",
     "watch",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
+from steerlens.hosts.steered import unsteered
 
 if TYPE_CHECKING:
     from steerlens.hosts.blocks.learning import Learner
@@ -22,12 +25,17 @@ class Attachment:
 
     Attributes:
         run: The pass.
+        owner: What the user holds.
     """
 
     run: Pass
+    owner: Any = None
 
     def ready(self) -> None:
         """A forward pass begins."""
+
+    def strip(self, find: Callable[[Any], Any]) -> None:
+        """Take what is of it off a deep copy of the model; `find` gives the copy of a part, or None."""
 
     @property
     def payload_bytes(self) -> int | None:
@@ -35,7 +43,15 @@ class Attachment:
         return None
 
     def detach(self) -> None:
-        """Remove every hook and edit; calling it twice is harmless."""
+        """Remove every hook and edit, also if an interrupt comes in between; calling it twice is harmless."""
+        try:
+            self._take_off()
+        except BaseException:
+            self._take_off()
+            raise
+
+    def _take_off(self) -> None:
+        """Remove what is there of it; what a first call has left undone, a second one finishes."""
         raise NotImplementedError
 
 
@@ -87,6 +103,21 @@ class Host(Dimensions):
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token through the blocks, its context frozen."""
+        with self.unsteered():
+            nominal = self._nominal(tokens)
+        nominal.blocks = [partial(self._plainly, block) for block in nominal.blocks]
+        return nominal
+
+    def _plainly(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with self.unsteered():
+            return block(x)
+
+    def unsteered(self) -> AbstractContextManager[None]:
+        """A context in which the runs that steer the model stand down, for this thread."""
+        return unsteered(self.model)
+
+    def _nominal(self, tokens: Sequence[int]) -> Nominal:
+        """As `nominal`, with the runs standing down already."""
         raise NotImplementedError
 
     def head_writes(self, layer: int) -> Tensor:
@@ -162,11 +193,10 @@ class Host(Dimensions):
         for start in range(0, len(tokens), batch):
             chosen = longest_first[start : start + batch]
             given = [tokens[row] for row in chosen]
-            if weights is None:
-                ids, mask, _ = pad(given, [[0.0] * len(text) for text in given], self.device)
-                read = self._read(ids, mask, None, sorted(sites))
-            else:
-                read = self._read(*pad(given, [weights[row] for row in chosen], self.device), sorted(sites))
+            wanted = [[0.0] * len(text) for text in given] if weights is None else [weights[row] for row in chosen]
+            ids, mask, pooled = pad(given, wanted, self.device)
+            with self.unsteered():
+                read = self._read(ids, mask, None if weights is None else pooled, sorted(sites))
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
         return [rows[row] for row in range(len(tokens))]
@@ -220,7 +250,8 @@ class Host(Dimensions):
         self.check(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
-        found = self._gradients(ids, mask, pooled, ordered, loss)
+        with self.unsteered():
+            found = self._gradients(ids, mask, pooled, ordered, loss)
         return {
             site: gradient.reshape(len(ids), *self.shape(site)).cpu()
             for site, gradient in zip(ordered, found, strict=True)

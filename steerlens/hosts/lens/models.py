@@ -25,7 +25,7 @@ from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
-from steerlens.hosts.steered import Steered, Wrapped, unsteered
+from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
 
 try:
     from transformer_lens import HookedTransformer
@@ -108,10 +108,11 @@ class BridgeHost(LensHost):
                     return module
         return self._base
 
-    def wraps(self, steered: Steered) -> list[Wrapped]:
+    def wraps(self, steered: Steered) -> list[Any]:
         """Around the module that runs the blocks, which sees mask and cache however it was called, and `generate`."""
         entry = self._entry
         return [
+            PlainCopy(steered, self.model.original_model),
             Wrapped(entry, "forward", partial(hf_pass, steered, self._beside(entry))),
             Wrapped(self.model, "forward", partial(self._list_of_prompts, steered)),
             Wrapped(self.model, "generate", partial(_generate, steered)),
@@ -148,8 +149,7 @@ class BridgeHost(LensHost):
         found = self.find(sites)
         return {site: (*place_of(found[site]), heads if site.point == "z" else 0, 1.0) for site in sites}
 
-    def nominal(self, tokens: Sequence[int]) -> Nominal:
-        """The unsteered path of the last token."""
+    def _nominal(self, tokens: Sequence[int]) -> Nominal:
         return hf.nominal(self._base, list(self.model.blocks), tokens)
 
     def _out_weight(self, layer: int) -> Tensor | None:
@@ -279,8 +279,7 @@ class HookedHost(LensHost):
             companion=companion,
         )
 
-    def nominal(self, tokens: Sequence[int]) -> Nominal:
-        """The unsteered path of the last token."""
+    def _nominal(self, tokens: Sequence[int]) -> Nominal:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         hf.require_context(tokens)
