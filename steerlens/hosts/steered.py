@@ -197,8 +197,11 @@ class Steered:
             end = generation.end
             mask = generation.mask if generation.announced else mask
         shown = not nested and (own or generation is None)
-        # a pass of the generation itself without a cache repeats the sequence
-        fresh = past == 0 and not (own and cache is None)
+        # a pass in a generation without a cache repeats its sequence, if that has begun
+        repeats = cache is None and generation is not None and (own or identity.end is not None)
+        if cache is None and generation is not None and not own:
+            end, identity.end = identity.end, identity.end or past + shape[1]
+        fresh = past == 0 and not repeats
         return identity, {"past": past, "mask": mask, "end": end, "shown": shown}, fresh
 
     def _identify(self, cache: Any, tokens: Tensor | None, generation: Generation | None, own: bool) -> Identity:
@@ -313,7 +316,8 @@ class PlainCopy:
             held = {name: vars(model).pop(name) for name in (_NAME, "__deepcopy__") if name in vars(model)}
             steered.copying += 1
             try:
-                twin = copy.deepcopy(model, memo)
+                # not deepcopy(): a Bridge without the attribute would give that of the model inside
+                twin = copy._reconstruct(model, memo, *model.__reduce_ex__(4))  # type: ignore[attr-defined]
             finally:
                 steered.copying -= 1
                 vars(model).update(held)
