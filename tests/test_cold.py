@@ -9,10 +9,11 @@ import torch
 
 import steerlens as sl
 from steerlens.core import Now
+from steerlens.fit.gradients import example_gradients
 from steerlens.fit.objectives import labelled, objective
 from steerlens.hosts import host_of
 from steerlens.laws.feedback import Add
-from steerlens.methods.cold_kernel import Kernel, example_gradients
+from steerlens.laws.learning import Kernel
 from steerlens.testing import Case, snapshot
 
 SITE = sl.Site(1)
@@ -233,7 +234,7 @@ def test_bad_input_is_told_before_the_model_runs(case):
         (sl.Pairs([[5, 9]], [[5, 8]]), {}, "no label tokens"),
         (sl.Pairs([([5, 9], [])], [b]), {"loss": "sft"}, "no label tokens"),
         (sl.Pairs([([], [5, 9])], [b]), {"loss": "sft"}, "no prompt token"),
-        (sl.Pairs([a], [([5, 8], [13])]), {}, "pair 0 has two prompts"),
+        (sl.Pairs([a], [([5, 8], [13])]), {}, "pair 0 has two different prompts"),
         (sl.Pairs([a, a], [b]), {}, "there are 2 and 1 texts"),
         (case.data, {"loss": "ppo"}, "loss='ppo'; it is one of dpo, negative_sft, sft"),
         (case.data, {"reference": "other"}, "reference='other'"),

@@ -192,9 +192,9 @@ def test_a_text_too_short_to_linearise_on(model):
 
 def test_texts_without_a_difference(host, tiny_model):
     same = sl.Pairs([[1, 2, 3]], [[1, 2, 3]])
-    with pytest.raises(ValueError, match="no difference"):
+    with pytest.raises(ValueError, match="identical activations"):
         sl.caa(tiny_model(host), same)
-    with pytest.raises(ValueError, match="no difference at any layer"):
+    with pytest.raises(ValueError, match="identical activations at every layer"):
         sl.lqr(tiny_model(host), same, progress=False)
 
 
@@ -310,12 +310,12 @@ class TestControl:
 
     def test_a_layer_without_direction_is_told(self, host, tiny_model):
         same = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])  # one last token
-        words = r"no difference at layers \[0\] \(at layer 0 whenever all end in the same token\): they are not"
+        words = r"identical activations at layers \[0\] \(at layer 0 whenever all texts end in the same token\): these"
         with pytest.warns(UserWarning, match=words):
             assert sl.lqr(tiny_model(host), same, progress=False).layers == [1, 2, 3]
         with pytest.warns(UserWarning, match=words):
             assert sl.lqr(tiny_model(host), same, layers=[0, 2], progress=False).layers == [2]
-        with pytest.raises(ValueError, match="the texts give no difference at any layer"):
+        with pytest.raises(ValueError, match="identical activations at every layer"):
             sl.lqr(tiny_model(host), same, layers=0, progress=False)
 
     def test_a_model_whose_weights_are_not_finite(self, host):

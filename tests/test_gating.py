@@ -10,8 +10,9 @@ from steerlens.core import Now, Schedule
 from steerlens.gating import best_separating
 from steerlens.hosts import host_of
 from steerlens.laws.feedback import Add
+from steerlens.laws.scaling import Dynamic
 from steerlens.methods.cast import pairwise_component
-from steerlens.methods.tda import Dynamic, tail_threshold
+from steerlens.methods.tda import tail_threshold
 from steerlens.testing import Case, discover_hosts, padding
 
 OPEN = [[3, 17, 25, 29, 41], [7, 17, 26, 30, 42], [9, 18, 25, 31, 43]]
@@ -49,7 +50,7 @@ def run(case, controller, ids, **options):
 def test_an_open_row_is_steered_and_a_closed_one_is_not(case, prompts, layer, pool):
     """Also where the gate looks at a layer behind the steered one: it sees the prompt unsteered."""
     controller = sl.caa(case.model, case.data, layers=1, strength=3.0, where="all")
-    gate = sl.gate(case.model, prompts, layers=layer, pool=pool)
+    gate = sl.gate(case.model, prompts, gate_layers=layer, pool=pool)
     plain, always = case.logits(IDS), run(case, controller, IDS)[0]
     logits, record = run(case, sl.when(controller, gate), IDS)
     assert torch.equal(logits[1], plain[1])
@@ -68,7 +69,7 @@ def test_an_open_row_is_steered_and_a_closed_one_is_not(case, prompts, layer, po
 @pytest.mark.parametrize("outer_first", [True, False])
 def test_a_gate_sees_the_prompt_as_no_run_has_steered_it(case, prompts, outer_first):
     """Also where another run, which the gate's own does not know, steers before the layer at which it looks."""
-    gated = sl.when(sl.caa(case.model, case.data, layers=3, where="all"), sl.gate(case.model, prompts, layers=2))
+    gated = sl.when(sl.caa(case.model, case.data, layers=3, where="all"), sl.gate(case.model, prompts, gate_layers=2))
     other = sl.caa(case.model, case.data, layers=1, strength=20.0, where="all")
     expected = run(case, gated, IDS)[1].layers("score")[3]
     first = case.steer(controller=other) if outer_first else case.steer(controller=gated, record="all")
@@ -84,14 +85,14 @@ def test_a_gate_sees_the_prompt_as_no_run_has_steered_it(case, prompts, outer_fi
 
 
 def test_gates_multiply(case, prompts):
-    gate = sl.gate(case.model, prompts, layers=0)
+    gate = sl.gate(case.model, prompts, gate_layers=0)
     controller = sl.caa(case.model, case.data, layers=1, where="all")
     never = sl.when(sl.when(controller, gate), ~gate)
     assert torch.equal(run(case, never, IDS)[0], case.logits(IDS))
 
 
 def test_each_gate_records_what_it_measured(case, prompts):
-    first, second = (sl.gate(case.model, prompts, layers=layer) for layer in (0, 1))
+    first, second = (sl.gate(case.model, prompts, gate_layers=layer) for layer in (0, 1))
     controller = sl.caa(case.model, case.data, layers=2, where="all")
     alone = [run(case, sl.when(controller, gate), IDS)[1]["blocks.2.hook_steer_score"] for gate in (first, second)]
     record = run(case, sl.when(controller, first, second), IDS)[1]
@@ -104,7 +105,7 @@ def test_each_gate_records_what_it_measured(case, prompts):
 def test_the_decision_holds_for_a_generation(case, prompts, layer):
     """With a KV cache and without, the gate stays as the prompt left it, whatever is generated."""
     controller = sl.caa(case.model, case.data, layers=1, strength=3.0, where="all")
-    gated = sl.when(controller, sl.gate(case.model, prompts, layers=layer))
+    gated = sl.when(controller, sl.gate(case.model, prompts, gate_layers=layer))
     plain = case.generate(IDS)
     with case.steer(controller=controller):
         always = case.generate(IDS)
@@ -127,7 +128,7 @@ def test_the_decision_holds_for_a_generation(case, prompts, layer):
 @pytest.mark.parametrize("pool", ["mean", "last"])
 def test_a_gate_does_not_see_pads(case, prompts, side, layer, pool):
     controller = sl.caa(case.model, case.data, layers=1, where="all")
-    gated = sl.when(controller, sl.gate(case.model, prompts, layers=layer, pool=pool))
+    gated = sl.when(controller, sl.gate(case.model, prompts, gate_layers=layer, pool=pool))
     alone = run(case, gated, IDS[:1])[1].layers("score")[1][0, -1]
     pad = case.model.tokenizer.pad_token_id
     row = [pad] * 3 + OPEN[0] if side == "left" else OPEN[0] + [pad] * 3
@@ -142,7 +143,7 @@ def test_a_gate_does_not_see_pads(case, prompts, side, layer, pool):
 
 def test_every_method_can_be_gated(case, prompts):
     """A sum of methods, one of them conditional, another scheduled."""
-    gate = sl.gate(case.model, prompts, layers=0)
+    gate = sl.gate(case.model, prompts, gate_layers=0)
     lqr, angular = sl.lqr(case.model, case.data, progress=False), sl.angular(case.model, case.data)
     b = sl.schedule(angular, [0.5], prompt=0.5)
     logits, _ = run(case, sl.when(lqr, gate) + b, IDS)
@@ -211,8 +212,8 @@ def test_bad_input_is_told(case, prompts):
     with pytest.raises(ValueError, match="pool='max'"):
         sl.gate(case.model, prompts, pool="max")
     with pytest.raises(ValueError, match="no layer 99"):
-        sl.gate(case.model, prompts, layers=99)
-    with pytest.raises(ValueError, match="no difference at any layer"):
+        sl.gate(case.model, prompts, gate_layers=99)
+    with pytest.raises(ValueError, match="identical activations at every layer"):
         sl.gate(case.model, sl.Pairs(OPEN, OPEN))
     wrong = sl.Gate(sl.Side(torch.ones(5), torch.tensor(0.0)), [sl.Summary(sl.Site(0))])
     with pytest.raises(ValueError, match="the Side does not fit states of shape"):
@@ -225,7 +226,7 @@ def test_bad_input_is_told(case, prompts):
 def test_a_prompt_in_two_parts_is_told(device):
     """The unsteered state of a prompt cannot be had once a part of it has been steered."""
     case = Case("caa", "bridge", device=device)
-    gate = sl.gate(case.model, sl.Pairs(OPEN, CLOSED), layers=2)
+    gate = sl.gate(case.model, sl.Pairs(OPEN, CLOSED), gate_layers=2)
     controller = sl.when(sl.caa(case.model, case.data, layers=1, where="all"), gate)
     model = case.model.original_model
     out = model(IDS[:1], use_cache=True)
@@ -360,7 +361,7 @@ def test_bad_input_of_the_methods_is_told(device):
         ({"pool": "max"}, "pool='max'"),
         ({"layers": 99}, "no layer 99"),
         ({"condition": sl.Pairs(OPEN, CLOSED[:2])}, "cast's condition needs pairs"),
-        ({"condition": sl.Pairs(OPEN, OPEN)}, "no difference"),
+        ({"condition": sl.Pairs(OPEN, OPEN)}, "identical activations"),
     ):
         with pytest.raises(ValueError, match=words):
             case.fit(**options)

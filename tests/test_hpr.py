@@ -13,7 +13,8 @@ from steerlens import Pairs, hpr, shipped, steer
 from steerlens.core import Now
 from steerlens.fit.logistic import linear_probe
 from steerlens.flow.flows import angle
-from steerlens.methods.hpr import PseudoRotation, fit_angle, fit_probe, predict_angle, probe_score, rotate
+from steerlens.laws.rotation import PseudoRotation, predict_angle, rotate
+from steerlens.methods.hpr import fit_angle, fit_probe, probe_score
 from steerlens.testing import Case, snapshot
 from tests.conftest import DATA
 
@@ -178,7 +179,7 @@ def test_unpaired_texts_one_pair_and_equal_texts_are_refused(device):
     for data, words in (
         (Pairs([[5, 9]], [[5, 8], [5, 7]]), "hpr needs pairs"),
         (Pairs([[5, 9]], [[5, 8]]), "two pairs"),
-        (Pairs([[5, 9], [6, 9]], [[5, 9], [6, 9]]), "no difference"),
+        (Pairs([[5, 9], [6, 9]], [[5, 9], [6, 9]]), "identical activations"),
     ):
         with pytest.raises(ValueError, match=words):
             hpr(case.model, data)

@@ -140,6 +140,27 @@ def test_one_notion_has_one_argument_name():
         assert not any(each.endswith(("_deg", "degrees")) for each in names), name
 
 
+@pytest.mark.parametrize("name", ["lqr", "pid", "track", "odesteer", "cold_kernel", "cold_fd", "caa", "angular"])
+def test_strength_is_a_factor_on_the_control(name):
+    case = Case(name, discover_hosts()[0])
+    whole, half = case.controller, case.fit(strength=0.5)
+    for a, b in zip(whole.loops, half.loops, strict=True):
+        assert b.strength == pytest.approx(0.5 * a.strength, rel=1e-6)
+        assert repr(type(a.law)) == repr(type(b.law))
+    assert half.recipe["arguments"]["strength"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["lqr", "pid"])
+def test_level_zero_holds_at_the_origin_and_strength_zero_is_off(name):
+    case = Case(name, discover_hosts()[0])
+    ids = torch.tensor([case.prompt])
+    plain = case.logits(ids)
+    with case.steer(controller=case.fit(level=0.0)):
+        assert not torch.equal(case.logits(ids), plain)
+    with case.steer(controller=case.fit(level=2.0, strength=0.0)):
+        assert torch.equal(case.logits(ids), plain)
+
+
 def test_what_is_no_method_declares_nothing():
     assert declared(sl.steer) is None
     assert declared(sl.caa).name == "caa"

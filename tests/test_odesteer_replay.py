@@ -16,7 +16,8 @@ from steerlens.fit.logistic import linear_probe
 from steerlens.flow.barriers import _span, diagonal, exact_barrier, sketched_barrier
 from steerlens.flow.fields import Cosines
 from steerlens.flow.sketch import Sketched, TensorSketch
-from steerlens.methods.linear_act import Stretch, rank_regression
+from steerlens.laws.affine import Stretch
+from steerlens.methods.linear_act import rank_regression
 from steerlens.methods.mimic import transport
 from steerlens.methods.repe import principal_difference
 from tests.conftest import DATA

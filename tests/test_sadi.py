@@ -9,7 +9,8 @@ import steerlens as sl
 from steerlens.core import Now
 from steerlens.fit.reading import contrast_means
 from steerlens.hosts import host_of
-from steerlens.methods.sadi import Scale, top_k
+from steerlens.laws.scaling import Scale
+from steerlens.methods.sadi import top_k
 from steerlens.testing import Case, padding
 
 IDS = torch.tensor([[3, 17, 25, 29, 41, 22, 9]])
@@ -194,6 +195,17 @@ def test_frozen_states_survive_saving(case, tmp_path):
         assert torch.equal(case.logits(IDS), loaded)
 
 
+@pytest.mark.parametrize("mode", ["live", "frozen"])
+def test_strength_zero_is_off_in_both_modes_also_after_another_controller(case, mode):
+    """A frozen state differs from the one that another controller has moved, so that its factor must be 0, not s."""
+    before = sl.caa(case.model, case.data, layers=0, where="all")
+    prompt = torch.tensor([case.prompt])
+    with case.steer(controller=before):
+        alone = case.logits(prompt)
+    with case.steer(controller=before + case.fit(mode=mode, strength=0.0)):
+        assert torch.equal(case.logits(prompt), alone)
+
+
 def test_bad_arguments_are_told_before_the_model_runs(case):
     host = host_of(case.model)
     count = host.n_layers * host.n_heads
@@ -217,7 +229,7 @@ def test_bad_arguments_are_told_before_the_model_runs(case):
     ):
         with pytest.raises(ValueError, match=words):
             case.fit(**options)
-    with pytest.raises(ValueError, match="no difference at any z"):
+    with pytest.raises(ValueError, match="identical activations at every z"):
         sl.sadi(case.model, sl.Pairs([[1, 2, 3]], [[1, 2, 3]]))
 
 

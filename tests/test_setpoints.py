@@ -100,7 +100,7 @@ def test_a_zero_direction_asks_for_nothing_and_has_finite_gradients(setpoint):
 def test_second_direction_of_the_angular_plane_is_the_principal_component(oracle, control):
     v = oracle["V"].double()  # stored in float32
     v = v / torch.where(v.any(-1), v.norm(dim=-1), 1.0)[:, None]
-    planes = targets._planes(v * oracle["mu"][:, None], v)
+    planes = targets.planes(v * oracle["mu"][:, None], v)
     assert not planes[0].any(), "all texts end in the same token: there is no plane at layer 0"
     b1, b2 = planes[1:].unbind(1)
     torch.testing.assert_close(b1, v[1:])

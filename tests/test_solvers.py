@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steerlens as sl
+from steerlens.control.gains import foresee, gains_of
 from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.control.regulator import Weights, solve
 from steerlens.control.riccati import CostToGo
@@ -18,7 +19,6 @@ from steerlens.core import Now
 from steerlens.hosts import host_of
 from steerlens.hosts.blocks import nominal
 from steerlens.hosts.blocks.nominal import SMALL
-from steerlens.methods.lqr import _foresee
 from steerlens.models import tiny
 from steerlens.testing import Case, discover_hosts, peak
 
@@ -142,8 +142,8 @@ def test_preview_is_the_optimum_for_a_linear_plant(controlled, blind):
     v[blind], levels[blind] = 0, 0
     targets = Targets([sl.Level(v[t, 0], float(levels[t, 0])) for t in range(6)], torch.ones(6, 1))
     expected = brute_force(plant, x, 0.3, 1.2, 0.8, controlled, v, levels)
-    solved = solve("output", plant, Weights(0.3, 1.2, 0.8, 5), controlled, list(v), device=CPU, progress=False)
-    laws = {t: _foresee(t, gain, plant, targets) for t, gain in solved}
+    solved = gains_of(plant, "output", Weights(0.3, 1.2, 0.8, 5), controlled, list(v), device=CPU, keep="factors")
+    laws = {t: foresee(t, solved, targets) for t in controlled}
     for t in range(5):
         u = torch.zeros(6, dtype=torch.float64)
         if t in controlled:

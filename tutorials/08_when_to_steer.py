@@ -27,7 +27,7 @@ prompts = [prompt for prompt, _, _ in EXCHANGES] + [
 ]
 complaints = [prompt for prompt in prompts if "?" not in prompt]
 questions = [prompt for prompt in prompts if "?" in prompt]
-complains = sl.gate(model, sl.Pairs(complaints, questions), layers=range(14))
+complains = sl.gate(model, sl.Pairs(complaints, questions), gate_layers=range(14))
 print(f"{len(complaints)} complaints, {len(questions)} questions; decides at {complains.summaries[0].site}")
 
 steady = sl.cold_kernel(model, pairs_of(EXCHANGES), layers=14, eta=0.2, where="last")

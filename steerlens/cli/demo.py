@@ -10,7 +10,7 @@ import torch
 
 from steerlens.control.linearization import linearize
 from steerlens.core import Controller, Record
-from steerlens.fit.contrast import shipped
+from steerlens.fit.shipped import shipped
 from steerlens.methods import lqr
 from steerlens.models import smollm2
 from steerlens.plots import plot_record

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steerlens.core.tensorfile import check_fingerprint, read, write
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.hosts import Host, host_of
+from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
 
 
@@ -158,28 +156,32 @@ def linearize(
 class Blocks(Plant):
     """The model's own blocks as a plant: nothing is kept but states and caches, every product runs a block again.
 
+    Travels: a server that trusts its users makes one beside the weights.
+
     Args:
-        host: Of the model.
+        host: Of the model, or the anatomy of an nnsight model that has its weights.
         tokens: Token ids of the texts to linearise on. The model runs on them when the plant is first used.
 
     Raises:
         ValueError: no text, or one of fewer than 2 tokens.
     """
 
-    def __init__(self, host: Host, tokens: Sequence[Sequence[int]]):
-        # checked here, so that the caller hears of it before any forward pass
-        if not tokens or min(map(len, tokens)) < 2:
-            raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
+    def __init__(self, host: Dimensions, tokens: Sequence[Sequence[int]]):
+        check_texts(tokens)
         self.n_texts = len(tokens)
         self._host, self._tokens = host, tokens
+        self._nominals: list[Nominal] = []
+        self._states: Tensor | None = None
 
-    @cached_property
+    @property
     def nominals(self) -> list[Nominal]:
         """One for each text.
 
         Raises:
             ValueError: a state is not finite.
         """
+        if self._nominals:
+            return self._nominals
         found = [self._host.nominal(text) for text in self._tokens]
         for nominal in found:
             for t, state in enumerate(nominal.states):
@@ -188,12 +190,15 @@ class Blocks(Plant):
                         f"the state before block {t} is not finite on a text to linearise on; are the weights, and is "
                         f"the model's dtype {self._host.dtype} wide enough?"
                     )
+        self._nominals = found
         return found
 
-    @cached_property
+    @property
     def states(self) -> Tensor:  # type: ignore[override]
         """Mean path of the last token, `[layer+1 d]`, in float32 or the model's wider dtype."""
-        return _mean(torch.stack(nominal.states).to(self.dtype) for nominal in self.nominals)
+        if self._states is None:
+            self._states = _mean(torch.stack(nominal.states).to(self.dtype) for nominal in self.nominals)
+        return self._states
 
     def __len__(self) -> int:
         return self._host.n_layers
@@ -221,7 +226,20 @@ class Blocks(Plant):
 
 def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     """Blocks from the last one to `first`, under a progress bar."""
-    yield from tqdm(range(len(plant) - 1, first - 1, -1), desc="linearising blocks", disable=not progress)
+    layers = range(len(plant) - 1, first - 1, -1)
+    if progress:
+        # not at the top: in a notebook it is a class that a server lacks
+        from tqdm.auto import tqdm
+
+        yield from tqdm(layers, desc="linearising blocks")
+    else:
+        yield from layers
+
+
+def check_texts(tokens: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError, before any forward pass, for texts that cannot be linearised on."""
+    if not tokens or min(map(len, tokens)) < 2:
+        raise ValueError("a text to linearise on needs at least 2 tokens: the last one, and a context")
 
 
 def check_plant(host: Host, linearization: Linearization) -> None:

@@ -107,7 +107,7 @@ class Aim:
         mu = difference.norm(dim=-1)
         v = difference / torch.where(mu > 0, mu, 1)[..., None]
         if self.setpoint == "angular":
-            return Targets([Angle(plane, self.angle_rad) for plane in _planes(difference[:, 0], v[:, 0])], mu)
+            return Targets([Angle(plane, self.angle_rad) for plane in planes(difference[:, 0], v[:, 0])], mu)
         levels = mu * mu.new_tensor(self.levels)
         if self.origin != "zero":
             start = negative if self.origin == "negative" else (positive + negative) / 2
@@ -118,8 +118,8 @@ class Aim:
         return Targets([kind(v[t], levels[t]) for t in range(n + 1)], mu)
 
 
-def _planes(difference: Tensor, v: Tensor) -> Tensor:
-    """For each layer the direction and, beside it, the first principal component of the layers' differences.
+def planes(difference: Tensor, v: Tensor) -> Tensor:
+    """For each layer a plane: the direction, and the first principal component of the layers' differences.
 
     `[layer+1 d] -> [layer+1 2 d]`; zeros where there is no direction. The component's sign, which the decomposition
     leaves open, is that of its largest entry.

@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from steerlens.evaluate import datasets
 from steerlens.evaluate.bench import Arm, Bench, Prompt, prompt
 from steerlens.evaluate.calibration import Calibration, calibrate
 from steerlens.evaluate.evaluation import Choice, Evaluation, Measured
@@ -38,6 +39,7 @@ __all__ = [
     "ab",
     "calibrate",
     "compare",
+    "datasets",
     "distinct",
     "fluency",
     "generate_texts",

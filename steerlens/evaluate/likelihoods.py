@@ -13,7 +13,8 @@ from steerlens.diagnose.metrics import logit_difference as difference_of
 from steerlens.evaluate.bench import Arm, Bench, Row
 from steerlens.evaluate.meter import Meter, Values
 from steerlens.evaluate.scoring import log_probabilities
-from steerlens.fit.contrast import Pairs, Text, shipped
+from steerlens.fit.contrast import Pairs, Text
+from steerlens.fit.shipped import shipped_texts
 
 PER = ("token", "text")
 
@@ -121,7 +122,7 @@ def neutral_loss(texts: Sequence[Text] | None = None) -> Meter:
     Args:
         texts: Strings or `(prompt, completion)`; default: neutral sentences that come with steerlens.
     """
-    texts = shipped("ocean").negative if texts is None else texts
+    texts = shipped_texts("neutral") if texts is None else texts
 
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
         return [[-level] for level in _levels(bench, arm, items, "token")]

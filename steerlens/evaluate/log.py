@@ -64,8 +64,12 @@ class Log:
 
     def _resume(self, path: Path) -> None:
         whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines or "protocol" not in lines[0]:
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            ours = "protocol" in lines[0]
+        except (ValueError, IndexError, TypeError):
+            ours = False
+        if not ours:
             raise ValueError(f"{path} is no evaluation of steerlens; name another file, or remove it")
         if lines[0]["steerlens evaluation"] != FORMAT:
             raise ValueError(f"{path} has format {lines[0]['steerlens evaluation']}, this version reads {FORMAT}")

@@ -1,4 +1,4 @@
-"""What a method says about itself in a form that can be checked: the facts of the README's table."""
+"""What a method declares about itself in a form that can be checked: the facts of the README's table."""
 
 from __future__ import annotations
 

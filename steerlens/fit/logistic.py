@@ -17,7 +17,7 @@ def logistic(
         min_w  1/2 |w|^2 + C sum_i log(1 + exp(-y_i h_i)),   h_i = <w, phi_i> + k,   w = sum_i a_i phi_i
 
     At the optimum `a_i = C (t_i - p_i)`, with t the labels and p the fitted probabilities. Newton steps on a matrix
-    that is never worse conditioned than `C |kernel|`, halved where they would not lower the objective.
+    that is never worse conditioned than `C |kernel|`, halved if they would not lower the objective.
 
     Args:
         kernel: `<phi_i, phi_j>`, `[n n]`, float64; for a linear probe `X X'`, and then `w = X' a`.
@@ -47,7 +47,7 @@ def logistic(
         missing = C * (t - p) - a
         if torch.maximum(missing.abs().max(), intercept * missing.sum().abs() / len(t)) <= TOLERANCE * C:
             return a, k
-        # p (1 - p) underflows where the probability saturates; the floor only shortens steps there
+        # p (1 - p) underflows if the probability saturates; the floor only shortens steps there
         root = (p * (1 - p)).clamp(min=1e-14).sqrt()
         system = root[:, None] * kernel * root
         system.diagonal().add_(1 / C)

@@ -66,7 +66,7 @@ class Objective:
         losses = self.loss(chosen, rejected)
         expected = (len(texts) // (2 if self.sides == "both" else 1),)
         if losses.shape != expected:
-            raise ValueError(f"loss {self.name} gave shape {tuple(losses.shape)}, not one number for each example")
+            raise ValueError(f"loss {self.name} returned shape {tuple(losses.shape)}, not one number for each example")
         return losses
 
 
@@ -98,8 +98,8 @@ def labelled(data: Pairs, host: Host, sides: str) -> list[Labelled]:
 
     Raises:
         TypeError: `data` is not `Pairs`.
-        ValueError: unequal numbers of texts or two prompts in a pair where both sides are needed; a text without a
-            prompt token or without a label; a chat whose prompt is no prefix of it.
+        ValueError: unequal numbers of texts or two different prompts in a pair if both sides are needed; a text without
+            a prompt token or without a label; a chat whose prompt is no prefix of it.
     """
     if not isinstance(data, Pairs):
         raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
@@ -108,7 +108,9 @@ def labelled(data: Pairs, host: Host, sides: str) -> list[Labelled]:
             raise ValueError(f"pairs are needed; there are {len(data.positive)} and {len(data.negative)} texts")
         for index, pair in enumerate(zip(data.positive, data.negative, strict=True)):
             if _prompt(pair[0]) != _prompt(pair[1]):
-                raise ValueError(f"pair {index} has two prompts: {_prompt(pair[0])!r} and {_prompt(pair[1])!r}")
+                raise ValueError(
+                    f"pair {index} has two different prompts: {_prompt(pair[0])!r} and {_prompt(pair[1])!r}"
+                )
         texts = [text for pair in zip(data.positive, data.negative, strict=True) for text in pair]
     else:
         texts = data.positive if sides == "positive" else data.negative
@@ -126,5 +128,5 @@ def labelled(data: Pairs, host: Host, sides: str) -> list[Labelled]:
 def _prompt(text: Text) -> Any:
     if isinstance(text, tuple):
         return text[0]
-    # a chat's prompt is all but the answer; a text without a completion is told by its missing labels
+    # a chat's prompt is all but the answer; a text without a completion is recognised by its missing labels
     return text[:-1] if isinstance(text, list) and isinstance(text[0], dict) else None

@@ -118,5 +118,5 @@ def unit(vector: Tensor, site: Site) -> Tensor:
     """`v / |v|`; a zero vector raises ValueError."""
     norm = vector.norm()
     if norm == 0:
-        raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+        raise ValueError(f"both sides have identical activations at {site}; do all texts end in the same token?")
     return vector / norm

@@ -6,11 +6,11 @@ import importlib
 import sys
 from typing import Any
 
-from steerlens.hosts.base import Attachment, Host
+from steerlens.hosts.base import Attachment, Host, UntrustedError
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
 
-__all__ = ["Attachment", "Dimensions", "Host", "Nominal", "host_of", "remote"]
+__all__ = ["Attachment", "Dimensions", "Host", "Nominal", "UntrustedError", "host_of", "remote"]
 
 #: Library -> the host module that knows it; the only place where they are listed.
 _HOSTS = {"transformer_lens": "steerlens.hosts.lens.models", "nnsight": "steerlens.hosts.traced.model"}

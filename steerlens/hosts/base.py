@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
-from steerlens.hosts.blocks.nominal import Nominal
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.dimensions import Dimensions
 from steerlens.hosts.steered import unsteered
 
 if TYPE_CHECKING:
     from steerlens.hosts.blocks.learning import Learner
+    from steerlens.hosts.blocks.nominal import Nominal
+
+
+Found = TypeVar("Found")
+
+
+class UntrustedError(NotImplementedError):
+    """A server keeps requests apart from the weights."""
 
 
 class Attachment:
@@ -59,6 +67,8 @@ class Host(Dimensions):
     """Abstract: one model behind the few verbs that steerlens needs."""
 
     library: str
+    #: The server on which fits run, or whether they do.
+    remote: bool | str = False
 
     @property
     def tokenizer(self) -> Any:
@@ -66,13 +76,8 @@ class Host(Dimensions):
         raise NotImplementedError
 
     @property
-    def device(self) -> torch.device:
-        """Where the first block's weights are."""
-        raise NotImplementedError
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the first block's weights."""
+    def block(self) -> nn.Module:
+        """The first block."""
         raise NotImplementedError
 
     @property
@@ -101,10 +106,10 @@ class Host(Dimensions):
         """Whether a hook point of this name exists already."""
         return False
 
-    def nominal(self, tokens: Sequence[int]) -> Nominal:
-        """The unsteered path of the last token through the blocks, its context frozen."""
+    def resting(self, make: Callable[[], Nominal]) -> Nominal:
+        """A nominal path that is made, and whose blocks are run, while the runs stand down."""
         with self.unsteered():
-            nominal = self._nominal(tokens)
+            nominal = make()
         nominal.blocks = [partial(self._plainly, block) for block in nominal.blocks]
         return nominal
 
@@ -116,8 +121,31 @@ class Host(Dimensions):
         """A context in which the runs that steer the model stand down, for this thread."""
         return unsteered(self.model)
 
-    def _nominal(self, tokens: Sequence[int]) -> Nominal:
-        """As `nominal`, with the runs standing down already."""
+    def beside(self, function: Callable[..., Found], *arguments: Any) -> Found:
+        """`function(place, *arguments)` where the weights are: here, or on a server that trusts you.
+
+        Args:
+            function: Travels, as its arguments and its result do; `place` has the verbs of `Dimensions`.
+
+        Raises:
+            UntrustedError: the server keeps requests apart from the weights.
+        """
+        return function(self, *arguments)
+
+    def tangents(self, tokens: Sequence[int], directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """`v @ A_t'` for directions v before block t, by central differences in one forward pass.
+
+            A v = (f(x + h v) - f(x - h v)) / 2 h,   h = 1e-3 |x| (2e-2 |x| for a 16-bit model),   |v| = 1
+
+        Needs the states only, so that a server grants it that lets nobody at the weights.
+
+        Args:
+            tokens: Of the text; the direction is added to its last token's state.
+            directions: By block, `[m d]`.
+
+        Returns:
+            `[m d]` by block, in float32, on the CPU.
+        """
         raise NotImplementedError
 
     def head_writes(self, layer: int) -> Tensor:
@@ -193,9 +221,9 @@ class Host(Dimensions):
         for start in range(0, len(tokens), batch):
             chosen = longest_first[start : start + batch]
             given = [tokens[row] for row in chosen]
-            wanted = [[0.0] * len(text) for text in given] if weights is None else [weights[row] for row in chosen]
-            ids, mask, pooled = pad(given, wanted, self.device)
-            with self.unsteered():
+            own = [[0.0] * len(text) for text in given] if weights is None else [weights[row] for row in chosen]
+            ids, mask, pooled = pad(given, own, self.device)
+            with turn_of(self.block), self.unsteered():
                 read = self._read(ids, mask, None if weights is None else pooled, sorted(sites))
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
@@ -250,7 +278,7 @@ class Host(Dimensions):
         self.check(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
-        with self.unsteered():
+        with turn_of(self.block), self.unsteered():
             found = self._gradients(ids, mask, pooled, ordered, loss)
         return {
             site: gradient.reshape(len(ids), *self.shape(site)).cpu()

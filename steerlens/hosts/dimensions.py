@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from steerlens.core import POINTS, Site
+
+if TYPE_CHECKING:
+    from steerlens.hosts.blocks.nominal import Nominal
 
 
 class Dimensions:
@@ -28,6 +32,20 @@ class Dimensions:
     d_mlp: int | None
     d_vocab: int
     processed: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first block's weights are."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first block's weights."""
+        raise NotImplementedError
+
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token through the blocks, its context frozen."""
+        raise NotImplementedError
 
     def points(self) -> Sequence[str]:
         """Points of `core.POINTS` that every block of this model has."""

@@ -76,6 +76,11 @@ class Layout:
         inputs = [point for point in self.paths if _SIDES.get(point) == "input"]
         self.widths = {point: input_width(submodule(block, self.paths[point][0])) for point in inputs}
 
+    def check(self, model: str) -> None:
+        """Raises TypeError for a block that cannot be steered, of a model of the given name."""
+        if self.refused is not None:
+            raise TypeError(f"cannot steer a {model}: {self.refused}")
+
     def missing(self, point: str) -> str | None:
         """Why the block has no such point, as the end of a sentence; None where it has it."""
         if point in self.paths:
@@ -173,10 +178,7 @@ def skeleton(model: nn.Module) -> tuple[str, str, Any, Any]:
     blocks = submodule(model, path)
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError(f"steerlens does not find the blocks of a {kind}; {_NAME}")
-    for block in blocks:
-        entry = entry_of(unwrapped(block)) or {}
-        if "refuse" in entry:
-            raise TypeError(f"cannot steer a {kind}: {entry['refuse']}")
+    Layout(blocks[0], text).check(kind)
     watched = _join(start, "decoder")
     return (watched if path.startswith(watched + ".") else start), path, blocks, text
 

@@ -27,7 +27,7 @@ def ablation(
     strength: float = 1.0,
     where: Any = "all",
 ) -> Controller:
-    """Take one direction out of the residual stream, everywhere.
+    """Remove one direction from the residual stream, at every layer.
 
         u = s (<v, r> - <v, x>) v,   v = unit mean difference at `read_layer`
 
@@ -44,10 +44,11 @@ def ablation(
             you pass `slice(0, None)`.
 
     Returns:
-        Up to two loops per layer. Recorded signals: `u`, `u_norm`, `projection` (before removal, activation units).
+        Up to two loops per layer. Recorded signals: `u`, `u_norm`, `projection` (before removal, in activation units).
 
     Raises:
-        ValueError: a layer the model does not have; texts that give no difference.
+        ValueError: an unknown origin; a layer the model does not have; sides with identical activations at
+            `read_layer`.
 
     Source: Arditi et al. (arXiv 2406.11717), who ablate every write to the residual stream; ablating the stream after
     each write is the same for r = 0.

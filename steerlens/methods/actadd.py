@@ -23,13 +23,13 @@ def actadd(
     point: str = "resid_pre",
     strength: float = 1.0,
 ) -> Controller:
-    """Add the activations of one prompt minus those of another, position by position, to the front of every prompt.
+    """Add the activations of one prompt minus those of another, position by position, at the start of every prompt.
 
         u_t = s (x_t(p+) - x_t(p-)),   t = 0 ... max(len p+, len p-) - 1
 
     The shorter prompt is padded on the right with the token of a space, as the authors do. Each position has a loop of
-    its own, because the method is aligned at the front of the prompt; position 0 is among them, where the two prompts
-    do not differ if both start with BOS.
+    its own, because the differences are aligned with the start of the prompt. Position 0 is included; if both prompts
+    start with BOS, their difference is zero there.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -42,8 +42,8 @@ def actadd(
         One loop per layer and position. Recorded signals: `u`, `u_norm`.
 
     Raises:
-        ValueError: a layer or point the model does not have; the two sides differ in number; an activation that is
-            not finite.
+        ValueError: a layer or point the model does not have; the two sides have different numbers of texts; an
+            activation that is not finite.
 
     Source: Turner et al. (arXiv 2308.10248).
     """

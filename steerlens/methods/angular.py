@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site
+from steerlens.core import Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.laws.rotation import Turn
 
 
 @method(card=Card(needs="sets", points=("resid_pre", "resid_mid")))
@@ -28,7 +28,7 @@ def angular(
     strength: float = 1.0,
     where: Any = "all",
 ) -> Controller:
-    """Turn the part of the state in a plane to a given angle from the feature's direction; norms are kept.
+    """Rotate the state within a plane to a given angle from the feature's direction, without changing its norm.
 
         u = |P x| (cos(theta) b1 + sin(theta) b2) - P x,   P = b1 b1' + b2 b2'
 
@@ -40,19 +40,20 @@ def angular(
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` says which token's activation is used.
         angle_rad: theta, in radians; the paper's grid is 0, 10, ... 350 degrees.
-        read_layer: After which block b1 is read; default the one whose direction is most like those of the others.
+        read_layer: After which block b1 is read; default: the block whose direction has the largest mean cosine with
+            those of the other blocks.
         layers: Where to act: before the attention and before the MLP of each; default all.
-        adaptive: Turn only states that have the feature, `<b1, x> > 0`.
+        adaptive: Rotate only states that have the feature, `<b1, x> > 0`.
         strength: s, the fraction of u that is added; only 1 keeps the norm.
         where: Token positions, see `Loop`.
 
     Returns:
         Up to two loops per layer, on one plane. Recorded signals: `angle_rad` `[batch pos]`, the angle in the plane
         before, in radians from b1 towards b2, between -pi and pi; `u`; `u_norm`; with `adaptive`, `gate` `[batch pos]`,
-        1 where it acts.
+        1 if it acts, else 0.
 
     Raises:
-        ValueError: a layer the model does not have; texts that give a difference at fewer than two layers, or the same
+        ValueError: a layer the model does not have; sides that differ at fewer than two layers, or in the same
             direction at all of them.
 
     Source: Vu and Nguyen (arXiv 2510.26243). The authors act on the outputs of the normalisation modules; here, as in
@@ -69,7 +70,7 @@ def angular(
     known = [number for number, value in difference.items() if value.norm() > 0]
     if len(known) < 2 or (asked is not None and asked not in known):
         raise ValueError(
-            f"the texts give a difference at layers {known} only; angular needs two, and read_layer={read_layer}"
+            f"both sides differ at layers {known} only; angular needs two such layers, and read_layer={read_layer}"
         )
     directions = torch.stack([difference[number] / difference[number].norm() for number in known])
     index = most_alike(directions) if asked is None else known.index(asked)
@@ -78,43 +79,6 @@ def angular(
     law = Turn(torch.stack([first, second]).to(dtype), angle_rad, adaptive=adaptive)
     loops = [Loop(law, site, where=where, strength=strength) for site in sites]
     return Controller(loops, {"read_layer": known[index]})
-
-
-class Turn(Law):
-    """Set the angle of the state's projection on a plane.
-
-        u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x),   g = 1 or [<b1, x> > 0]
-
-    Args:
-        plane: b1 and b2, orthonormal, `[2 d]`.
-        angle_rad: theta, in radians.
-        adaptive: Gate by the sign of `<b1, x>`.
-
-    Signals: `angle_rad` `[batch pos]`, the angle before, in radians; `gate` `[batch pos]`, g, where adaptive.
-    """
-
-    def __init__(self, plane: Tensor, angle_rad: float, *, adaptive: bool = False):
-        self.plane = plane
-        self.angle_rad = float(angle_rad)
-        self.adaptive = bool(adaptive)
-
-    @property
-    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """`angle_rad`, and `gate` where adaptive."""
-        return ("angle_rad", "gate") if self.adaptive else ("angle_rad",)
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = g (|P x| (cos(theta) b1 + sin(theta) b2) - P x)`"""
-        c = x @ self.plane.T
-        # a state outside the plane has no angle in it; the floor, far below rounding, keeps its gradient finite
-        radius = (c.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-        wanted = torch.cat([radius * math.cos(self.angle_rad), radius * math.sin(self.angle_rad)], dim=-1)
-        u = (wanted - c) @ self.plane
-        signals: Signals = {"angle_rad": lambda: torch.atan2(c[..., 1], c[..., 0])}
-        if not self.adaptive:
-            return u, signals
-        gate = (c[..., 0] > 0).to(x.dtype)
-        return gate[..., None] * u, {**signals, "gate": lambda: gate}
 
 
 def most_alike(directions: Tensor) -> int:
@@ -128,6 +92,6 @@ def plane(directions: Tensor, index: int) -> tuple[Tensor, Tensor]:
     _, values, components = torch.linalg.svd(directions - directions.mean(0), full_matrices=False)
     second = components[0] - (components[0] @ first) * first
     if min(values[0], second.norm()) < 1e-6:
-        raise ValueError("the layers' directions span no plane; they are all the same")
+        raise ValueError("the directions of all layers are the same, so that they span no plane")
     # a principal component has no sign, but angles between 0 and 180 degrees need one: its largest entry is positive
     return first, second / second.norm() * torch.sign(second[second.abs().argmax()])

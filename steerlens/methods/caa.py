@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
+from steerlens.core import POINTS, Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, pick_layers, unit
+from steerlens.laws.along import Amplify, Push
 from steerlens.laws.feedback import Add
 
+#: Form -> law.
+FORMS = {"add": Add, "projection": Amplify, "piecewise": Push}
 
-@method(card=Card(needs="sets", points=POINTS), options={"form": ("add", "projection", "piecewise")})
+
+@method(card=Card(needs="sets", points=POINTS), options={"form": tuple(FORMS)})
 def caa(
     model: Any,
     data: Pairs,
@@ -40,18 +41,19 @@ def caa(
         layers: Where to add; default the middle layer. On several layers the same s is used at each.
         point: Point of the block, see `Site`.
         strength: s, in multiples of the class difference; no unit.
-        form: `"add"` is the method. The two others, which COLD-Steer is compared with, go on in the direction along v
-            that the state has already: `"projection"` in proportion, `"piecewise"` by the same step everywhere, with
-            sgn(0) = -1 as there.
+        form: `"add"` is the method. The two other forms are baselines of COLD-Steer. They push the state further in
+            the direction along v in which it already lies: `"projection"` in proportion to its cosine with v,
+            `"piecewise"` by v itself, with sgn(0) = -1 as in COLD-Steer.
         normalize: Use v / |v|, so that s is in activation units.
         where: Token positions, see `Loop`. The paper adds at the last prompt token and every generated one.
 
     Returns:
-        One loop per layer. Recorded signals: `u`, `u_norm`; but for `form="add"`, `projection` `[batch pos]`, <v, x>
-        over |v|, in activation units.
+        One loop per layer. Recorded signals: `u`, `u_norm`; with the two other forms also `projection` `[batch pos]`,
+        <v, x> over |v|, in activation units.
 
     Raises:
-        ValueError: an unknown form; a layer or point the model does not have; texts that give no difference at a layer.
+        ValueError: an unknown form; a layer or point the model does not have; sides with identical
+            activations at a layer.
 
     Source: Rimsky et al. (arXiv 2312.06681). The vectors of one behaviour are used as they are; the authors rescale
     them to the mean norm over the behaviours that they study. The other forms are DiffMeanProj and DiffMeanPW of
@@ -66,53 +68,3 @@ def caa(
         direction = unit(v, site)
         loops.append(Loop(FORMS[form](direction if normalize else v), site, where=where, strength=strength))
     return Controller(loops)
-
-
-class Amplify(Law):
-    """Go on along a vector in proportion to the state's cosine with it: `u = <v, x>/|x| v`.
-
-    Args:
-        vector: v, the state's shape without batch and position.
-
-    Signals: `projection` `[batch pos]`, <v, x>/|v|, in activation units.
-    """
-
-    signals = ("projection",)
-
-    def __init__(self, vector: Tensor):
-        self.vector = vector
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = <v, x>/|x| v`"""
-        along = x.flatten(2) @ self.vector.flatten()
-        # a zero state has no cosine; the smallest normal number keeps the quotient finite
-        norm = torch.linalg.vector_norm(x.flatten(2), dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return _along(along / norm, self.vector), {"projection": lambda: along / self.vector.norm()}
-
-
-class Push(Law):
-    """Go on along a vector, by all of it: `u = sgn(<v, x>) v`, sgn(0) = -1.
-
-    Args:
-        vector: v, the state's shape without batch and position.
-
-    Signals: `projection` `[batch pos]`, <v, x>/|v|, in activation units.
-    """
-
-    signals = ("projection",)
-
-    def __init__(self, vector: Tensor):
-        self.vector = vector
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = sgn(<v, x>) v`"""
-        along = x.flatten(2) @ self.vector.flatten()
-        return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": lambda: along / self.vector.norm()}
-
-
-def _along(factor: Tensor, vector: Tensor) -> Tensor:
-    return factor.view(*factor.shape, *[1] * vector.ndim) * vector
-
-
-#: Form -> law.
-FORMS = {"add": Add, "projection": Amplify, "piecewise": Push}

@@ -33,14 +33,14 @@ def cast(
     strength: float = 1.0,
     where: Any = "all",
 ) -> Controller:
-    """Add a behaviour vector, but only where the prompt resembles a condition.
+    """Add a behaviour vector, but only to prompts that resemble a condition.
 
-        u = g s v,   g = 1 if any_j sim(x_j, c_j) > b, else 0   (or < b, whichever the examples ask for)
+        u = g s v,   g = 1 if any_j sim(x_j, c_j) > b, else 0   (or < b, whichever separates the examples better)
         sim(x, c) = cos(x, tanh(c <c, x> / <c, c>)),   x_j the unsteered prompt's mean at condition layer j
 
-    v and c are first principal components of the differences within pairs, of unit length, turned so that in most pairs
-    the positive text lies beyond its negative. The decision is made once for each row of a prompt and kept while tokens
-    are generated.
+    v and c are first principal components of the differences within pairs, of unit length, with the sign for which in
+    most pairs the positive text has the larger projection. The decision is made once for each row of the batch and kept
+    while tokens are generated.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -48,40 +48,41 @@ def cast(
         condition: Pairs of prompts for c: positive ones to be steered, negative ones to be left alone. Default: those
             of `data`. They are read as prompts are when the gate decides.
         layers: Where v is added; default the middle third (the authors: 15 to 23 of 32).
-        gate_layers: Where the prompt is looked at; default the layer after the first fifth (the authors: 7 of 32).
-            One behind the first of `layers` costs a second pass over each prompt.
+        gate_layers: Where the prompt is measured; default the layer after the first fifth (the authors: 7 of 32). A
+            layer after the first of `layers` costs a second pass over each prompt.
         point: Point of the block, see `Site`.
-        pool: What of the prompt is looked at: `"mean"` over its tokens but that at position 0, or `"last"`.
-        threshold: b. Default: the one of highest F1 score on `condition`, in the widest gap. Whether the gate is open
-            above or below is in both cases chosen by the score.
-        strength: s, in activation units; v has unit length, so that 1 is little where states are large.
+        pool: How the prompt is summarised: `"mean"` over all its tokens except the one at position 0, or `"last"`, its
+            last token.
+        threshold: b. Default: the threshold with the highest F1 score on `condition`, in the middle of the widest gap.
+            Whether the gate is open above or below it is chosen by the score in both cases.
+        strength: s, in activation units; v has unit length, so that 1 is a small change if activations are large.
         where: Token positions, see `Loop`. The paper adds to every token.
 
     Returns:
-        One loop per layer. The recipe holds the threshold, its side and its F1 score: look at it before trusting the
-        gate. Recorded signals: `u`, `u_norm`, `gate` (0 or 1), `similarity` (no unit).
+        One loop per layer. The recipe holds the threshold, its side and its F1 score: check it before you rely on
+        the gate. Recorded signals: `u`, `u_norm`, `gate` (0 or 1), `similarity` (no unit).
 
     Raises:
         ValueError: sides of different number; pairs that do not differ; a layer or point the model does not have; an
-            unknown `pool`; conditions that cannot be told apart by any threshold.
+            unknown `pool`; conditions that no threshold can separate.
 
-    Source: Lee et al. (arXiv 2409.05907). Deviations from the authors' code: vectors are added and prompts read at the
-    point where they were fitted, not one layer on; every row of a batch has a decision of its own; layers before the
-    last condition layer are steered in the prompt, too; the threshold is searched among all that tell the examples
-    apart, not in a fixed range.
+    Source: Lee et al. (arXiv 2409.05907). Deviations from the authors' code: vectors are added, and prompts measured,
+    at the point where they were fitted, not one layer later; every row of a batch has its own decision; layers before
+    the last condition layer are steered in the prompt, too; the threshold is searched among all that separate the
+    examples, not in a fixed range.
     """
-    told = data if condition is None else condition
-    check_paired("cast's condition", told)
+    examples = data if condition is None else condition
+    check_paired("cast's condition", examples)
     depth = model.n_layers
     sites = [
         Site(n, point)
         for n in every_layer(model, list(range(depth // 3, -(-2 * depth // 3))) if layers is None else layers)
     ]
     early = depth // 5 if gate_layers is None else gate_layers
-    looked = [Site(n, point) for n in every_layer(model, early)]
-    model.check([*sites, *looked])
-    condition_met, f1 = _fit_condition(model, told, looked, pool, threshold)
-    gate = Gate(condition_met, [Summary(site, where=POOLS[pool]) for site in looked])
+    gates = [Site(n, point) for n in every_layer(model, early)]
+    model.check([*sites, *gates])
+    condition_met, f1 = _fit_condition(model, examples, gates, pool, threshold)
+    gate = Gate(condition_met, [Summary(site, where=POOLS[pool]) for site in gates])
     loops = []
     for site, (positive, negative) in contrast_states(model, data, sites).items():
         v = pairwise_component(positive.flatten(1), negative.flatten(1), site)
@@ -95,7 +96,7 @@ def pairwise_component(positive: Tensor, negative: Tensor, site: Site) -> Tensor
     difference = positive.double() - negative.double()
     _, values, vectors = torch.linalg.svd(difference, full_matrices=False)
     if not values[0]:
-        raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+        raise ValueError(f"both sides have identical activations at {site}; do all texts end in the same token?")
     votes = torch.sign(difference @ vectors[0]).sum()
     # a tie keeps the sign of the mean difference
     sign = torch.sign(votes if votes else vectors[0] @ difference.mean(0))
@@ -123,7 +124,9 @@ def _fit_condition(
         found.append((f1, gap, above, sign * bound))
     f1, _, above, bound = max(found, key=lambda entry: entry[:3])
     if f1 == 0:
-        raise ValueError("no threshold opens the gate for any positive prompt; are the conditions' sides alike?")
+        raise ValueError(
+            "no threshold opens the gate for any positive prompt; are both sides of the condition the same?"
+        )
     return Resemblance(directions, torch.tensor(bound, dtype=directions[0].dtype), above), f1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Direction, Law, Loop, Now, Signals
+from steerlens.core import POINTS, Controller, Direction, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -16,7 +16,7 @@ from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, obje
 from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.hosts import Host
 from steerlens.hosts.base import pad
-from steerlens.laws.norms import share
+from steerlens.laws.learning import Drift
 
 #: Step of a central difference as a fraction of the parameters' norm: truncation and float32 rounding both stay
 #: below 1e-2 of the tangent there.
@@ -51,24 +51,25 @@ def cold_fd(
         u_t = -eta J_t g,   J_t = dx_t / dtheta,   g = (1/N) sum_i dL_i / dtheta
 
     The derivative of the unsteered activation of the very text that is being steered, at each of its tokens, along the
-    parameters' gradient on the examples. Nothing is differentiated backwards while steering: every forward pass that is
-    steered has a second one beside it, up to the last steered layer, that carries the tangent (with a KV cache of its
-    own while decoding). All layers take their control from that one unsteered pass. The losses are those of
+    parameters' gradient on the examples. Nothing is differentiated backwards while steering: every steered forward
+    pass is accompanied by a second one, up to the last steered layer, that carries the tangent (while decoding, with
+    its own KV cache). All layers take their control from that one unsteered pass. The losses are those of
     `cold_kernel`.
 
     Args:
-        model: TransformerBridge or nnsight model with its weights here.
+        model: TransformerBridge or nnsight model whose weights are on this machine.
         data: `(prompt, completion)` tuples or chats that end with the assistant, as for `cold_kernel`.
         loss, beta, reference: As for `cold_kernel`.
         estimator: `"jvp"`: forward-mode differentiation, exact. `"fd"`: central differences of two passes with the
             parameters moved by 3e-6 of their norm to either side (the authors: a one-sided difference of absolute step
-            1e-6, which float32 cannot resolve). `"auto"`: jvp, and fd where an operation of the model has no
+            1e-6, which float32 cannot resolve). `"auto"`: jvp, and fd if an operation of the model has no
             forward-mode derivative.
-        embedding: `"tied"`: where the output embedding shares the input embedding's matrix, g has the gradient of both
-            uses, as in the authors' code. `"untied"`: of its use at the input only. None: the embedding stays fixed.
+        embedding: `"tied"`: if the output embedding shares the matrix of the input embedding, g contains the gradient
+            of both uses, as in the authors' code. `"untied"`: that of its use at the input only. None: the embedding
+            is held fixed.
         eta: With `scale="relative"`: mean norm of u over mean norm of x, both at the token before each example's first
-            label, no unit. With `"absolute"`: the learning rate, as in the paper. What the first order leaves out grows
-            with it: on SmolLM2 20 % of the real step at a relative 0.05, 38 % at 0.1 (tutorial 03).
+            label, no unit. With `"absolute"`: the learning rate, as in the paper. The error of the first order
+            grows with it: on SmolLM2 20 % of the real step at a relative 0.05, 38 % at 0.1 (tutorial 03).
         scale: See `eta`. The recipe holds the learning rate of each layer.
         layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
         point: Point of the block, see `Site`.
@@ -85,10 +86,10 @@ def cold_fd(
         expansion holds while it is small).
 
     Raises:
-        ValueError: a text without a prompt or without label tokens; a dpo pair with two prompts; an unknown option; a
-            layer or point the model does not have; a gradient that is zero or not finite.
-        NotImplementedError: the weights are not here, or the model is a HookedTransformer: a gradient step depends on
-            how a function is parametrised, and its parameters are not the model's.
+        ValueError: a text without a prompt or without label tokens; a dpo pair with two different prompts; an unknown
+            option; a layer or point the model does not have; a gradient that is zero or not finite.
+        NotImplementedError: the weights are not on this machine, or the model is a HookedTransformer: a gradient step
+            depends on how a function is parametrised, and its parameters are not the model's.
 
     Source: COLD-Steer (arXiv 2603.06495). The authors take the difference at a second steered layer against a state
     that the first has already moved, and at decoding steps against a pass without context; here both are unsteered
@@ -118,28 +119,6 @@ def cold_fd(
         loops.append(Loop(Drift(torch.tensor(rate * norm)), site, where=where, strength=strength, tangent=direction))
         rates.append(rate)
     return Controller(loops, {"estimator": "fd" if direction.step else "jvp", "rates": rates})
-
-
-class Drift(Law):
-    """Follow the tangent of the state along a direction of the parameters, backwards.
-
-        u_t = -n dx_t
-
-    Args:
-        norm: n, `[]`: the learning rate times the gradient's norm, since the direction has unit norm.
-
-    Signals: `relative` `[batch pos]`, norm of u over norm of x, no unit.
-    """
-
-    signals = ("relative",)
-
-    def __init__(self, norm: Tensor):
-        self.norm = norm
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = -n dx`"""
-        u = -self.norm * now.tangent
-        return u, {"relative": lambda: share(u, x)}
 
 
 def _losses(

@@ -1,21 +1,21 @@
-"""COLD-Steer with a kernel in place of the learning dynamics: one gradient step, taken on the activations."""
+"""COLD-Steer with a kernel instead of the learning dynamics: one gradient step, taken on the activations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals, Site
+from steerlens.core import POINTS, Controller, Law, Loop, Now, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
+from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
+from steerlens.fit.objectives import SCALES, objective
 from steerlens.fit.reading import mean_norm, pick_layers
-from steerlens.hosts import Host
 from steerlens.laws.feedback import Add
+from steerlens.laws.learning import Kernel
 
 
 @method(
@@ -45,8 +45,8 @@ def cold_kernel(
         u = -eta (1/N) sum_i <x, x_i> g_i                         for kernel="linear"
 
     A step on the parameters moves the activation of a new input by `-eta J(x) (1/N) sum_i J(x_i)' g_i`; the unit kernel
-    puts the identity for `J(x) J(x_i)'`. The labels are the tokens after the common prefix of the prompt and the whole
-    text; `l` is the mean log probability of a text's labels:
+    replaces `J(x) J(x_i)'` by the identity. The labels are the tokens after the common prefix of the prompt and the
+    whole text; `l` is the mean log probability of a text's labels:
 
         sft           L = -l+          negative_sft   L = l-
         dpo           L = -log sigmoid(beta (l+ - l-)),   reference="self": beta ((l+ - l+ref) - (l- - l-ref))
@@ -54,20 +54,20 @@ def cold_kernel(
     A dpo gradient is the sum of those of both runs, each at its own position.
 
     Args:
-        model: TransformerBridge, HookedTransformer or nnsight model with its weights here.
+        model: TransformerBridge, HookedTransformer or nnsight model whose weights are on this machine.
         data: `(prompt, completion)` tuples or chats that end with the assistant. For dpo both texts of a pair have the
             same prompt; sft reads the positive texts only, negative_sft the negative ones.
         loss: One of the names above, or a function of the mean label log probabilities `l+`, `l-` (both `[pair]`) that
             gives a loss for each pair, `[pair]`.
         beta: Of dpo, no unit.
         reference: None, as the paper has it (no reference model), or `"self"`: the model itself, held fixed, which
-            makes every pair weigh beta / 2.
+            gives every pair the weight beta / 2.
         pairs: `"sum"`, or `"rejected_only"` to reproduce the authors' dpo, which keeps the gradient of the
             rejected run only.
         kernel: `"unit"` or `"linear"`. The authors evaluate their linear kernel at the last prompt token and add the
             result to every token; here each token has its own.
         eta: With `scale="relative"`: mean norm of u over mean norm of x, both at the fitting positions, no unit. With
-            `"absolute"`: the learning rate (paper: 0.1 to 2), which does not carry over from one model to another.
+            `"absolute"`: the learning rate (paper: 0.1 to 2), which is not transferable between models.
         scale: See `eta`. The recipe holds the learning rate of each layer.
         layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
         point: Point of the block, see `Site`.
@@ -80,12 +80,12 @@ def cold_kernel(
         One loop per layer. Recorded signals: `u`, `u_norm`.
 
     Raises:
-        ValueError: a text without a prompt or without label tokens; a dpo pair with two prompts; an unknown option; a
-            layer or point the model does not have; a gradient that is zero or not finite.
-        NotImplementedError: the model's weights are not here.
+        ValueError: a text without a prompt or without label tokens; a dpo pair with two different prompts; an unknown
+            option; a layer or point the model does not have; a gradient that is zero or not finite.
+        NotImplementedError: the model's weights are not on this machine.
 
     Source: COLD-Steer (arXiv 2603.06495). The authors' released code overwrites the chosen run's dpo gradient with the
-    rejected run's (see `pairs`) and reads it at a position of the wrong sequence where lengths differ.
+    rejected run's (see `pairs`) and reads it at a position of the wrong sequence if their lengths differ.
     """
     aim = objective(loss, beta=beta, reference=reference)
     if pairs == "rejected_only" and aim.sides != "both":
@@ -102,62 +102,6 @@ def cold_kernel(
         loops.append(Loop(law, site, where=where, strength=strength * rate))
         rates.append(rate)
     return Controller(loops, {"rates": rates})
-
-
-class Kernel(Law):
-    """A step along the examples' gradients, each weighed by how like its activation the state is.
-
-        u = -(1/N) sum_i <x, x_i> g_i
-
-    Args:
-        states: x_i, `[i d]`.
-        gradients: g_i, `[i d]`.
-        count: N.
-    """
-
-    def __init__(self, states: Tensor, gradients: Tensor, count: int):
-        self.states = states
-        self.gradients = gradients
-        self.count = count
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = -(1/N) (x X') G`"""
-        return (x @ self.states.T) @ self.gradients / -self.count, {}
-
-
-def example_gradients(
-    host: Host, data: Pairs, aim: Objective, sites: Sequence[Site], *, rejected_only: bool = False, batch: int = 4
-) -> tuple[dict[Site, Tensor], dict[Site, Tensor], int]:
-    """Activation and loss gradient of each text before its first label token, and N.
-
-    Returns:
-        `{site: x [text d]}`, `{site: dL/dx [text d]}` and the number of examples; with two texts an example their rows
-        are neighbours, chosen first.
-    """
-    texts = labelled(data, host, aim.sides)
-    per = 2 if aim.sides == "both" else 1
-    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for start in range(0, len(texts), batch * per):
-        chosen = texts[start : start + batch * per]
-
-        def loss(logits: Tensor, chosen: list[Labelled] = chosen) -> Tensor:
-            return aim(logits, chosen).sum()
-
-        gradients = host.gradients(
-            [text.tokens for text in chosen],
-            [text.weights() for text in chosen],
-            sites,
-            loss,
-        )
-        for site, values in gradients.items():
-            found[site].append(values)
-    kept = [index for index in range(len(texts)) if not rejected_only or index % 2]
-    read = host.read([texts[i].tokens for i in kept], [texts[i].weights() for i in kept], sites)
-    rows = {site: torch.cat(values)[kept] for site, values in found.items()}
-    for site, values in rows.items():
-        if not torch.isfinite(values).all():
-            raise ValueError(f"a gradient at {site} is not finite; is the model's dtype {host.dtype} too narrow?")
-    return read, rows, len(texts) // per
 
 
 def _moved(law: Law, x: Tensor, site: Site) -> float:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site, map_tensors
+from steerlens.core import Controller, Loop, Site, map_tensors
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, every_layer
 from steerlens.flow.flows import angle
+from steerlens.laws.rotation import PseudoRotation, predict_angle
 
 
 @method(card=Card(needs="pairs", points=("resid_post",)))
@@ -36,35 +36,36 @@ def hpr(
     strength: float = 1.0,
     where: Any = "last",
 ) -> Controller:
-    """Turn states that a probe takes for negative towards its hyperplane and across, by an angle that a network gives.
+    """Rotate states that a probe classifies as negative towards and across its hyperplane, by an angle from a network.
 
-        u = |x| (cos(g) x/|x| + sin(g) t) - x   where <w, x> <= 0, else 0
+        u = |x| (cos(g) x/|x| + sin(g) t) - x   if <w, x> <= 0, else 0
         g = alpha pi sigmoid(f(x)),   t = unit part of w orthogonal to x
 
-    so that |x| is kept. The probe w is a logistic regression without intercept, f a network `d -> d/2 -> d/4 -> d/8 ->
-    1` with GELU, trained so that g is the angle between a negative state and its positive partner, and 0 at positive
-    states. The authors write the rotation with the mirror image of x behind the hyperplane, divided by the sine of the
-    angle between the two, which vanishes there; this is the same rotation without that division.
+    so that |x| is unchanged. The probe w is a logistic regression without intercept, f a network `d -> d/2 -> d/4 ->
+    d/8 -> 1` with GELU, trained so that g is the angle between a negative state and its positive partner, and 0 at
+    positive states. The authors write the rotation with the mirror image of x behind the hyperplane, divided by the
+    sine of the angle between the two, which vanishes at the hyperplane; this is the same rotation without that
+    division.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast pairs; `Pairs.read` says which token's activation is x.
         layers: Layers to choose from; default all.
         n_layers: How many are steered: those of highest probe accuracy on held-out pairs, at most all. 5 in the paper.
-        alpha: Factor on the angle, no unit. Beyond the mirror image, where g is large, it turns on, as in the paper.
+        alpha: Factor on the angle, no unit. A large g rotates beyond the mirror image, as in the paper.
         steps: Steps of AdamW for each network.
         rate: Learning rate, after a warm-up over a twentieth of the steps.
         batch: Pairs in a step.
-        held_out: Share of the pairs on which the probes are compared, one pair at least. Probe and network that are
-            kept see all pairs.
+        held_out: Share of the pairs on which the probes are compared, one pair at least. The final probe and
+            network are fitted on all pairs.
         seed: Of the held-out pairs, the networks' first weights and the batches.
         strength: Factor on the control, no unit; only 1 keeps the norm.
         where: Token positions, see `Loop`.
 
     Returns:
         One loop per chosen layer, at `resid_post`. The recipe holds the accuracies and, per layer, the networks' root
-        mean square error in radians. Recorded signals: `gate` `[batch pos]`, 1 where it turns; `angle_rad`
-        `[batch pos]`, the angle turned, in radians, 0 where it does not; `u`; `u_norm`.
+        mean square error in radians. Recorded signals: `gate` `[batch pos]`, 1 if the state is rotated, else 0;
+        `angle_rad` `[batch pos]`, the angle of the rotation, in radians; `u`; `u_norm`.
 
     Raises:
         ValueError: a layer the model does not have; fewer than two pairs; a number of layers, of steps or of pairs in a
@@ -72,8 +73,8 @@ def hpr(
 
     Source: Pham and Nguyen, Householder Pseudo-Rotation (EMNLP 2024, arXiv 2409.10053). Deviations: the authors train
     probe and network by one loss, whose two terms share no parameter; here the probe is the optimum of its own. They
-    read every token of two responses, here `Pairs.read` gives one state a text. The network's input is divided by a
-    layer's root mean square activation, within its first weights.
+    read every token of two responses, here `Pairs.read` gives one state for each text. The network's input is divided
+    by a layer's root mean square activation, within its first weights.
     """
     check_training(n_layers=n_layers, steps=steps, batch=batch, alpha=alpha, rate=rate, held_out=held_out)
     if len(data) < 2:
@@ -88,7 +89,7 @@ def hpr(
     for site in chosen:
         positive, negative = states[site]
         if torch.equal(positive, negative):
-            raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+            raise ValueError(f"both sides have identical activations at {site}; do all texts end in the same token?")
         probe = fit_probe(positive, negative)
         weights, biases, error = fit_angle(positive, negative, steps=steps, rate=rate, batch=batch, seed=seed)
         law = map_tensors(PseudoRotation(probe, weights, biases, alpha), lambda t, like=positive: t.to(like.dtype))
@@ -100,66 +101,6 @@ def hpr(
         "angle_error_rad": errors,
     }
     return Controller(loops, found)
-
-
-class PseudoRotation(Law):
-    """Turn states on the negative side of a hyperplane, in the plane of the state and the hyperplane's normal.
-
-        u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x),   g = alpha pi sigmoid(f(x))
-
-    Args:
-        probe: w, `[d]`; only its direction counts.
-        weights: Of f, one matrix `[out in]` a layer, from d to 1.
-        biases: Of f, `[out]` each.
-        alpha: Factor on the angle.
-
-    Signals: `gate` `[batch pos]`, 1 where it turns; `angle_rad` `[batch pos]`, the angle turned, in radians.
-    """
-
-    signals = ("gate", "angle_rad")
-
-    def __init__(self, probe: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], alpha: float = 1.0):
-        if not weights or len(weights) != len(biases):
-            raise ValueError(
-                f"the angle network has {len(weights)} weights and {len(biases)} biases; train it first, with hpr() or "
-                "fit_angle()"
-            )
-        if weights[0].shape[1] != len(probe) or weights[-1].shape[0] != 1:
-            shapes = [list(weight.shape) for weight in weights]
-            raise ValueError(f"an angle network of shapes {shapes} does not map a state of {len(probe)} to one angle")
-        self.probe = probe
-        self.weights = list(weights)
-        self.biases = list(biases)
-        self.alpha = float(alpha)
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = [<w, x> <= 0] (|x| (cos(g) x/|x| + sin(g) t) - x)`"""
-        gate = (x @ self.probe <= 0).to(x.dtype)
-        turned = gate * self.alpha * predict_angle(x, self.weights, self.biases)
-        return gate[..., None] * rotate(x, self.probe, turned), {"gate": lambda: gate, "angle_rad": lambda: turned}
-
-
-def rotate(x: Tensor, probe: Tensor, turned: Tensor) -> Tensor:
-    """What turns x by an angle `[...]` towards `probe` adds to it, `[... d]`.
-
-    A state that is a multiple of the probe has no such plane: it is only scaled by the cosine.
-    """
-    normal = probe / probe.norm()
-    # the floor is far below rounding; a zero state has no direction
-    norm = (x.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-    direction = x / norm
-    tangent = normal - (direction @ normal)[..., None] * direction
-    tangent = tangent / (tangent.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-    g = turned[..., None]
-    # cos(g) - 1 written so that no digits are lost for small angles
-    return norm * (torch.sin(g) * tangent - 2 * torch.sin(g / 2).square() * direction)
-
-
-def predict_angle(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """`pi sigmoid(f(x))`, f a chain of linear maps with GELU between them, `[... d] -> [...]`."""
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        x = gelu(linear(x, weight, bias))
-    return math.pi * torch.sigmoid(linear(x, weights[-1], biases[-1])[..., 0])
 
 
 def fit_probe(positive: Tensor, negative: Tensor) -> Tensor:
@@ -237,7 +178,7 @@ def check_training(*, n_layers: int, steps: int, batch: int, alpha: float, rate:
     if n_layers < 1 or batch < 1:
         raise ValueError(f"n_layers={n_layers}, batch={batch}; one layer and one pair in a step are the least")
     if steps < 1:
-        raise ValueError(f"steps={steps}: an angle network that was never trained turns everything by a right angle")
+        raise ValueError(f"steps={steps}: an angle network that was never trained rotates every state by a right angle")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha}; it must be finite")
     if not 0 < rate < math.inf:

@@ -28,14 +28,14 @@ def inferaligner(
     strength: float = 4.0,
     where: Any = "all",
 ) -> Controller:
-    """Add an aligned model's contrast vector, but only to prompts that the model itself tells apart as positive.
+    """Add an aligned model's contrast vector, but only to prompts that the model itself classifies as positive.
 
         u = g s theta,   theta = mean_i y(p_i+) - mean_i y(p_i-),   y the aligned model's activation
         g = 1 if <x, d> > b, else 0,   d = (mean_i x(p_i+) - mean_i x(p_i-)) / |.|,   b half way between the means
 
     x is the unsteered state of the prompt's last token in the model that is steered, y the aligned model's at the
-    tokens that `Pairs.read` says. Without an aligned model this is a gated `caa`. The decision is made once for each
-    row of a prompt and kept while tokens are generated; one layer's serves all.
+    tokens that `Pairs.read` selects. Without an aligned model this is a gated `caa`. The decision is made once for each
+    row of the batch and kept while tokens are generated; one gate serves all layers.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -45,7 +45,7 @@ def inferaligner(
         condition: Other prompts to fit the gate on; default those of `data`.
         layers: Where theta is added; default the middle third.
         gate_layers: Layers to choose from for the gate; the one that separates the prompts best is taken. Default: all
-            before the first of `layers`. One behind it costs a second pass over each prompt.
+            before the first of `layers`. A later layer costs a second pass over each prompt.
         point: Point of the block, see `Site`.
         strength: s, in multiples of the aligned model's class difference.
         where: Token positions, see `Loop`. The paper adds to every token.
@@ -55,8 +55,8 @@ def inferaligner(
         gate's boundary, in activation units).
 
     Raises:
-        ValueError: an aligned model of other width or depth; a layer or point the model does not have; texts that give
-            no difference at a layer.
+        ValueError: an aligned model of other width or depth; a layer or point the model does not have; sides with
+            identical activations at a layer.
 
     Source: Wang et al. (arXiv 2401.11206). No code was released: the gate's boundary, half way between the means, and
     the layers are our choice.
@@ -75,7 +75,7 @@ def inferaligner(
     opened = gate(
         model,
         data if condition is None else condition,
-        layers=before if gate_layers is None else gate_layers,
+        gate_layers=before if gate_layers is None else gate_layers,
         point=point,
         pool="last",
     )

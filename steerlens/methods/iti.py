@@ -1,4 +1,4 @@
-"""Inference-time intervention: shift the attention heads that tell the two sides apart."""
+"""Inference-time intervention: shift the attention heads that separate the two sides."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from steerlens.core import Controller, Loop, Site
+from steerlens.core import Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.logistic import linear_probe
+from steerlens.fit.heads import head_accuracy, head_shift
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
 from steerlens.laws.feedback import Add
@@ -30,7 +29,7 @@ def iti(
     seed: int = 0,
     where: Any = "last",
 ) -> Controller:
-    """Add to the best attention heads a direction that a linear probe finds there.
+    """Add a direction to the attention heads in which a linear probe separates the two sides best.
 
         u_h = alpha sigma_h v_h   for the K heads of highest probe accuracy, 0 for the others
 
@@ -50,12 +49,13 @@ def iti(
 
     Returns:
         One loop per layer with a chosen head, at `z` `[batch pos head d_head]` (query heads). The recipe holds the
-        heads as `[layer, head]` with their accuracies, the best first; equal ones in the order of the forward pass.
+        heads as `[layer, head]` with their accuracies, the best first, heads of equal accuracy in the order of the
+        forward pass.
         Recorded signals: `u`, `u_norm`.
 
     Raises:
-        ValueError: a layer the model does not have; more heads than there are; fewer than two texts on a side; heads
-            that do not differ between the sides; a model whose heads cannot be reached.
+        ValueError: a layer the model does not have; more heads than there are; fewer than two texts on a side; a chosen
+            head with identical activations on both sides; a model whose heads cannot be reached.
 
     Source: Li et al. (arXiv 2306.03341). The authors take sigma over texts of its own and act on the first row of a
     batch only; with `direction="probe"` their code fails.
@@ -82,46 +82,3 @@ def iti(
         "accuracy": accuracy.flatten()[best].tolist(),
     }
     return Controller(loops, found)
-
-
-def head_accuracy(positive: Tensor, negative: Tensor, *, held_out: float, seed: int) -> Tensor:
-    """Accuracy `[head]` on held-out texts of a logistic regression per head; sides `[n head d_head]`."""
-    generator = torch.Generator().manual_seed(seed)
-    train, test = [], []
-    for side in (positive, negative):
-        if len(side) < 2:
-            raise ValueError(f"iti needs two texts on each side; there are {len(positive)} and {len(negative)}")
-        order = torch.randperm(len(side), generator=generator)
-        size = min(max(1, round(held_out * len(side))), len(side) - 1)
-        test.append(side[order[:size]])
-        train.append(side[order[size:]])
-    labels, truth = (torch.cat([torch.ones(len(a)), torch.zeros(len(b))]) for a, b in (train, test))
-    seen, unseen = torch.cat(train).double(), torch.cat(test).double()
-    scores = []
-    for head in range(seen.shape[1]):
-        weights, intercept = linear_probe(seen[:, head], labels)
-        scores.append(((unseen[:, head] @ weights + intercept > 0) == (truth > 0)).double().mean())
-    return torch.stack(scores)
-
-
-def head_shift(
-    positive: Tensor, negative: Tensor, heads: Sequence[int], *, direction: str = "mean", site: Site | None = None
-) -> Tensor:
-    """`sigma_h v_h` of the given heads, 0 elsewhere, `[head d_head]`; sides `[n head d_head]`."""
-    everything = torch.cat([positive, negative]).double()
-    vector = torch.zeros_like(everything[0])
-    labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])
-    for head in heads:
-        if direction == "mean":
-            v = positive[:, head].double().mean(0) - negative[:, head].double().mean(0)
-        else:
-            v = linear_probe(everything[:, head], labels)[0]
-        if v.norm() == 0:
-            raise ValueError(f"the texts give no difference in head {head} at {site}; ask for fewer heads")
-        vector[head] = scaled(v / v.norm(), everything[:, head])
-    return vector.to(positive.dtype)
-
-
-def scaled(v: Tensor, states: Tensor) -> Tensor:
-    """A unit direction times the standard deviation of the states `[n d]` along it."""
-    return v * (states @ v).std()

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core import POINTS, Controller, Law, Loop, Now, Signals
+from steerlens.core import POINTS, Controller, Loop
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.laws.affine import Stretch
 
 #: Keeps a coordinate that never varies in the negative texts at slope 0, as in the authors' code.
 RIDGE = 1e-10
@@ -37,9 +38,9 @@ def linear_act(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts, the negative ones the source and the positive ones the target; of the longer side the
-            last ones are left out. `Pairs.read` says which activation is used, in the paper the mean over tokens
-            (`read="mean"`).
+        data: Contrast texts, the negative ones the source and the positive ones the target; if the sides have different
+            numbers of texts, the last ones of the longer side are left out. `Pairs.read` selects the activation, in the
+            paper the mean over tokens (`read="mean"`).
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
         strength: s, the fraction of the way; no unit. 1 is the transport.
@@ -61,23 +62,6 @@ def linear_act(
         law = Stretch(slope.to(positive.dtype), shift.to(positive.dtype))
         loops.append(Loop(law, site, where=where, strength=strength))
     return Controller(loops)
-
-
-class Stretch(Law):
-    """An affine map of each coordinate: `u = w * x + b - x`.
-
-    Args:
-        slope: w, of the state's shape; no unit.
-        shift: b, of the state's shape, in activation units.
-    """
-
-    def __init__(self, slope: Tensor, shift: Tensor):
-        self.slope = slope
-        self.shift = shift
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = (w - 1) * x + b`"""
-        return (self.slope - 1) * x + self.shift, {}
 
 
 def rank_regression(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

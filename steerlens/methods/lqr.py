@@ -6,18 +6,16 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
-
-from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
-from steerlens.control.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
+from steerlens.control.gains import foresee, gains_for, react
+from steerlens.control.linearization import Linearization, check_plant, check_texts
+from steerlens.control.regulator import SOLVERS, Weights
 from steerlens.control.targets import AIMS, Aim, Targets
-from steerlens.core import Controller, Law, Loop, Site
+from steerlens.core import Controller, Loop, Site
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
 from steerlens.hosts import Host
-from steerlens.laws.feedback import Feedback, Preview
 
 
 @method(
@@ -59,17 +57,17 @@ def lqr(
 
     Three solvers, which are three controllers:
 
-    - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text. Beside
-      the model and what is kept it holds S, A_t and 2 d^2 floats (8 MB in narrow models) for the gradients, then S,
-      A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and
+    - `"dense"`, A-LQR: the cost weighs the whole state, `Q = q I`. Exact; d gradients of every block and text. In
+      addition to the model and what is kept it holds S, A_t and 2 d^2 floats (8 MB in narrow models) for the gradients,
+      then S, A_t and two matrices to work with: some 4 d^2 floats of 4 bytes at the peak, for any number of texts and
       layers, and twice the bytes for a float64 model. `full_gain` keeps d^2 a layer on the CPU.
     - `"output"`, output-weighted LQR: the cost weighs the features alone, `Q_t = q v_t v_t'`, over the rows v of the
-      setpoint's basis. Exact; T(T+1)/2 gradients a text, no [d d] matrix. Its control is weaker in early layers. With
-      `preview` it answers the errors that the later layers are predicted to have,
-      `u_t = sum_s p_{t,s} (beta_s - <v_s, x_s predicted>)`, s > t, instead of the present layer's: the optimum for a
-      plant that is linear around the nominal texts, at every layer, also where the present one has no direction.
-    - `"scalar"`, an approximation of A-LQR: S is taken for a multiple of the identity, as if every A_t were orthogonal,
-      `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model its gains are 10 to 70 % off.
+      setpoint's basis. Exact; T(T+1)/2 gradients for each text, no [d d] matrix. Its control is weaker in early layers.
+      With `preview` it answers the errors that the later layers are predicted to have, instead of the present
+      layer's: `u_t = sum_s p_{t,s} (beta_s - <v_s, x_s predicted>)`, s > t. That is the optimum for a plant that is
+      linear around the nominal texts, at every layer, also at a layer that has no direction of its own.
+    - `"scalar"`, an approximation of A-LQR: S is approximated by a multiple of the identity, as if every A_t were
+      orthogonal, `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model its gains are 10 to 70 % off.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -94,7 +92,7 @@ def lqr(
         where: Token positions, see `Loop`. `"last"` is A-LQR; A-LQR+ steers all of them: `"all"`, or
             `slice(0, None)` with position 0, as in the authors' code.
         linearize_on: Texts whose last token the Jacobians are taken at, or how many of the positive texts to take
-            (fewer where there are fewer). What is averaged over them is the Jacobian of each block, for every solver;
+            (all, if there are fewer). What is averaged over them is the Jacobian of each block, for every solver;
             gradients through several blocks are products of the averages.
         linearization: Jacobians from `linearize`, used instead of `linearize_on`: a sweep over weights, setpoints and
             levels then costs seconds.
@@ -102,8 +100,8 @@ def lqr(
         progress: Show a progress bar over the layers.
 
     Returns:
-        One loop per layer, but none where all texts have the same activation: that is so at layer 0, which sees the
-        token itself, whenever all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
+        One loop per layer, but none at a layer at which both sides have identical activations, such as layer 0 if
+        all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
         the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units (`projection_0`, `projection_1`
         and so on for several concepts); `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the
         norm of the errors ahead; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
@@ -111,10 +109,10 @@ def lqr(
     Raises:
         TypeError: data that is not `Pairs`.
         ValueError: weights that are not positive or not one for each layer, a text of one token to linearise on, an
-            unknown word, texts that give no difference at any layer, a linearization of another model.
+            unknown option, sides with identical activations at every layer, a linearization of another model.
 
     Warns:
-        UserWarning: texts that give no difference at some layers; it names them.
+        UserWarning: sides with identical activations at some layers; it names them.
 
     Source: arXiv 2604.19018. Differences from the authors' code: exact Jacobians of one token against its KV cache
     instead of the whole sequence (equal, an order of magnitude faster); S symmetric to the last bit and streamed
@@ -125,45 +123,27 @@ def lqr(
     _check_solver(solver, preview, setpoint)
     weights = Weights(q, r, qf, model.n_layers)
     asked = every_layer(model, layers)
-    plant: Plant
-    if linearization is None:
-        plant = Blocks(model, _nominal_tokens(model, aim.concepts[0], linearize_on))
-    else:
+    if linearization is not None:
         check_plant(model, linearization)
-        plant = linearization
+    tokens = [] if linearization is not None else _nominal_tokens(model, aim.concepts[0], linearize_on)
     targets = aim.targets(model)
     controlled = asked if preview else [t for t in asked if targets.asks(t)]
     _check_directions(asked, controlled, targets)
-    features = [target.basis for target in targets.setpoints]
+    bases = [target.basis for target in targets.setpoints]
+    keep = "matrices" if full_gain else "factors" if preview else "rows"
+    gains = gains_for(
+        model, tokens, solver, weights, controlled, bases, linearization=linearization, keep=keep, progress=progress
+    )
     loops = []
-    for t, gain in solve(solver, plant, weights, controlled, features, device=model.device, progress=progress):
-        law = _foresee(t, gain, plant, targets) if preview else _react(t, gain, targets, full_gain)
+    for t in sorted(gains.rows):
+        law = foresee(t, gains, targets) if preview else react(t, gains, targets)
         loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
-        del gain  # before the next one is computed
     found = {
         "controller": SOLVERS[solver] + (" with preview" if preview else ""),
-        "linearized_on": plant.n_texts,
+        "linearized_on": gains.n_texts,
         "mu": targets.mu[:-1].squeeze(-1).tolist(),
     }
-    return Controller(sorted(loops, key=lambda loop: loop.act), found)
-
-
-def _react(t: int, gain: Gain, targets: Targets, full_gain: bool) -> Law:
-    """Feedback on the present layer's error."""
-    setpoint = targets.setpoints[t]
-    rows = gain.rows(setpoint.basis).to(setpoint.basis).cpu()
-    return Feedback(setpoint, rows, matrix=gain.matrix().to(setpoint.basis).cpu() if full_gain else None)
-
-
-def _foresee(t: int, gain: Gain, plant: Plant, targets: Targets) -> Law:
-    """Feedback on the later layers' errors, as the linear model predicts them without further control."""
-    assert isinstance(gain, FactoredGain)
-    path = plant.states.to(gain.inputs)
-    goals = [targets.levels(s)[i].to(path) - targets.setpoints[s].basis[i].to(path) @ path[s] for s, i in gain.features]
-    ahead = torch.stack(goals) + gain.inputs @ path[t]
-    setpoint = targets.setpoints[t]
-    like = setpoint.basis
-    return Preview(setpoint, *(part.to(like).cpu().contiguous() for part in (gain.inputs, ahead, gain.outputs)))
+    return Controller(loops, found)
 
 
 def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text]) -> list[list[int]]:
@@ -173,8 +153,11 @@ def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text])
             raise ValueError(f"linearize_on={linearize_on}; at least one text is needed")
         side = data[:linearize_on].sides(host)[0]
         # up to the token that is read, where a single one is
-        return [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
-    return [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
+        tokens = [ids[: _last_read(weights) + 1] for ids, weights in zip(side.tokens, side.weights, strict=True)]
+    else:
+        tokens = [tokenize(text, host, data.prepend_bos)[0] for text in linearize_on]
+    check_texts(tokens)
+    return tokens
 
 
 def _last_read(weights: Sequence[float]) -> int:
@@ -190,8 +173,11 @@ def _check_solver(solver: str, preview: bool, setpoint: str) -> None:
 
 def _check_directions(expected: Collection[int], controlled: Collection[int], targets: Targets) -> None:
     if not targets.mu.any() or not controlled:
-        raise ValueError("the texts give no difference at any layer; are both sides the same?")
+        raise ValueError("both sides have identical activations at every layer; are the texts the same?")
     zero = [t for t in expected if not targets.asks(t)]
     if zero:
-        same = " (at layer 0 whenever all end in the same token)" if zero[0] == 0 else ""
-        warnings.warn(f"the texts give no difference at layers {zero}{same}: they are not controlled", stacklevel=3)
+        same = " (at layer 0 whenever all texts end in the same token)" if zero[0] == 0 else ""
+        warnings.warn(
+            f"both sides have identical activations at layers {zero}{same}: these layers are not controlled",
+            stacklevel=4,
+        )

@@ -43,7 +43,7 @@ def mean_act(
         One loop per layer. Recorded signals: `u`, `u_norm`.
 
     Raises:
-        ValueError: a layer or point the model does not have; texts that give no difference at a layer.
+        ValueError: a layer or point the model does not have; sides with identical activations at a layer.
 
     Source: Mean-AcT of Rodriguez et al. (arXiv 2410.23054), each layer fitted on unsteered activations.
     """

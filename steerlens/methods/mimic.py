@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals
+from steerlens.core import Controller, Loop
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.laws.affine import Transport
 
 
 @method(card=Card(needs="sets", points=VECTORS))
@@ -28,7 +29,7 @@ def mimic(
     gate: bool = False,
     where: Any = "last",
 ) -> Controller:
-    """Give the state the mean and the covariance that the positive texts have.
+    """Map the mean and the covariance of the negative texts' activations to those of the positive texts'.
 
         u = s (A (x - m-) + m+ - x),   A = S-^-1/2 (S-^1/2 S+ S-^1/2)^1/2 S-^-1/2,   S = cov + ridge I
 
@@ -43,19 +44,19 @@ def mimic(
         point: Point of the block, see `Site`.
         strength: s, the fraction of the way; no unit. 1 is the transport.
         ridge: Added to the covariances' diagonal, in squared activation units. With fewer texts than dimensions it
-            decides how far a state outside the sample is stretched.
-        gate: Move only states that a logistic regression takes for negative, as ODESteer's comparison does.
+            determines how far a state outside the sample is stretched.
+        gate: Move only states that a logistic regression classifies as negative, as ODESteer's comparison does.
         where: Token positions, see `Loop`.
 
     Returns:
-        One loop per layer. Recorded signals: `u`, `u_norm`; with `gate`, `gate` `[batch pos]`, 1 where it acts.
+        One loop per layer. Recorded signals: `u`, `u_norm`; with `gate`, `gate` `[batch pos]`, 1 if it acts, else 0.
 
     Raises:
         ValueError: a layer or point the model does not have; a ridge that is not positive; a point whose state is not
             one vector; fewer than two texts on a side.
 
-    Source: Singh et al. (arXiv 2402.09631). In float64, where the matrix roots of float32 fail for fewer texts than
-    dimensions; ODESteer's code for it ignores the strength.
+    Source: Singh et al. (arXiv 2402.09631). In float64, because the matrix roots fail in float32 if there are fewer
+    texts than dimensions; ODESteer's code for it ignores the strength.
     """
     if not 0 < ridge < float("inf"):
         raise ValueError(f"ridge={ridge}; it must be positive and finite, or the covariances have no inverse")
@@ -67,42 +68,6 @@ def mimic(
         law = transport(positive, negative, ridge, gate=gate)
         loops.append(Loop(law, site, where=where, strength=strength))
     return Controller(loops)
-
-
-class Transport(Law):
-    """An affine map that is the identity outside a subspace, plus a shift.
-
-        u = g (U'(A - I) U (x - m) + t),   g = 1 or [<w, x> + k <= 0]
-
-    Args:
-        basis: U, orthonormal rows `[r d]`.
-        stretch: A - I on the subspace, symmetric `[r r]`.
-        source: m, `[d]`, in activation units.
-        shift: t, `[d]`, in activation units.
-        probe: w and k in one vector `[d+1]`, or None for no gate.
-
-    Signals: `gate` `[batch pos]`, g, where there is a probe.
-    """
-
-    def __init__(self, basis: Tensor, stretch: Tensor, source: Tensor, shift: Tensor, probe: Tensor | None = None):
-        self.basis = basis
-        self.stretch = stretch
-        self.source = source
-        self.shift = shift
-        self.probe = probe
-
-    @property
-    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """`gate` where there is a probe."""
-        return () if self.probe is None else ("gate",)
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = g (U'(A - I) U (x - m) + t)`"""
-        u = ((x - self.source) @ self.basis.T) @ self.stretch @ self.basis + self.shift
-        if self.probe is None:
-            return u, {}
-        gate = (x @ self.probe[:-1] + self.probe[-1] <= 0).to(x.dtype)
-        return gate[..., None] * u, {"gate": lambda: gate}
 
 
 def transport(positive: Tensor, negative: Tensor, ridge: float, *, gate: bool = False) -> Transport:

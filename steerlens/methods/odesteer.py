@@ -61,16 +61,16 @@ def odesteer(
         angle_rad: Length of the flow in radians, T / |x|; default 0.3. Beyond about 0.5 a small model's output suffers.
         distance: Length T in activation units, instead of `angle_rad`. The paper's values, 3 to 23, hold for one model
             and one layer each.
-        mode: `"exact"`: the kernel itself, and one Runge-Kutta step of order 4, or the exact great circle where h is
+        mode: `"exact"`: the kernel itself, and one Runge-Kutta step of order 4, or the exact great circle if h is
             linear (`rank=0` or `degree=1`). `"paper"`: a tensor sketch of the kernel with 8000 components and ten Euler
             steps; it needs `distance`, keeps all of the sketch whatever the `rank`, and its field has a random part
             (see `TensorSketch`).
         kernel: `"polynomial"`, or `"fourier"` for random Fourier features of x itself, the paper's ablation, whose flow
-            does not keep |x|.
+            changes |x|.
         degree, gamma, coef0: Of the polynomial kernel.
         C: Inverse regularisation of the logistic regression.
-        rank: Eigenvectors of the quadratic part that are kept beside the linear part; None keeps all and costs up to d
-            times as much.
+        rank: Eigenvectors of the quadratic part that are kept in addition to the linear part; None keeps all and costs
+            up to d times as much.
         solver, steps: See `Flow`; `solver="euler", steps=1` is the paper's one-step variant.
         components: Random features of the sketch (default 8000) or of the Fourier kernel (default d).
         sigma: Width of the Fourier kernel, see `cosine_barrier`.
@@ -90,7 +90,7 @@ def odesteer(
 
     Source: ODESteer (arXiv 2602.17560). The authors' code stops the regression at a tolerance of 1e-4 and draws the
     sketch from the global random state; here the optimum is exact and the seed explicit. h is bounded on the sphere:
-    no flow, however long, is sure to reach h >= 0, so look at `barrier_after`.
+    even a long flow need not reach h >= 0; `barrier_after` shows whether it did.
     """
     _check(mode, degree, angle_rad, distance)
     sites = pick_layers(model, layers, point, default="middle")
@@ -102,7 +102,7 @@ def odesteer(
     for site, (positive, negative) in contrast_states(model, data, sites).items():
         states = torch.cat([positive, negative])
         if not bool((states != states[0]).any()):
-            raise ValueError(f"the texts give no difference at {site}; do all of them end in the same token?")
+            raise ValueError(f"both sides have identical activations at {site}; do all texts end in the same token?")
         whole: Field
         if kernel == "fourier":
             whole = cosine_barrier(positive, negative, components=components, sigma=sigma, C=C, seed=seed)

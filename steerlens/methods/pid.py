@@ -40,7 +40,7 @@ def pid(
         e_t = (beta_t - <v_t, x_t>) v_t,   beta_t = s mu_t (+ origin)
 
     with mu_t v_t the mean difference of the contrast texts before block t. The error is sensed before each block and
-    the control added after it. Nothing is linearised: fitting costs one forward pass a text. Plain proportional
+    the control added after it. Nothing is linearised: fitting costs one forward pass for each text. Plain proportional
     feedback on a setpoint is `pid(model, data, kp=0.5, ki=0, kd=0)`.
 
     Args:
@@ -49,7 +49,7 @@ def pid(
         level, setpoint, origin, angle_rad, combine: What to track, as for `lqr`.
         kp, ki, kd: Gains, no unit; the defaults are the paper's for Gemma-2-2B, where kp is 0.1 to 0.7 over the models,
             ki 0.01 to 0.5 and kd 0 to 0.1. A gain may be 0.
-        reset_every: Empty the sum s at the layers that this number divides, the first included, as the paper does
+        reset_every: Set the sum s to zero at the layers that this number divides, the first included, as the paper does
             every 10 layers; the error of such a layer then enters no sum. None: never.
         carry: Begin the first layer with the last layer's error of the token generated before, as the authors' code
             does, so that kd also damps changes between tokens. By default each token begins from zero, and steering
@@ -66,8 +66,8 @@ def pid(
 
     Raises:
         TypeError: data that is not `Pairs`.
-        ValueError: a gain that is not finite, all three 0, an unknown word, a layer the model does not have, texts that
-            give no difference at any layer.
+        ValueError: a gain that is not finite, all three 0, an unknown word, a layer the model does not have, sides
+            with identical activations at every layer.
 
     Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.
     """
@@ -80,7 +80,7 @@ def pid(
     targets = aim.targets(model)
     first = next((t for t in asked if targets.asks(t)), None)
     if first is None:
-        raise ValueError("the texts give no difference at any layer; are both sides the same?")
+        raise ValueError("both sides have identical activations at every layer; are the texts the same?")
     loops = []
     # a carried error acts also at layers that have no direction of their own
     for t in asked if carry else asked[asked.index(first) :]:

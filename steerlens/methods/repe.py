@@ -30,8 +30,9 @@ def repe(
 
         u = s v,   v = argmax_|v|=1 sum_i <v, d_i - mean d>^2,   d_i = x(p_i+) - x(p_i-),   <v, mean d> >= 0
 
-    The differences are centred, so that v is where pairs disagree with each other about their difference, which may be
-    far from the mean difference of `caa`. A principal component has no sign; it is turned towards the mean difference.
+    The differences are centred, so that v is the direction in which the pairs differ most from each other. It may be
+    far from the mean difference of `caa`. A principal component has no sign; it is oriented towards the mean
+    difference.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -43,11 +44,11 @@ def repe(
 
     Returns:
         One loop per layer. The recipe holds, per layer, the share of the variance that v explains and its cosine with
-        the mean difference: near 0 the sign is a coin toss. Recorded signals: `u`, `u_norm`.
+        the mean difference: near 0 the sign is arbitrary. Recorded signals: `u`, `u_norm`.
 
     Raises:
         ValueError: a layer or point the model does not have; sides of different number, fewer than three pairs, or
-            pairs that all differ alike.
+            the same difference in all pairs.
 
     Source: Zou et al. (arXiv 2310.01405). The authors leave the sign to the solver or to labelled data; with the
     solver's, half of all models are steered backwards.
@@ -71,7 +72,7 @@ def principal_difference(positive: Tensor, negative: Tensor) -> tuple[Tensor, fl
         raise ValueError(f"repe needs three pairs to centre and decompose; there are {len(difference)}")
     _, values, vectors = torch.linalg.svd(difference - mean, full_matrices=False)
     if values[0] <= 1e-12 * difference.norm():
-        raise ValueError("all pairs differ alike: their centred differences have no principal component; use caa")
+        raise ValueError("all pairs have the same difference, so that there is no principal component; use caa")
     v = vectors[0]
     along = v @ mean
     # a component orthogonal to the mean keeps the sign that makes its largest entry positive

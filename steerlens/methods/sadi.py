@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
+from steerlens.core import Controller, Law, Loop, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
-from steerlens.laws.norms import share
+from steerlens.laws.scaling import Frozen, Scale
 
 #: Component -> points of the block where its elements are; the first is the default.
 POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
@@ -50,7 +50,7 @@ def sadi(
         u = (1 + s m) * x0 - x,   x0 the unsteered state of the last prompt token       mode="frozen"
         D = mean_i x(p_i+) - mean_i x(p_i-),   for a head the mean of D over d_head
 
-    The k elements are chosen over all layers jointly, by signed value; equal values go by layer, then by index. What is
+    The k elements are chosen over all layers jointly, by signed value; ties are broken by layer, then by index. What is
     added depends on the input's own activation: the elements are multiplied by `1 + s`. Frozen, the state of every
     layer, whether or not it has a chosen element, is set to its unsteered value with the elements multiplied, so that
     one scaled element does not reach another through the layers between.
@@ -58,14 +58,14 @@ def sadi(
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` says which token's activation is x (paper: the last of question + answer).
-        component: `"head"`: query heads at `z`, also where keys and values are shared. `"neuron"`: `mlp_post`.
+        component: `"head"`: query heads at `z`, also in models that share keys and values. `"neuron"`: `mlp_post`.
             `"hidden"`: coordinates of `mlp_out`, as the authors' code has it, or of `resid_post` (see `point`).
         n_elements: k, the number of elements, at most as many as there are; default 4 heads, 50 neurons or 10
             coordinates.
         strength: s, no unit; delta in the paper. 0 is off in both modes. The authors' code calls `1 + s` the
             strength: 5 to 80 for heads.
         select: `"max"` (largest D), `"min"` (most negative D) or `"abs"`.
-        normalize: None, as in the paper, which favours late layers, where activations are large; `"layer_std"` divides
+        normalize: None, as in the paper, which favours late layers, whose activations are larger; `"layer_std"` divides
             D by its standard deviation over the elements of its layer before ranking.
         mode: `"live"`, or `"frozen"` as in the authors' code, which costs a second pass over each prompt. A frozen
             controller times a factor goes that part of the way to the frozen state; s is in it.
@@ -75,8 +75,8 @@ def sadi(
             for `mode="frozen"`.
 
     Returns:
-        One loop per layer that has a chosen element, and where frozen for every layer. Recorded signals: `u`, `u_norm`,
-        `share` (norm of `m * x` over norm of `x`, no unit; not where frozen).
+        One loop per layer that has a chosen element, or for every layer with `mode="frozen"`. Recorded signals: `u`,
+        `u_norm`, `share` (norm of `m * x` over norm of `x`, no unit; only with `mode="live"`).
 
     Raises:
         ValueError: `n_elements` below 1 or above the number of elements; an unknown component, point, `select`,
@@ -85,7 +85,7 @@ def sadi(
 
     Source: Wang et al. (arXiv 2410.12299). Deviations from the authors' code: their neuron is act(gate) of a gated MLP.
     Scaling it and scaling `mlp_post`, act(gate) * up, are the same, but D here is that of `mlp_post`, so other neurons
-    are chosen. Their head indices are wrong where a model has more layers than heads. Theirs is `mode="frozen"`; the
+    are chosen. Their head indices are wrong if a model has more layers than heads. Theirs is `mode="frozen"`; the
     paper's equation is `"live"`.
     """
     chosen_point = _point(component, point)
@@ -102,7 +102,9 @@ def sadi(
     scores = torch.stack([positive[site] - negative[site] for site in sites])
     scores = scores.mean(-1) if component == "head" else scores
     if not scores.any():
-        raise ValueError(f"the texts give no difference at any {chosen_point}; do all of them end alike?")
+        raise ValueError(
+            f"both sides have identical activations at every {chosen_point}; do all texts end in the same token?"
+        )
     mask = top_k(scores, count, select=select, normalize=normalize)
     loops = []
     for site, row in zip(sites, mask.to(scores.dtype), strict=True):
@@ -114,42 +116,6 @@ def sadi(
         elif row.any():
             loops.append(Loop(Scale(row), site, where=where, strength=strength))
     return Controller(loops, {"n_elements": count, "point": chosen_point})
-
-
-class Scale(Law):
-    """Scale elements of the state: `u = m * x`.
-
-    Args:
-        mask: m, 1 for the elements to scale, else 0; the state's shape without batch and position, or `[head 1]`.
-
-    Signals: `share` `[batch pos]`, norm of `m * x` over norm of `x`, no unit.
-    """
-
-    signals = ("share",)
-
-    def __init__(self, mask: Tensor):
-        self.mask = mask
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = m * x`"""
-        u = self.mask * x
-        return u, {"share": lambda: share(u, x)}
-
-
-class Frozen(Law):
-    """Set the state to the scaled unsteered one of the last prompt token: `u = f * x0 - x`.
-
-    Args:
-        factors: f, `1 + s` for the elements to scale, else 1; the state's shape without batch and position, or
-            `[head 1]`.
-    """
-
-    def __init__(self, factors: Tensor):
-        self.factors = factors
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = f * x0 - x`"""
-        return self.factors * now.summary[:, None] - x, {}
 
 
 def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None = None) -> Tensor:

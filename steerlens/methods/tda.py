@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Loop, Now, Signals, Site, Summary
+from steerlens.core import Controller, Loop, Site, Summary
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, every_layer
+from steerlens.laws.scaling import Dynamic
 
 
 @method(
@@ -34,17 +35,17 @@ def tda(
     strength: float = 1.0,
     where: Any = "generated",
 ) -> Controller:
-    """Switch off, while a prompt is continued, the neurons that it hardly used.
+    """Switch off the neurons that a prompt hardly used while it is continued.
 
         u = s (m - 1) * a,   m_n = 1 if |w_n| rms_t(a_tn) > b, else 0
         b: largest with mean_i |sum_n [|w_n a_in| < b] a_in w_n| / |sum_n a_in w_n| <= error
 
-    a is the neurons' activation `mlp_post`, w_n what neuron n writes, rms over the unsteered prompt's tokens. What is
-    dropped is decided once for each row of a prompt. An intervention that shows how few neurons a continuation needs;
+    a is the neurons' activation `mlp_post`, w_n what neuron n writes, rms over the unsteered prompt's tokens. The
+    neurons are chosen once for each row of the batch. An intervention that shows how few neurons a continuation needs;
     it saves no time here, since the matrices are multiplied whole.
 
     Args:
-        model: TransformerBridge, HookedTransformer or nnsight model with its weights here.
+        model: TransformerBridge, HookedTransformer or nnsight model whose weights are on this machine.
         data: Texts of both sides calibrate the threshold; `Pairs.read` says which token's activation is a_i.
         error: Share of the MLP's output that the dropped neurons may carry on these texts, no unit (about 0.2 in the
             paper).
@@ -59,7 +60,7 @@ def tda(
 
     Raises:
         ValueError: an `error` outside (0, 1); a layer the model does not have.
-        NotImplementedError: the model's weights are not here.
+        NotImplementedError: the model's weights are not on this machine.
 
     Source: Ma et al. (arXiv 2408.11393). No code was released. The paper's root of the sum over the prompt is a root
     mean square here, so that a threshold fitted on single tokens means the same for prompts of any length.
@@ -80,28 +81,6 @@ def tda(
         bounds.append(bound)
         shares.append(float((norms * a.abs() < bound).double().mean()))
     return Controller(loops, {"thresholds": bounds, "below": shares})
-
-
-class Dynamic(Law):
-    """Keep the neurons that the prompt used: `u = (m - 1) * a`, `m = 1 where norms * rms(a) > threshold`.
-
-    Args:
-        norms: Norm of what one unit of each neuron writes, `[neuron]`.
-        threshold: `[]`, in the units of the residual stream.
-
-    Signals: `kept` `[batch pos]`, share of the neurons that stay on, no unit.
-    """
-
-    signals = ("kept",)
-
-    def __init__(self, norms: Tensor, threshold: Tensor):
-        self.norms = norms
-        self.threshold = threshold
-
-    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
-        """`u = (m - 1) * a`"""
-        kept = (self.norms * now.summary > self.threshold).to(x.dtype)
-        return (kept[:, None] - 1) * x, {"kept": lambda: kept.mean(-1)[:, None].expand(-1, x.shape[1])}
 
 
 def tail_threshold(activations: Tensor, writes: Tensor, error: float) -> float:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
-from steerlens.control.regulator import SOLVERS, FactoredGain, Gain, Weights, solve
+from steerlens.control.gains import Gains, gains_for
+from steerlens.control.linearization import Linearization, check_plant, check_texts
+from steerlens.control.regulator import SOLVERS, Weights
 from steerlens.control.targets import Aim
 from steerlens.core import Controller, Law, Loop, Site
 from steerlens.fit.card import Card
@@ -59,7 +60,7 @@ def track(
         layers: Where to act; default all.
         strength: Factor on the control, no unit: 0 is off, and only 1 is the regulator's control.
         where: Token positions, see `Loop`; the paper steers the last token of a prompt. Every selected token is held on
-            the same path, so a whole generation is told to repeat one token.
+            the same path, so that a whole generation is pushed to repeat one token.
         linearize_on: Take at most this many texts.
         linearization: From `linearize`, instead of the texts: its states are the path.
         progress: Show a progress bar over the layers.
@@ -70,7 +71,7 @@ def track(
     Raises:
         TypeError: a path that is not a tensor.
         ValueError: weights that are not positive or not one for each layer, a text of one token, a path of another
-            length or width, or not finite, `"output"` without `Pairs` or with texts that give no difference, a
+            length or width, or not finite, `"output"` without `Pairs` or with identical activations on both sides, a
             linearization of another model.
 
     Source: arXiv 2604.19018, tracking of a trajectory. Differences from the authors' code: works with a KV cache and on
@@ -82,38 +83,44 @@ def track(
     controlled = every_layer(model, layers)
     _check_path(path, model)
     texts = _texts(data, linearize_on)
-    plant: Plant
-    if linearization is None:
-        bos = data.prepend_bos if isinstance(data, Pairs) else None
-        plant = Blocks(model, [tokenize(text, model, bos)[0] for text in texts])
-    else:
+    if linearization is not None:
         check_plant(model, linearization)
-        plant = linearization
-    check_finite(plant.states, "the blocks' inputs", model)
+    bos = data.prepend_bos if isinstance(data, Pairs) else None
+    tokens = [] if linearization is not None else [tokenize(text, model, bos)[0] for text in texts]
+    if linearization is None:
+        check_texts(tokens)
     features = [torch.zeros(0, model.d_model)] * (model.n_layers + 1)
     if solver == "output":
         assert isinstance(data, Pairs)
         aim = Aim(data, setpoint="level", level=1.0, origin="zero", angle_rad=None, combine="joint")
         features = [target.basis for target in aim.targets(model).setpoints]
         if not any(bool(rows.any()) for rows in features):
-            raise ValueError("the texts give no difference at any layer; are both sides the same?")
-    nominal = (plant.states[:-1] if path is None else path).detach().cpu()
-    nominal = nominal.to(torch.promote_types(nominal.dtype, torch.float32))
-    loops = []
-    for t, gain in solve(solver, plant, weights, controlled, features, device=model.device, progress=progress):
-        law = _law(Point(nominal[t].clone()), gain)
-        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
-        del gain  # before the next one is computed
-    return Controller(
-        sorted(loops, key=lambda loop: loop.act), {"controller": SOLVERS[solver], "linearized_on": plant.n_texts}
+            raise ValueError("both sides have identical activations at every layer; are the texts the same?")
+    keep = "factors" if solver == "output" else "matrices"
+    gains = gains_for(
+        model, tokens, solver, weights, controlled, features, linearization=linearization, keep=keep, progress=progress
     )
+    check_finite(gains.states, "the blocks' inputs", model)
+    nominal = (gains.states[:-1] if path is None else path).detach().cpu()
+    nominal = nominal.to(torch.promote_types(nominal.dtype, torch.float32))
+    loops = [
+        Loop(
+            _law(Point(nominal[t].clone()), gains, t),
+            Site(t, "resid_post"),
+            Site(t, "resid_pre"),
+            where=where,
+            strength=strength,
+        )
+        for t in sorted(gains.rows)
+    ]
+    return Controller(loops, {"controller": SOLVERS[solver], "linearized_on": gains.n_texts})
 
 
-def _law(setpoint: Point, gain: Gain) -> Law:
+def _law(setpoint: Point, gains: Gains, t: int) -> Law:
     like = setpoint.point
-    if isinstance(gain, FactoredGain):
-        return FactoredFeedback(setpoint, gain.inputs.to(like).cpu(), gain.outputs.to(like).cpu())
-    return Feedback(setpoint, gain.matrix().T.to(like).cpu().contiguous())
+    if t in gains.factors:
+        return FactoredFeedback(setpoint, *(factor.to(like) for factor in gains.factors[t]))
+    return Feedback(setpoint, gains.matrices[t].T.to(like).contiguous())
 
 
 def _texts(data: Any, count: int) -> list[Text]:

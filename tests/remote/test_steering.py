@@ -48,7 +48,7 @@ def test_what_needs_a_second_pass(client, local):
     """A gate behind the steered layer, frozen states, and tangents while decoding: the server runs the pass."""
     case = local("caa")
     prompts = sl.Pairs([[3, 17, 25, 29, 41], [7, 17, 26, 30, 42]], [[50, 60, 70, 80, 90], [51, 61, 71, 81, 91]])
-    behind = sl.when(case.fit(layers=1, where="all", strength=3.0), sl.gate(case.model, prompts, layers=2))
+    behind = sl.when(case.fit(layers=1, where="all", strength=3.0), sl.gate(case.model, prompts, gate_layers=2))
     early = sl.schedule(behind, [1.0, 0.5], prompt=0.5)
     for method, controller in (
         ("caa", early),
@@ -64,11 +64,11 @@ def test_what_needs_a_second_pass(client, local):
 def test_an_untrusted_request_cannot_have_a_second_pass(client, local, untrusted):
     case = local("caa")
     prompts = sl.Pairs([[3, 17, 25, 29, 41]], [[50, 60, 70, 80, 90]])
-    before = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, layers=0))
+    before = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, gate_layers=0))
     held = Case("caa", "nnsight", model=case.model)
     held.controller = before
     check_runs_on_a_server(held, Case("caa", "nnsight", model=client, remote=True))
-    behind = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, layers=2))
+    behind = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, gate_layers=2))
     with pytest.raises(RemoteError, match="a loop needs a second forward pass beside the steered one"):
         with sl.steer(client, behind):
             client.generate(IDS, max_new_tokens=2, remote=True)

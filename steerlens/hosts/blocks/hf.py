@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.nominal import Capture, Nominal
+from steerlens.hosts.blocks.turns import turn_of
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def nominal(base: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int])
     require_context(tokens)
     device = next(blocks[0].parameters()).device
     ids = torch.as_tensor(tokens, device=device)[None]
-    with torch.inference_mode(False), torch.no_grad():
+    with turn_of(blocks[0]), torch.inference_mode(False), torch.no_grad():
         cache = base(input_ids=ids[:, :-1], use_cache=True).past_key_values
         # the tensors before the last token; appending makes new ones
         past = [(layer.keys, layer.values) for layer in cache.layers]

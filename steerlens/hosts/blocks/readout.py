@@ -29,7 +29,7 @@ class Readout(TorchFunctionMode):
     """
 
     def __init__(self, index: int):
-        super().__init__()
+        TorchFunctionMode.__init__(self)
         self.index = index
         self.count = 0
         self.hidden: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class LensHost(Host):
     def prepends_bos(self) -> bool:
         """TransformerLens's own setting, True unless changed, whatever the tokenizer was made to do."""
         return bool(self.model.cfg.default_prepend_bos)
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+        return self.model.blocks[0]
 
     @property
     def _weight(self) -> Tensor:
@@ -130,9 +136,12 @@ class LensHost(Host):
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         found: dict[Site, Tensor] = {}
 
+        thread = get_ident()
+
         def keep(site: Site) -> Change:
             def note(x: Tensor) -> None:
-                found[site] = pool(x.detach(), weights).cpu()
+                if get_ident() == thread:  # another thread may run the model meanwhile
+                    found[site] = pool(x.detach(), weights).cpu()
 
             return note
 

@@ -20,11 +20,13 @@ from steerlens.hosts.blocks import hf
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.caches import Generation
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
+from steerlens.hosts.roles import Layout, refuse_other_kinds
 from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
 
 try:
@@ -63,6 +65,24 @@ class BridgeHost(LensHost):
         super().__init__(model)
         # enable_compatibility_mode() leaves cfg.normalization_type as it was
         self.processed = bool(getattr(model, "_weights_processed", False)) or _folded(model.cfg)
+        inner = model.original_model
+        refuse_other_kinds(type(inner).__name__, inner.config)
+        self.layouts = [Layout(block, inner.config.get_text_config()) for block in model.blocks]
+        for layout in self.layouts:
+            layout.check(type(inner).__name__)
+
+    def missing(self, site: Site) -> str | None:
+        """Why there is no such hook point, or none that is what its name says."""
+        layout = self.layouts[site.layer]
+        reason = layout.missing(site.point) if layout.known else None
+        if reason is None and site.point == "resid_mid":
+            reason = super().missing(Site(site.layer, "attn_out"))  # it is written there
+        if reason is None and site.point == "mlp_post" and not layout.known and layout.mixture:
+            reason = "is a mixture of experts and has no mlp_post"
+        return reason or super().missing(site)
+
+    def _width(self, site: Site) -> int | None:
+        return self.layouts[site.layer].widths.get(site.point)
 
     @property
     def _base(self) -> nn.Module:
@@ -149,8 +169,9 @@ class BridgeHost(LensHost):
         found = self.find(sites)
         return {site: (*place_of(found[site]), heads if site.point == "z" else 0, 1.0) for site in sites}
 
-    def _nominal(self, tokens: Sequence[int]) -> Nominal:
-        return hf.nominal(self._base, list(self.model.blocks), tokens)
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        return self.resting(lambda: hf.nominal(self._base, list(self.model.blocks), tokens))
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:
@@ -279,12 +300,16 @@ class HookedHost(LensHost):
             companion=companion,
         )
 
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        return self.resting(lambda: self._nominal(tokens))
+
     def _nominal(self, tokens: Sequence[int]) -> Nominal:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         hf.require_context(tokens)
         ids = torch.as_tensor(tokens, device=self.device)[None]
-        with torch.inference_mode(False), torch.no_grad():
+        with turn_of(self.block), torch.inference_mode(False), torch.no_grad():
             cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1)
             for entry in cache.entries:  # cfg.dtype is not the weights' after model.to(dtype)
                 entry.past_keys, entry.past_values = (

@@ -129,11 +129,12 @@ class Seat:
         if x.ndim == 2:
             changed = self._change(x.unflatten(0, (self._rows(), -1)))
             return None if changed is None else changed.flatten(0, 1)
-        # a Bridge's hook point unfolds heads; neither an SAE nor the hook point that it leaves behind does
-        if len(self._shape) == 1 or x.ndim > 3:
+        # a Bridge's hook point unfolds heads, for DeepSeek into others than there are; neither an SAE nor the hook
+        # point that it leaves behind does
+        if len(self._shape) == 1 or x.shape[2:] == self._shape:
             return self._change(x)
-        changed = self._change(x.unflatten(-1, self._shape))
-        return None if changed is None else changed.flatten(-2)
+        changed = self._change(x.flatten(2).unflatten(-1, self._shape))
+        return None if changed is None else changed.reshape(x.shape)
 
 
 def _take_hook(point: HookPoint, hook: Any) -> None:

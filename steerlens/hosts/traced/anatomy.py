@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
+from steerlens.hosts.blocks.hf import nominal
+from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
 from steerlens.hosts.roles import Layout, skeleton, submodule
 from steerlens.hosts.traced.edit import Tap
@@ -48,6 +51,21 @@ class Anatomy(Dimensions):
     def away(self) -> bool:
         """Whether the weights are on a server only."""
         return self._weight.device.type == "meta"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first block's weights are; the CPU while they are on a server only."""
+        return torch.device("cpu") if self.away else self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first block's weights."""
+        return self._weight.dtype
+
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        self.need_weights("linearising the blocks")
+        return nominal(self.base._module, [layer._module for layer in self.layers], tokens)
 
     def need_weights(self, what: str, instead: str = "") -> None:
         """Raises NotImplementedError where they are not here."""
@@ -142,12 +160,8 @@ def gradients_at(
     Raises:
         NotImplementedError: they are not in this process.
     """
+    need_weights_beside(anatomy, "it takes no gradients")
     module = anatomy.model._module
-    if module is None or anatomy.away:
-        raise NotImplementedError(
-            "this server keeps your requests apart from the weights (untrusted), so it takes no gradients; fit on "
-            "local weights, save the controller and load it here"
-        )
     device = next(module.parameters()).device
     ids, mask = ids.to(device), mask.to(device)
 
@@ -156,3 +170,25 @@ def gradients_at(
 
     found = pooled_gradients(forward, anatomy.layers[0]._module, anatomy.places(sites), loss, weights)
     return [gradient / scale for gradient, scale in zip(found, anatomy.scales(sites), strict=True)]
+
+
+def call_beside(anatomy: Anatomy, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """`function(anatomy, *arguments)` where the weights are.
+
+    Raises:
+        NotImplementedError: they are not in this process.
+    """
+    need_weights_beside(anatomy, "nothing is linearised there")
+    return function(anatomy, *arguments)
+
+
+def need_weights_beside(anatomy: Anatomy, what: str) -> None:
+    """Raises NotImplementedError in a server's process that has no weights."""
+    if anatomy.model._module is None or anatomy.away:
+        raise NotImplementedError(
+            f"this server {UNTRUSTED}, so {what}; fit on local weights, save the controller and load it here"
+        )
+
+
+#: What a server's refusal is recognised by.
+UNTRUSTED = "keeps your requests apart from the weights (untrusted)"

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import nnsight
 import torch
+from nnsight.intervention.backends.remote import RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
-from steerlens.hosts.base import Attachment, Host
-from steerlens.hosts.blocks import hf
+from steerlens.hosts.base import Attachment, Found, Host, UntrustedError
 from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.blocks.second_pass import Spot
 from steerlens.hosts.steered import Steered, unsteered
 from steerlens.hosts.traced import known
-from steerlens.hosts.traced.anatomy import Anatomy, gradients_at
-from steerlens.hosts.traced.edit import Passes, StoodDown, follow, spots_of, steers
+from steerlens.hosts.traced.anatomy import UNTRUSTED, Anatomy, call_beside, gradients_at
+from steerlens.hosts.traced.differences import STEP, WIDE_STEP, Probe, differences
+from steerlens.hosts.traced.edit import Passes, StoodDown, Tap, follow, spots_of, steers
 from steerlens.hosts.traced.known import KnownPasses
 from steerlens.hosts.traced.remote import Limits, RemoteForms, backend
 
@@ -53,16 +54,6 @@ class TracedHost(Anatomy, Host):
         bos = getattr(self.tokenizer, "bos_token_id", None)
         return bos is not None and self.tokenizer("a")["input_ids"][0] == bos
 
-    @property
-    def device(self) -> torch.device:
-        """Where the first block's weights are; the CPU while they are on a server only."""
-        return torch.device("cpu") if self.away else self._weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the first block's weights."""
-        return self._weight.dtype
-
     def attach(self, run: Pass, *, payload_limit: int, timeout_s: float) -> Attachment:
         """An edit on the model's root: it also steers `generate`, sessions and remote runs."""
         return TracedAttachment(self, run, Limits(payload_limit, timeout_s))
@@ -73,9 +64,14 @@ class TracedHost(Anatomy, Host):
             return []
         return known.wraps(self.base._module, self.model._module, self.model.interleaver, steered)
 
-    def _nominal(self, tokens: Sequence[int]) -> Nominal:
-        self.need_weights("linearising the blocks")
-        return hf.nominal(self.base._module, [layer._module for layer in self.layers], tokens)
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        return self.resting(lambda: Anatomy.nominal(self, tokens))
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+        return self.layers[0]._module
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Through a trace, which runs the edits; `_logits` calls the module below them."""
@@ -161,6 +157,52 @@ class TracedHost(Anatomy, Host):
         with model.session(backend=backend(model, self.remote, self.timeout_s)):
             found = nnsight.save(gradients_at(anatomy, ids, mask, weights, sites, loss))
         return found  # noqa: RET504 (bound by the session)
+
+    def beside(self, function: Callable[..., Found], *arguments: Any) -> Found:
+        """As `Host.beside`, in a session's block on a server."""
+        if not self.remote:
+            return function(self, *arguments)
+        model, anatomy = self.model, Anatomy(self.model)
+        try:
+            with model.session(backend=backend(model, self.remote, self.timeout_s)):
+                found = nnsight.save(call_beside(anatomy, function, arguments))
+        except RemoteError as error:
+            if UNTRUSTED not in str(error):
+                raise
+            raise UntrustedError(
+                f"this server {UNTRUSTED}, so nothing is linearised there; for lqr take solver='scalar', which needs "
+                "forward passes only, or fit on local weights, save the controller and load it here"
+            ) from None
+        return found
+
+    def tangents(self, tokens: Sequence[int], directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """As `Host.tangents`, in one trace."""
+        if not self.remote:
+            self.need_weights("linearising the blocks")
+        model = self.model
+        rows = 2 * sum(len(vectors) for vectors in directions.values())
+        ids = torch.as_tensor(tokens, device=self.device)[None].expand(rows, -1)
+        step = STEP if self.dtype.itemsize > 2 else WIDE_STEP
+        probes: list[Probe] = []
+        start = 0
+        for t in sorted(directions):
+            before, branch = self._entrances(t)
+            probes.append(Probe(t, directions[t], start, before, branch, self.tap(Site(t, "resid_post"))))
+            start += 2 * len(directions[t])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        where = backend(model, self.remote, self.timeout_s) if self.remote else None
+        with torch.no_grad(), model.trace(inputs, backend=where):
+            found = nnsight.save(differences(probes, step))
+        return {t: value.cpu() for t, value in found.items()}
+
+    def _entrances(self, t: int) -> tuple[Tap, Tap | None]:
+        """Where the input of a block can be moved, and where the move must be added once more."""
+        pre = Site(t, "resid_pre")
+        if t > 0:
+            return Tap(self.layers[t - 1], "output", pre, Tap.PLAIN), None
+        if not self.away:
+            return Tap(self.layers[0], "input", pre, Tap.PLAIN), None
+        return self.tap(pre), self.tap(Site(0, "attn_out"))
 
 
 class TracedAttachment(Attachment):

@@ -1,0 +1,124 @@
+"""A strength for a budget: the search on curves that are known, and KL on prompts that it was not chosen on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+import torch
+from evaluating import controller, items, words
+
+import steerlens as sl
+from steerlens.evaluate import Arm, Bench, Meter
+
+
+def known(function, count=1, name="known"):
+    """A meter that gives a function of the strength for each item."""
+    return Meter(
+        name,
+        lambda bench, arm, own: [[function(arm.strength, i)] for i in range(count)],
+        direction=-1,
+        items=tuple(range(count)),
+    )
+
+
+def search(model, meter, limit, **options):
+    return sl.calibrate(model, controller(), ["w1 w2 w3"], budget=meter <= limit, progress=False, **options)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 1.0, 50.0, 1e4])
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda s: s**2,
+        lambda s: s**2 / (1 + s),
+        lambda s: s**3 + 0.1 * s,
+        lambda s: (s + 0.1 * s**0.5) ** 1.2,
+        lambda s: s**2 if s < 0.5 else 0.25 + 4 * (s - 0.5),
+    ],
+)
+def test_the_search_is_short_and_meets_the_budget(tiny_model, curve, scale):
+    found = search(tiny_model("bridge"), known(lambda s, _: scale * curve(s), name="KL"), 0.3, largest=1e4)
+    assert found.met == "met"
+    assert not found.note
+    assert found.value == pytest.approx(0.3, rel=0.04)
+    assert found.value == pytest.approx(scale * curve(found.strength))
+    assert len(found.curve) <= 8
+
+
+def test_a_jump_is_reported_with_the_strength_below_it(tiny_model):
+    found = search(
+        tiny_model("bridge"), known(lambda s, _: 0.1 * s if s < 0.8 else 5.0, name="KL"), 0.3, evaluations=16
+    )
+    assert found.met == "met"
+    assert 0.75 < found.strength < 0.8
+    assert "goes from" in found.note
+
+
+def test_budgets_that_cannot_be_met_or_are_met_by_doing_nothing(tiny_model):
+    model = tiny_model("bridge")
+    never = search(model, known(lambda s, _: 3.2 + s), 3.0)
+    assert (never.met, never.strength) == ("never", 0.0)
+    assert "3.2" in never.note
+    jump = search(model, known(lambda s, _: 4.0 if s else 0.0, name="KL"), 0.3)
+    assert jump.met == "by doing nothing"
+    idle = search(model, known(lambda s, _: 0.0, name="KL"), 0.3)
+    assert idle.met == "by doing nothing"
+    saturated = search(model, known(lambda s, _: 0.2 * s / (1 + s), name="KL"), 0.3)
+    assert saturated.met == "met"
+    assert "stays below" in saturated.note
+
+
+def test_a_model_that_breaks_is_not_within_the_budget(tiny_model):
+    found = search(tiny_model("bridge"), known(lambda s, _: s**2 if s < 3 else math.nan, name="KL"), 0.3)
+    assert found.value == pytest.approx(0.3, rel=0.04)
+
+
+def test_the_interval_covers_the_strength_that_fits_all_prompts(tiny_model):
+    """v_i = a_i s^2 with E a = 1: on all prompts the limit 0.3 is met at sqrt(0.3)."""
+    generator, truth, hits = numpy.random.default_rng(0), 0.3**0.5, []
+    for _ in range(120):
+        a = generator.gamma(4, 0.25, size=32)
+        low, high = search(tiny_model("bridge"), known(lambda s, i, a=a: a[i] * s**2, 32, "KL"), 0.3).interval
+        hits.append(low <= truth <= high)
+        assert high / low < 1.6
+    assert numpy.mean(hits) >= 0.88
+
+
+@pytest.mark.parametrize("method", ["caa", "repe", "mimic", "odesteer", "lqr", "angular"])
+def test_kl_is_within_a_tenth_of_the_budget_on_other_prompts(tiny_model, method):
+    model, texts = tiny_model("bridge"), items(24)
+    data = sl.Pairs([(a, b) for a, b, _ in texts], [(a, c) for a, _, c in texts])
+    options = {"progress": False} if method == "lqr" else {}
+    fitted = getattr(sl, method)(model, data, **options)
+    meter = sl.evaluate.kl(tokens=12)
+    found = sl.calibrate(model, fitted, words(160, 3), budget=meter <= 0.1, progress=False, batch=64)
+    held = Bench(model, words(160, 4), batch=64)
+    value = meter.pool(meter(held, Arm("held", found.controller)))
+    if found.note:  # it cannot be scaled to the budget
+        assert value < 0.1
+    else:
+        assert value == pytest.approx(0.1, rel=0.1)
+        assert found.interval[0] < found.strength < found.interval[1]
+
+
+def test_the_calibrated_controller_is_the_given_one_scaled(host, tiny_model):
+    model = tiny_model(host)
+    found = sl.calibrate(
+        model, controller(), words(12, 3), budget=sl.evaluate.kl(tokens=6, at="p95") <= 0.5, progress=False
+    )
+    assert torch.equal(found.controller.loops[0].law.vector, controller().loops[0].law.vector)
+    assert found.controller.loops[0].strength == found.strength
+    assert found.table().loc[found.strength, "value"] == found.value
+    assert "KL p95 <= 0.5: met" in repr(found)
+
+
+def test_what_is_no_budget_is_an_error(tiny_model):
+    model = tiny_model("bridge")
+    with pytest.raises(TypeError, match="meter <= limit"):
+        sl.calibrate(model, controller(), ["w1"], budget=0.3)
+    with pytest.raises(ValueError, match="not positive"):
+        search(model, sl.evaluate.kl(), 0.0)
+    with pytest.raises(ValueError, match="no prompts"):
+        sl.calibrate(model, controller(), [], budget=sl.evaluate.kl() <= 0.3)
