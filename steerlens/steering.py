@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerlens.core import (
@@ -24,6 +26,7 @@ from steerlens.core import (
 )
 from steerlens.core.tables import VIEWS
 from steerlens.hosts import Dimensions, Host, host_of
+from steerlens.hosts.steered import Steered
 from steerlens.plots import plot_record
 
 
@@ -53,9 +56,9 @@ def steer(
         where: Other token positions than the controller's own, see `Loop`.
         strength: Factor on every control, as `controller * strength`.
         record: What to keep of the signals: `"scalars"` (one number per token), `"all"`, names such as
-            `("u", "error")`, or None. With None nothing is computed or hooked for recording. Otherwise, on
-            TransformerLens, all signals are hook points while the run lasts (`blocks.5.hook_steer_u`): `run_with_cache`
-            caches them and a hook may patch them.
+            `("u", "error")`, or None. Nothing else is computed. Unless it is None, all signals are hook points on
+            TransformerLens while the run lasts (`blocks.5.hook_steer_u`), computed if they have a hook:
+            `run_with_cache` caches them and a hook may patch them.
         trust: Attach although the model is not the one the controller was fitted on.
         payload_limit: Largest request in bytes that nnsight may send to a server.
         timeout_s: Longest wait for a server's result, its queue included.
@@ -63,11 +66,32 @@ def steer(
     Raises:
         TypeError: not a controller, or a model of no known library.
         ValueError: a layer, point or width the model does not have; a model other than the controller's, unless
-            `trust`; an unknown `where` or `record`. Nothing has been attached then.
+            `trust`; an unknown `where` or `record`; a law that does not return what it declares, holds a NaN, or adds
+            more than the model's dtype can hold. Nothing has been attached then.
     """
     host = host_of(model)
-    controller = _prepare(host, controller, where=where, strength=strength, record=record, trust=trust)
+    options = {"where": where, "strength": strength, "record": record, "trust": trust}
+    controller = _prepare(host, controller, dtype=host.dtype, **options)
+    if any(_same(other.controller, controller) for other in runs(host)):
+        warnings.warn(
+            f"{controller!r} is attached to this model already and acts twice from now on; steerlens.runs(model) lists "
+            "what is attached, steerlens.clear(model) removes it",
+            stacklevel=2,
+        )
     return Run(host, controller, record, payload_limit, timeout_s)
+
+
+def runs(model: Any) -> list[Run]:
+    """The runs that steer a model, in the order in which they act."""
+    steered = Steered.of(host_of(model).model)
+    return [] if steered is None else [each.owner for each in steered.attached if each.owner is not None]
+
+
+def clear(model: Any) -> None:
+    """Remove everything that steers a model."""
+    steered = Steered.of(host_of(model).model)
+    for attachment in reversed([] if steered is None else steered.attached):
+        attachment.detach()
 
 
 class Apply:
@@ -147,6 +171,7 @@ class Run:
         self._removed = False
         self._pass = Pass(controller.loops, record=record, run=_free_name(host, controller))
         self._attachment = host.attach(self._pass, payload_limit=payload_limit, timeout_s=timeout_s)
+        self._attachment.owner = self
 
     @property
     def record(self) -> Record:
@@ -207,7 +232,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.remove()
+        try:
+            self.remove()
+        finally:  # an interrupt may have come just before
+            self.remove()
 
     def __repr__(self) -> str:
         state = "removed" if self._removed else "attached"
@@ -222,8 +250,12 @@ def _prepare(
     strength: float = 1.0,
     record: Any = "scalars",
     trust: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Controller:
-    """The controller with the options of `steer`, checked against the model; travels with `apply`."""
+    """The controller with the options of `steer`, checked against the model; travels with `apply`.
+
+    `dtype` is that of the model, if it is known.
+    """
     if not isinstance(controller, Controller):
         raise TypeError(
             f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)"
@@ -235,8 +267,13 @@ def _prepare(
     if strength != 1.0:
         controller = controller * strength
     _check_fit(model, controller, trust)
-    check_loops(controller.loops, model.shape)
+    check_loops(controller.loops, model.shape, dtype)
     return controller
+
+
+def _same(a: Controller, b: Controller) -> bool:
+    """Whether two controllers do the same: fitted alike, acting at the same places with the same strength."""
+    return bool(a.recipe) and a.recipe == b.recipe and [repr(loop) for loop in a.loops] == [repr(x) for x in b.loops]
 
 
 def _check_lengths(lengths: Any) -> int | list[int]:

@@ -195,7 +195,7 @@ class Loop:
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """Names of what it reports besides the control: the law's signals, then those of its gates."""
+        """Names of what it reports in addition to the control: the law's signals, then those of its gates."""
         if not self.gates:
             return self.law.signals
         own = [name for names in self.measured for name in names.values()]

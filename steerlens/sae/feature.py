@@ -191,9 +191,10 @@ def hold(model: Any, target: Target, *, where: Any = "last") -> Controller:
         several); `u`; `u_norm`.
 
     Raises:
+        TypeError: not a target.
         ValueError: the autoencoder is of another width, hook point or basis than the model.
     """
-    host = target.check(model)
+    host = checked("hold", model, target)
     law = Feedback(target.setpoint, target.setpoint.basis)
     return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
 
@@ -210,11 +211,18 @@ def observe(model: Any, target: Target, *, where: Any = "all") -> Controller:
         where: Token positions, see `Loop`.
 
     Raises:
-        ValueError: as for `hold`.
+        TypeError, ValueError: as for `hold`.
     """
-    host = target.check(model)
+    host = checked("observe", model, target)
     loops = single.observe(target.setpoint, target.site, where=where).loops
     return Controller(loops, recipe("observe", host, target.arguments))
+
+
+def checked(verb: str, model: Any, target: Any) -> Host:
+    """The model's host; raises TypeError unless a target was given, and as `Target.check`."""
+    if not isinstance(target, Target):
+        raise TypeError(f"{verb}() takes a target, it got {target!r}; make one first: feature(sae, index, level=...)")
+    return target.check(model)
 
 
 def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[float], list[float]]:

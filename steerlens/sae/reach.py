@@ -17,7 +17,7 @@ from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.reading import every_layer
 from steerlens.fit.recipe import recipe
 from steerlens.laws.feedback import Feedback
-from steerlens.sae.feature import Target
+from steerlens.sae.feature import Target, checked
 from steerlens.sae.setpoint import Feature
 
 
@@ -76,7 +76,7 @@ def reach(
 
     Source: arXiv 2604.19018, with the output z_L in the cost instead of the whole state, anticipated instead of sensed.
     """
-    host = target.check(model)
+    host = checked("reach", model, target)
     setpoint, last = target.setpoint, target.site.layer
     if target.site.point != "resid_post":
         raise ValueError(f"reach() needs a feature at a resid_post, this one is at {target.site}; use hold()")
