@@ -34,8 +34,8 @@ def method_table() -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{table}\n\n"
-        "Derivatives: what fitting differentiates. Remote: a fit runs on a server (`sl.remote`), on one that trusts you "
-        "where it differentiates. Passes: forward "
+        "Derivatives: what fitting differentiates. Remote: a fit runs on a server (`sl.remote`), on one that trusts "
+        "you where it differentiates. Passes: forward "
         "passes at each generated token, and at a prompt where that differs. Cost: of decoding with the defaults and "
         "nothing recorded against unsteered decoding, the median over the rounds of one run and half the distance of "
         f"its quartiles, and seconds of CPU time to fit {run['pairs']} pairs; `python benchmarks/methods.py`, "
