@@ -26,7 +26,7 @@ from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Previe
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.laws.single import add, observe, project_out
 from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
-from steerlens.steering import Run, apply, steer
+from steerlens.steering import Run, apply, clear, runs, steer
 from steerlens.version import __version__
 
 sys.modules[__name__].__class__ = Package
@@ -65,6 +65,7 @@ __all__ = [
     "add",
     "apply",
     "calibrate",
+    "clear",
     "compare",
     "diagnose",
     "evaluate",
@@ -80,6 +81,7 @@ __all__ = [
     "separation",
     "shipped",
     "shipped_texts",
+    "runs",
     "steer",
     "sweep",
     "when",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from steerlens.core import (
 )
 from steerlens.core.tables import VIEWS
 from steerlens.hosts import Dimensions, Host, host_of
+from steerlens.hosts.steered import Steered
 from steerlens.plots import plot_record
 
 
@@ -70,7 +72,26 @@ def steer(
     host = host_of(model)
     options = {"where": where, "strength": strength, "record": record, "trust": trust}
     controller = _prepare(host, controller, dtype=host.dtype, **options)
+    if any(_same(other.controller, controller) for other in runs(host)):
+        warnings.warn(
+            f"{controller!r} is attached to this model already and acts twice from now on; steerlens.runs(model) lists "
+            "what is attached, steerlens.clear(model) removes it",
+            stacklevel=2,
+        )
     return Run(host, controller, record, payload_limit, timeout_s)
+
+
+def runs(model: Any) -> list[Run]:
+    """The runs that steer a model, in the order in which they act."""
+    steered = Steered.of(host_of(model).model)
+    return [] if steered is None else [each.owner for each in steered.attached if each.owner is not None]
+
+
+def clear(model: Any) -> None:
+    """Remove everything that steers a model."""
+    steered = Steered.of(host_of(model).model)
+    for attachment in reversed([] if steered is None else steered.attached):
+        attachment.detach()
 
 
 class Apply:
@@ -150,6 +171,7 @@ class Run:
         self._removed = False
         self._pass = Pass(controller.loops, record=record, run=_free_name(host, controller))
         self._attachment = host.attach(self._pass, payload_limit=payload_limit, timeout_s=timeout_s)
+        self._attachment.owner = self
 
     @property
     def record(self) -> Record:
@@ -210,7 +232,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.remove()
+        try:
+            self.remove()
+        finally:  # an interrupt may have come just before
+            self.remove()
 
     def __repr__(self) -> str:
         state = "removed" if self._removed else "attached"
@@ -244,6 +269,11 @@ def _prepare(
     _check_fit(model, controller, trust)
     check_loops(controller.loops, model.shape, dtype)
     return controller
+
+
+def _same(a: Controller, b: Controller) -> bool:
+    """Whether two controllers do the same: fitted alike, acting at the same places with the same strength."""
+    return bool(a.recipe) and a.recipe == b.recipe and [repr(loop) for loop in a.loops] == [repr(x) for x in b.loops]
 
 
 def _check_lengths(lengths: Any) -> int | list[int]:

@@ -66,15 +66,16 @@ def compare_command(
             file=path,
         )
 
-    start = time.monotonic()
+    fresh, start = not path.exists(), time.monotonic()
     found = _resumable(run, path)
-    minutes = (time.monotonic() - start) / 60
+    # a run that went on from a file says nothing about the time that all of it took
+    took = f", {(time.monotonic() - start) / 60:.0f} min" if fresh else ""
     options: dict[str, Any] = {"pairs": pairs} if pairs else {"concept": concept}
     options |= {"budget": budget, "where": where, "seeds": seeds, "seed": seed, "model": model}
     options |= {"count": count} if count else {}
     chosen = [f"--method={name}" for name in methods] if list(methods) != list(METHODS) else []
     command = "steerlens compare " + shlex.join([*chosen, *(f"--{name}={value}" for name, value in options.items())])
-    page = f"{found.card()}\n- `{command}`, {minutes:.0f} min"
+    page = f"{found.card()}\n- `{command}`{took}"
     if write is not None:
         write_between(write, page)
     typer.echo(json.dumps(plain(found)) if as_json else page)

@@ -53,12 +53,12 @@ class Pass:
         self.record = record
         self.names: dict[Site, SiteSignals] = name_signals(self.loops, run)
         self.log = Record()
-        #: Prompt lengths of the passes inside `scoring`, with the thread that said so.
+        #: Prompt lengths of the passes inside `scoring`, with the thread that set them.
         self.scored: list[tuple[int, Any]] = []
         self.display: Display | None = None
         self.aside = Aside(self.loops)
         # what would be asked anew at every site and token
-        self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.watched, record)
+        self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.summarised, record)
         # of the present pass
         self.sequence = Sequence()
         self.positions = self.sequence.positions

@@ -35,6 +35,23 @@ def cut(store: dict[str, Any], column: int) -> None:
         ]
 
 
+def take(store: dict[str, Any], beams: Tensor, end: int) -> None:
+    """Give a beam search's record the rows of what it returns.
+
+    Args:
+        beams: The row that each token of each returned text came from, `[text step]`; -1 behind a text's end.
+        end: First column after the prompt.
+    """
+    for name, pieces in store["pieces"].items():
+        kept = []
+        for start, _, value in pieces:
+            rows = beams[:, max(start + value.shape[1] - end, 0)].to(value.device)
+            there = (rows >= 0).view(-1, *[1] * (value.ndim - 1))
+            kept.append((start, 0, torch.where(there, value[rows.clamp(min=0)], torch.nan)))
+        store["pieces"][name] = kept
+    store["moves"].clear()
+
+
 class Record(Mapping):
     """Signals of one sequence, `{"blocks.5.hook_steer_error": [batch pos], ...}`.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,9 +14,11 @@ from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.dimensions import Dimensions
+from steerlens.hosts.steered import unsteered
 
 if TYPE_CHECKING:
     from steerlens.hosts.blocks.learning import Learner
+    from steerlens.hosts.blocks.nominal import Nominal
 
 
 Found = TypeVar("Found")
@@ -29,12 +33,17 @@ class Attachment:
 
     Attributes:
         run: The pass.
+        owner: What the user holds.
     """
 
     run: Pass
+    owner: Any = None
 
     def ready(self) -> None:
         """A forward pass begins."""
+
+    def strip(self, find: Callable[[Any], Any]) -> None:
+        """Take what is of it off a deep copy of the model; `find` gives the copy of a part, or None."""
 
     @property
     def payload_bytes(self) -> int | None:
@@ -42,7 +51,15 @@ class Attachment:
         return None
 
     def detach(self) -> None:
-        """Remove every hook and edit; calling it twice is harmless."""
+        """Remove every hook and edit, also if an interrupt comes in between; calling it twice is harmless."""
+        try:
+            self._take_off()
+        except BaseException:
+            self._take_off()
+            raise
+
+    def _take_off(self) -> None:
+        """Remove what is there of it; what a first call has left undone, a second one finishes."""
         raise NotImplementedError
 
 
@@ -88,6 +105,21 @@ class Host(Dimensions):
     def signal_taken(self, name: str) -> bool:
         """Whether a hook point of this name exists already."""
         return False
+
+    def resting(self, make: Callable[[], Nominal]) -> Nominal:
+        """A nominal path that is made, and whose blocks are run, while the runs stand down."""
+        with self.unsteered():
+            nominal = make()
+        nominal.blocks = [partial(self._plainly, block) for block in nominal.blocks]
+        return nominal
+
+    def _plainly(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with self.unsteered():
+            return block(x)
+
+    def unsteered(self) -> AbstractContextManager[None]:
+        """A context in which the runs that steer the model stand down, for this thread."""
+        return unsteered(self.model)
 
     def beside(self, function: Callable[..., Found], *arguments: Any) -> Found:
         """`function(place, *arguments)` where the weights are: here, or on a server that trusts you.
@@ -191,7 +223,7 @@ class Host(Dimensions):
             given = [tokens[row] for row in chosen]
             own = [[0.0] * len(text) for text in given] if weights is None else [weights[row] for row in chosen]
             ids, mask, pooled = pad(given, own, self.device)
-            with turn_of(self.block):
+            with turn_of(self.block), self.unsteered():
                 read = self._read(ids, mask, None if weights is None else pooled, sorted(sites))
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
@@ -246,7 +278,7 @@ class Host(Dimensions):
         self.check(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
-        with turn_of(self.block):
+        with turn_of(self.block), self.unsteered():
             found = self._gradients(ids, mask, pooled, ordered, loss)
         return {
             site: gradient.reshape(len(ids), *self.shape(site)).cpu()

@@ -14,7 +14,7 @@ from steerlens.core import Display, Pass, Site
 from steerlens.hosts.base import Attachment, Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
-from steerlens.hosts.steered import Steered, Wrapped
+from steerlens.hosts.steered import Steered
 
 
 class LensHost(Host):
@@ -104,7 +104,7 @@ class LensHost(Host):
         """Take hook points of ours off again."""
         raise NotImplementedError
 
-    def wraps(self, steered: Steered) -> list[Wrapped]:
+    def wraps(self, steered: Steered) -> list[Any]:
         """What stands around the model's methods while it is steered, so that passes and generations are known."""
         raise NotImplementedError
 
@@ -271,8 +271,16 @@ class LensAttachment(Attachment):
         for seat in reversed(self._seats):
             seat.follow()
 
-    def detach(self) -> None:
-        """Take every hook and hook point off again."""
+    def strip(self, find: Callable[[Any], Any]) -> None:
+        """Hooks and hook points off a copy."""
+        for seat in self._seats:
+            seat.strip(find)
+        twin = find(self._host.model)
+        if twin is not None:
+            points = {name: find(point) for name, point in self._points.items()}
+            type(self._host)(twin).withdraw(points)
+
+    def _take_off(self) -> None:
         for seat in self._seats:
             seat.leave()
         self._host.withdraw(self._points)

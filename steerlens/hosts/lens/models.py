@@ -27,7 +27,7 @@ from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, Froze
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
 from steerlens.hosts.roles import Layout, refuse_other_kinds
-from steerlens.hosts.steered import Steered, Wrapped, unsteered
+from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
 
 try:
     from transformer_lens import HookedTransformer
@@ -128,10 +128,11 @@ class BridgeHost(LensHost):
                     return module
         return self._base
 
-    def wraps(self, steered: Steered) -> list[Wrapped]:
+    def wraps(self, steered: Steered) -> list[Any]:
         """Around the module that runs the blocks, which sees mask and cache however it was called, and `generate`."""
         entry = self._entry
         return [
+            PlainCopy(steered, self.model.original_model),
             Wrapped(entry, "forward", partial(hf_pass, steered, self._beside(entry))),
             Wrapped(self.model, "forward", partial(self._list_of_prompts, steered)),
             Wrapped(self.model, "generate", partial(_generate, steered)),
@@ -170,7 +171,7 @@ class BridgeHost(LensHost):
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
-        return hf.nominal(self._base, list(self.model.blocks), tokens)
+        return self.resting(lambda: hf.nominal(self._base, list(self.model.blocks), tokens))
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:
@@ -301,6 +302,9 @@ class HookedHost(LensHost):
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
+        return self.resting(lambda: self._nominal(tokens))
+
+    def _nominal(self, tokens: Sequence[int]) -> Nominal:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         hf.require_context(tokens)

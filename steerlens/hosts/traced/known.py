@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -55,5 +54,14 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
 
 
 class _Handle:
+    """A hook of PyTorch, as something to remove."""
+
     def __init__(self, handle: Any):
-        self.remove = partial(handle.remove)
+        self._handle = handle
+
+    def remove(self) -> None:
+        """Take it off."""
+        self._handle.remove()
+
+    def strip(self, memo: dict[int, Any]) -> None:
+        """A copy of an nnsight model has no hooks of this one."""
