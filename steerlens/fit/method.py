@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
+import torch
+
 from steerlens.core import Controller, check_where
 from steerlens.fit.card import Card
 from steerlens.fit.reading import check_concepts, check_contrast, check_option, check_paired
@@ -69,7 +71,9 @@ def method(
             _check_common(asked)
             host = bound.arguments["model"] = host_of(model)
             _check_data(name, card, data)
-            fitted = function(*bound.args, **bound.kwargs)
+            # what is made in inference mode can enter no graph, neither of a fit nor of a later steered pass
+            with torch.inference_mode(False):
+                fitted = function(*bound.args, **bound.kwargs)
             loops = [loop.replace(name=name) if loop.name == "loop" else loop for loop in fitted.loops]
             return Controller(loops, recipe(name, host, asked, found=fitted.recipe, data=data))
 

@@ -146,7 +146,11 @@ def _take_hook(point: HookPoint, hook: Any) -> None:
 
 def _has_hook(point: HookPoint, hook: Any) -> bool:
     """Whether it is still there: taking a transcoder off takes all hooks of the hook point that it has read."""
-    return any(handle.user_hook == hook and handle.hook.id in point._forward_hooks for handle in point.fwd_hooks)
+    # a loop and no generator, which every token would resume twice at every site
+    for handle in point.fwd_hooks:  # noqa: SIM110 (see above)
+        if handle.user_hook == hook and handle.hook.id in point._forward_hooks:
+            return True
+    return False
 
 
 def _take_pre_hook(module: nn.Module, hook: Any) -> None:

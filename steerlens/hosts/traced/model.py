@@ -8,6 +8,7 @@ from typing import Any
 
 import nnsight
 import torch
+from einops import rearrange
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
@@ -128,7 +129,7 @@ class TracedHost(Anatomy, Host):
         module = self.part(Site(layer, "z"))
         # a Linear keeps [out in], GPT-2's Conv1D [in out]
         weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
-        return weight.detach().unflatten(0, (self.n_heads, -1))
+        return rearrange(weight.detach(), "(head d_head) d -> head d_head d", head=self.n_heads)
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:
