@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlens.hosts.blocks.context import FixedContext
-from steerlens.hosts.blocks.nominal import Capture, Nominal
+from steerlens.hosts.blocks.nominal import Capture, Nominal, Thaw
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -92,19 +93,86 @@ def nominal(base: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int])
     Not of the whole model: logits of all tokens would take more memory than the gains.
     """
     require_context(tokens)
+    _require_own_keys(base)
     device = next(blocks[0].parameters()).device
     ids = torch.as_tensor(tokens, device=device)[None]
     with torch.inference_mode(False), torch.no_grad():
-        cache = base(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        # the tensors before the last token; appending makes new ones
-        past = [(layer.keys, layer.values) for layer in cache.layers]
+        with Capture(blocks) as whole:
+            base(input_ids=ids, use_cache=False)
+        before = base(input_ids=ids[:, :-1], use_cache=True)
+        name = "past_key_values" if getattr(before, "past_key_values", None) is not None else "cache_params"
+        cache = getattr(before, name, None)
+        if cache is None:
+            raise NotImplementedError(f"a {type(base).__name__} has no KV cache, which linearising one token needs")
+        # attention's keys are those before the last token, as appending makes new ones; other layers write in place
+        past = [layer if _is_attention(layer) else copy.deepcopy(layer) for layer in cache.layers]
+        held = [(layer.keys, layer.values) if _is_attention(layer) else None for layer in past]
         with Capture(blocks) as capture:
-            base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            base(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
+    require_one_path(capture.states(), whole.states())
+
+    def thawed(layer: int) -> Any:
+        again = copy.copy(cache)
+        again.layers = [_kept(each) if index == layer else each for index, each in enumerate(past)]
+        return again
 
     def freeze(layer: int, value: Any) -> Any:
-        return FrozenCache(*past[layer]) if value is cache else value
+        if value is not cache:
+            return value
+        kept = held[layer] if layer < len(held) else None
+        return FrozenCache(*kept) if kept is not None else Thaw(lambda: thawed(layer))
 
     return capture.nominal(freeze)
+
+
+def _kept(layer: Any) -> Any:
+    """A copy of a layer of a cache whose recurrent state is replaced where transformers overwrites it.
+
+    The state before the token stands in the graph of what comes after it.
+    """
+    again = copy.deepcopy(layer)
+    if not hasattr(again, "recurrent_states"):
+        return again
+
+    def replace(recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+        again.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+    again.update_recurrent_state = replace
+    return again
+
+
+def _is_attention(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values, and no other state."""
+    return getattr(layer, "keys", None) is not None and not hasattr(layer, "recurrent_states")
+
+
+def _require_own_keys(base: nn.Module) -> None:
+    shared = getattr(base.config.get_text_config(), "num_kv_shared_layers", 0)  # type: ignore[union-attr, operator]
+    if shared:
+        raise NotImplementedError(
+            f"the last {shared} blocks of this model use keys and values of an earlier block, so that its "
+            "linearisation is no product of the blocks' Jacobians; use a method that does not linearise"
+        )
+
+
+def require_one_path(cached: Sequence[Tensor], whole: Sequence[Tensor]) -> None:
+    """Raises RuntimeError if the last token's states in a pass with a cache are not those of a whole pass.
+
+    Some releases of libraries are wrong in one of them; a linearisation would inherit it.
+    """
+    for layer, (a, b) in enumerate(zip(cached, whole, strict=True)):
+        off = float((a - b).float().norm()) / max(float(b.float().norm()), 1e-30)
+        if not off <= _PATHS.get(a.dtype, 0.1):
+            raise RuntimeError(
+                f"the state of the last token at block {layer} has norm {float(a.float().norm()):.6g} with a KV cache "
+                f"and {float(b.float().norm()):.6g} without one, and differs by {off:.1e} of it: this library and "
+                "model compute two different things, so there is no path to linearise around"
+            )
+
+
+#: Largest relative difference, by dtype.
+_PATHS = {torch.float64: 1e-3, torch.float32: 1e-3}
 
 
 def require_context(tokens: Sequence[int]) -> None:
