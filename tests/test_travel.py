@@ -25,11 +25,16 @@ from steerlens.hosts import host_of
 from steerlens.hosts.blocks import hf
 from steerlens.testing import Case, discover_methods
 
+#: Rooms that hold no parts, and whose modules may need libraries that are not installed.
+ELSEWHERE = tuple(f"steerlens.{room}" for room in ("models", "cli", "testing", "hosts", "evaluate"))
+
 
 def parts():
     """Every law, setpoint and other part of steerlens, also those inside the methods' files."""
     for module in pkgutil.walk_packages(steerlens.__path__, "steerlens."):
-        if not module.name.startswith(("steerlens.models", "steerlens.cli", "steerlens.testing", "steerlens.hosts")):
+        if not module.name.startswith(
+            ("steerlens.models", "steerlens.cli", "steerlens.testing", "steerlens.hosts", "steerlens.evaluate")
+        ):
             importlib.import_module(module.name)
 
     def below(kind):

@@ -16,7 +16,7 @@ from torch import Tensor
 from steerlens.hosts.caches import Generation, Identity, Mark
 
 if TYPE_CHECKING:
-    from steerlens.hosts.base import Attachment
+    from steerlens.hosts.attachment import Attachment
 
 #: Attribute of a model that is steered.
 _NAME = "_steerlens"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from steerlens.core import Display, Pass, Site
-from steerlens.hosts.base import Attachment, Host
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.base import Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
 from steerlens.hosts.steered import Steered

@@ -15,7 +15,8 @@ from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
-from steerlens.hosts.base import Attachment, Found, Host, UntrustedError
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.base import Found, Host, UntrustedError
 from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Nominal
