@@ -34,14 +34,14 @@ def generate(model: object, prompt: str, controller: Controller, layer: int) -> 
     """Readings after the control and energies, of the last prompt token and each generated one."""
     with sl.steer(model, controller) as run:
         model.generate(prompt, max_new_tokens=TOKENS, do_sample=False, stop_at_eos=False, verbose=False)
-        read = run.record[f"blocks.{layer}.hook_steer_watch_feature"][0]
+        read = run.record[f"blocks.{layer}.hook_steer_observe_feature"][0]
         norms = torch.stack([value[0] for value in run.record.layers("u_norm").values()])
     chosen = slice(-TOKENS, None)
     return read[chosen], norms[:, chosen].square().sum(0)
 
 
-def judge(model: object, controller: Controller, target: sl.Target) -> dict[str, float]:
-    watching = controller + sl.watch(model, target, where="last")
+def judge(model: object, controller: Controller, target: sl.sae.Target) -> dict[str, float]:
+    watching = controller + sl.sae.observe(model, target, where="last")
     level = target.at_least[0]
     results = [generate(model, prompt, watching, target.site.layer) for prompt in PROMPTS]
     miss = torch.cat([(read - level).abs() / level for read, _ in results])
@@ -55,13 +55,13 @@ def judge(model: object, controller: Controller, target: sl.Target) -> dict[str,
     }
 
 
-def best_coefficient(model: object, target: sl.Target) -> float:
+def best_coefficient(model: object, target: sl.sae.Target) -> float:
     """The coefficient whose mean squared miss over the prompts is least, by golden section."""
     tried: dict[float, float] = {}
 
     def loss(coefficient: float) -> float:
         if coefficient not in tried:
-            controller = fixed(model, target, coefficient) + sl.watch(model, target, where="last")
+            controller = fixed(model, target, coefficient) + sl.sae.observe(model, target, where="last")
             reads = torch.cat([generate(model, prompt, controller, target.site.layer)[0] for prompt in PROMPTS])
             tried[coefficient] = float((reads - target.at_least[0]).square().mean())
         return tried[coefficient]
@@ -78,31 +78,31 @@ def best_coefficient(model: object, target: sl.Target) -> float:
     return min(tried, key=lambda coefficient: tried[coefficient])
 
 
-def fixed(model: object, target: sl.Target, coefficient: float) -> Controller:
-    recipe = sl.hold(model, target).recipe
+def fixed(model: object, target: sl.sae.Target, coefficient: float) -> Controller:
+    recipe = sl.sae.hold(model, target).recipe
     return Controller([Loop(Add(coefficient * target.setpoint.basis[0]), target.site, name="add")], recipe)
 
 
 def main() -> None:
     model, sae = smollm2(), smollm2_sae()
-    table = sl.rank_features(model, sae, sl.shipped("ocean", read="mean"))
+    table = sl.sae.rank_features(model, sae, sl.shipped("ocean", read="mean"))
     index = int(table[table.effect > 0].index[0])
-    level = sl.feature(sae, index, quantile=0.5, model=model, texts=sl.shipped("ocean").positive).at_least[0]
-    print(sl.describe(model, sae, index, sl.shipped("ocean").positive + sl.shipped("ocean").negative, top=4))
+    level = sl.sae.feature(sae, index, quantile=0.5, model=model, texts=sl.shipped("ocean").positive).at_least[0]
+    print(sl.sae.describe(model, sae, index, sl.shipped("ocean").positive + sl.shipped("ocean").negative, top=4))
     print(f"level {level:.2f}, the median of its readings where it is on\n")
-    target = sl.feature(sae, index, level=level)
-    direct = sl.feature(sae, index, level=level, along="encoder")
+    target = sl.sae.feature(sae, index, level=level)
+    direct = sl.sae.feature(sae, index, level=level, along="encoder")
     coefficient = best_coefficient(model, target)
     layer = target.site.layer
     controllers = {
-        "unsteered": sl.hold(model, target) * 0,
+        "unsteered": sl.sae.hold(model, target) * 0,
         f"fixed, {coefficient:.1f} decoder rows": fixed(model, target, coefficient),
-        f"hold, decoder row, layer {layer}": sl.hold(model, target),
-        f"hold, encoder row, layer {layer}": sl.hold(model, direct),
+        f"hold, decoder row, layer {layer}": sl.sae.hold(model, target),
+        f"hold, encoder row, layer {layer}": sl.sae.hold(model, direct),
     }
     for first in (layer - 1, layer - 3, layer - 7):
-        led = sl.lead(model, target, FIT, layers=range(first, layer + 1), progress=False)
-        controllers[f"lead, layers {first}-{layer}"] = led
+        led = sl.sae.reach(model, target, FIT, layers=range(first, layer + 1), progress=False)
+        controllers[f"reach, layers {first}-{layer}"] = led
     print(f"{'':32}{'median miss':>12}{'largest miss':>14}{'within 5 %':>12}{'energy':>10}")
     for name, controller in controllers.items():
         row = judge(model, controller, target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from steerlens import diagnose, evaluate, methods
+from steerlens import diagnose, evaluate, methods, sae
 from steerlens.control.linearization import Linearization, linearize
 from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
@@ -24,9 +24,9 @@ from steerlens.hosts.roles import roles
 from steerlens.laws.conditions import Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
+from steerlens.laws.single import add, observe, project_out
 from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
-from steerlens.sae import Feature, Target, describe, feature, hold, lead, rank_features, watch
-from steerlens.steering import Run, apply, steer
+from steerlens.steering import Run, apply, clear, runs, steer
 from steerlens.version import __version__
 
 sys.modules[__name__].__class__ = Package
@@ -37,7 +37,6 @@ __all__ = [
     "Condition",
     "Controller",
     "FactoredFeedback",
-    "Feature",
     "Feedback",
     "Field",
     "Flow",
@@ -62,30 +61,29 @@ __all__ = [
     "Signals",
     "Site",
     "Summary",
-    "Target",
     "__version__",
+    "add",
     "apply",
     "calibrate",
+    "clear",
     "compare",
-    "describe",
     "diagnose",
     "evaluate",
-    "feature",
     "gate",
-    "hold",
-    "lead",
     "linearize",
+    "observe",
+    "project_out",
     "prompt",
-    "rank_features",
     "remote",
     "roles",
+    "sae",
     "schedule",
     "separation",
     "shipped",
     "shipped_texts",
+    "runs",
     "steer",
     "sweep",
-    "watch",
     "when",
     *exported(methods),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerlens.core import (
@@ -22,7 +24,10 @@ from steerlens.core import (
     check_where,
     name_signals,
 )
+from steerlens.core.tables import VIEWS
 from steerlens.hosts import Dimensions, Host, host_of
+from steerlens.hosts.steered import Steered
+from steerlens.plots import plot_record
 
 
 def steer(
@@ -51,9 +56,9 @@ def steer(
         where: Other token positions than the controller's own, see `Loop`.
         strength: Factor on every control, as `controller * strength`.
         record: What to keep of the signals: `"scalars"` (one number per token), `"all"`, names such as
-            `("u", "error")`, or None. With None nothing is computed or hooked for recording. Otherwise, on
-            TransformerLens, all signals are hook points while the run lasts (`blocks.5.hook_steer_u`): `run_with_cache`
-            caches them and a hook may patch them.
+            `("u", "error")`, or None. Nothing else is computed. Unless it is None, all signals are hook points on
+            TransformerLens while the run lasts (`blocks.5.hook_steer_u`), computed if they have a hook:
+            `run_with_cache` caches them and a hook may patch them.
         trust: Attach although the model is not the one the controller was fitted on.
         payload_limit: Largest request in bytes that nnsight may send to a server.
         timeout_s: Longest wait for a server's result, its queue included.
@@ -61,11 +66,32 @@ def steer(
     Raises:
         TypeError: not a controller, or a model of no known library.
         ValueError: a layer, point or width the model does not have; a model other than the controller's, unless
-            `trust`; an unknown `where` or `record`. Nothing has been attached then.
+            `trust`; an unknown `where` or `record`; a law that does not return what it declares, holds a NaN, or adds
+            more than the model's dtype can hold. Nothing has been attached then.
     """
     host = host_of(model)
-    controller = _prepare(host, controller, where=where, strength=strength, record=record, trust=trust)
+    options = {"where": where, "strength": strength, "record": record, "trust": trust}
+    controller = _prepare(host, controller, dtype=host.dtype, **options)
+    if any(_same(other.controller, controller) for other in runs(host)):
+        warnings.warn(
+            f"{controller!r} is attached to this model already and acts twice from now on; steerlens.runs(model) lists "
+            "what is attached, steerlens.clear(model) removes it",
+            stacklevel=2,
+        )
     return Run(host, controller, record, payload_limit, timeout_s)
+
+
+def runs(model: Any) -> list[Run]:
+    """The runs that steer a model, in the order in which they act."""
+    steered = Steered.of(host_of(model).model)
+    return [] if steered is None else [each.owner for each in steered.attached if each.owner is not None]
+
+
+def clear(model: Any) -> None:
+    """Remove everything that steers a model."""
+    steered = Steered.of(host_of(model).model)
+    for attachment in reversed([] if steered is None else steered.attached):
+        attachment.detach()
 
 
 class Apply:
@@ -142,8 +168,10 @@ class Run:
     def __init__(self, host: Host, controller: Controller, record: Any, payload_limit: int, timeout_s: float):
         self.controller = controller
         self._host = host
+        self._removed = False
         self._pass = Pass(controller.loops, record=record, run=_free_name(host, controller))
         self._attachment = host.attach(self._pass, payload_limit=payload_limit, timeout_s=timeout_s)
+        self._attachment.owner = self
 
     @property
     def record(self) -> Record:
@@ -188,18 +216,15 @@ class Run:
     def remove(self) -> None:
         """Take the controller off; a second call does nothing."""
         self._attachment.detach()
+        self._removed = True
 
     def to_cache(self) -> Any:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
-        from steerlens.hosts.lens.models import activation_cache
-
-        return activation_cache(self.record, self._host.model, self._host.n_layers)
+        return self.record.to_cache(self._host.model)
 
     def plot(self) -> Any:
         """Tracking error and control norm by layer and token, a plotly figure."""
-        from steerlens.plots import plot_record
-
-        return plot_record(self.record)
+        return self.record.plot()
 
     def __enter__(self) -> Run:
         return self
@@ -207,10 +232,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.remove()
+        try:
+            self.remove()
+        finally:  # an interrupt may have come just before
+            self.remove()
 
     def __repr__(self) -> str:
-        return f"Run({self.controller!r} on {type(self._host.model).__name__}, {self.record!r})"
+        state = "removed" if self._removed else "attached"
+        return f"Run({self.controller!r} on {type(self._host.model).__name__}, {state}; {self.record!r})"
 
 
 def _prepare(
@@ -221,8 +250,12 @@ def _prepare(
     strength: float = 1.0,
     record: Any = "scalars",
     trust: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Controller:
-    """The controller with the options of `steer`, checked against the model; travels with `apply`."""
+    """The controller with the options of `steer`, checked against the model; travels with `apply`.
+
+    `dtype` is that of the model, if it is known.
+    """
     if not isinstance(controller, Controller):
         raise TypeError(
             f"steer() takes a Controller, it got a {type(controller).__name__}; call the method first: caa(model, data)"
@@ -234,8 +267,13 @@ def _prepare(
     if strength != 1.0:
         controller = controller * strength
     _check_fit(model, controller, trust)
-    check_loops(controller.loops, model.shape)
+    check_loops(controller.loops, model.shape, dtype)
     return controller
+
+
+def _same(a: Controller, b: Controller) -> bool:
+    """Whether two controllers do the same: fitted alike, acting at the same places with the same strength."""
+    return bool(a.recipe) and a.recipe == b.recipe and [repr(loop) for loop in a.loops] == [repr(x) for x in b.loops]
 
 
 def _check_lengths(lengths: Any) -> int | list[int]:
@@ -255,7 +293,7 @@ def _check_lengths(lengths: Any) -> int | list[int]:
 
 def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     sites = {site for loop in controller.loops for site in (loop.act, loop.sense)}
-    host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
+    host.trust(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
         host.need_parameters()
     for method, fitted in () if trust else controller.fingerprints:
@@ -277,3 +315,15 @@ def _free_name(host: Host, controller: Controller) -> str:
         # no digit right after "steer": TransformerLens would take it for a layer
         name = f"run{number}"
     return name
+
+
+def _cache(record: Record, model: Any) -> Any:
+    """See `Record.to_cache`."""
+    from steerlens.hosts.lens.models import activation_cache
+
+    known = model if hasattr(model, "cfg") else None
+    layers = [0, *(int(name.split(".")[1]) for name in record)]
+    return activation_cache(record, known, max(layers) + 1 if model is None else host_of(model).n_layers)
+
+
+VIEWS.update(plot=plot_record, cache=_cache)

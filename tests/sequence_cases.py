@@ -89,6 +89,7 @@ class Seen:
     Attributes:
         tokens: Real tokens of each row, those that it produced among them.
         prompts: Number of prompt tokens of each row.
+        controls: By site, `[batch column ...]`; empty: they are not compared.
         starts: Column of each row's first real token.
         logits: `{(row, position): [vocab]}`.
         run: The run, for its record.
@@ -128,7 +129,7 @@ def compare(seen: Seen, reference: Reference, *, produced: str = "greedy", forbi
                 assert short < 2e-4 * scale, f"row {row}: token {position} is {short:.2e} below the largest logit"
         through = len(tokens) - (prompt < len(tokens))  # the last token that is produced never enters the model
         start = seen.starts[row]
-        for site, u in controls.items():
+        for site, u in controls.items() if seen.controls else ():
             recorded = seen.controls[site][row]
             size = max(1.0, float(u.abs().max()))
             assert len(recorded) >= start + through, f"{site}: {len(recorded)} columns for {start} + {through} tokens"

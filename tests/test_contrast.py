@@ -72,3 +72,33 @@ def test_chat_messages_go_through_the_template(smol):
 def test_the_digest_tells_data_apart():
     a, b = sl.Pairs(["x"], ["y"]), sl.Pairs(["x"], ["y"], read="mean")
     assert a.digest() == sl.Pairs(["x"], ["y"]).digest() != b.digest()
+
+
+def test_strings_in_place_of_lists_are_refused():
+    with pytest.raises(TypeError, match=r"positive is a single string; give a list of texts: \['I love it'\]"):
+        sl.Pairs("I love it", "I hate it")
+    for ids in ([1.5, 2.0], torch.tensor([1.0, 2.0]), [True, False], [1, 2.5]):
+        with pytest.raises(ValueError, match="positive text 0 is"):
+            sl.Pairs([ids], [[1, 2]])
+    import numpy
+
+    assert len(sl.Pairs([list(numpy.arange(3))], [[1, 2]])) == 1
+
+
+def test_messages_that_end_with_the_user_are_read_where_an_answer_begins(host, tiny_model):
+    model = tiny_model(host)
+    tokenizer = host_of(model).tokenizer
+    before = tokenizer.chat_template
+    begun = "{% if add_generation_prompt %}w9{% endif %}"
+    tokenizer.chat_template = "{% for message in messages %}w1 {{ message['content'] }} w2 {% endfor %}" + begun
+    try:
+        chat = [[{"role": "user", "content": "w5"}]]
+        for asked, expected in ((True, [1, 5, 2, 9]), (False, [1, 5, 2])):
+            side, _ = sl.Pairs(chat, chat, generation_prompt=asked)[:1].sides(host_of(model))
+            assert side.tokens == [expected]
+            assert side.weights == [[0.0] * (len(expected) - 1) + [1.0]]
+        answered = [[*chat[0], {"role": "assistant", "content": "w6"}]]
+        assert sl.Pairs(answered, answered).sides(host_of(model))[0].tokens == [[1, 5, 2, 1, 6, 2]]
+        assert sl.Pairs(chat, chat).digest() != sl.Pairs(chat, chat, generation_prompt=False).digest()
+    finally:
+        tokenizer.chat_template = before

@@ -20,7 +20,7 @@ def test_no_host_library_is_imported():
 def test_import_is_light_beside_torch():
     """Modules, not seconds: the count cannot flicker. torch itself brings over a thousand."""
     code = "import torch, sys; before = set(sys.modules); import steerlens; print(*set(sys.modules) - before)"
-    heavy = {"pandas", "plotly", "sklearn", "scipy", "matplotlib", "rich", "typer", "IPython", "einops", "jaxtyping"}
+    heavy = {"pandas", "plotly", "sklearn", "scipy", "matplotlib", "rich", "typer", "IPython", "jaxtyping"}
     assert not heavy & {name.split(".")[0] for name in run(code).split()}
 
 

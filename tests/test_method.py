@@ -115,6 +115,11 @@ def test_mistakes_in_a_call_are_named_with_the_method(model):
         (lambda: halfway(model, PAIRS, 3), TypeError, r"halfway\(\) too many positional arguments"),
         (lambda: halfway(model, PAIRS, sing=1), TypeError, r"halfway\(\) got an unexpected keyword argument 'sing'"),
         (lambda: halfway(model, PAIRS, sign=0), ValueError, "sign=0; it is one of 1, -1"),
+        (lambda: halfway(model, PAIRS, where="first"), ValueError, "where='first'"),
+        (lambda: halfway(model, PAIRS, strength=[1.0, 0.5]), TypeError, r"strength=\[1.0, 0.5\]; it is one number"),
+        (lambda: halfway(model, PAIRS, strength=float("nan")), ValueError, "strength=nan; it must be finite"),
+        (lambda: halfway(model, PAIRS, layers="all"), TypeError, "layers='all'; give a layer's number"),
+        (lambda: halfway(model, PAIRS, layers=1.5), TypeError, "layers=1.5; give a layer's number"),
         (lambda: halfway(model, [1, 2]), TypeError, "data is a list; give steerlens.Pairs"),
         (lambda: halfway(torch.nn.Linear(2, 2), PAIRS), TypeError, "cannot steer a torch.nn"),
     ):

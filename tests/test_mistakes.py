@@ -74,9 +74,12 @@ MISTAKES = {
     ),
     "no vector": (law_of(one, signals=("a",), vectors=("a",)), r"has to be \[batch pos ...\], since it is in vectors"),
     "other shape": (law_of(lambda self, x, now: (x[..., :3], {})), r"gives a control of shape \[3\], not \[32\]"),
-    "NaN": (held(torch.tensor([float("nan")])), "holds a NaN in gain"),
-    "NaN number": (held(float("nan")), "has gain=nan; give a finite number"),
-    "infinite number in a list": (held([1.0, float("inf")]), r"has gain\[1\]=inf; give a finite number"),
+    "NaN": (
+        held(torch.tensor([float("nan")])),
+        r"resid_post\.gain holds nan; the numbers of a controller must be finite",
+    ),
+    "NaN number": (held(float("nan")), r"resid_post\.gain holds nan"),
+    "infinite number in a list": (held([1.0, float("inf")]), r"resid_post\.gain\[1\] holds inf"),
     "infinite control": (law_of(lambda self, x, now: (x + float("inf"), {})), "gives a control that is not finite"),
     "a misspelt lifetime": (law_of(lambda self, x, now: (x, now.layer)), "fails when it is tried .* AttributeError"),
     "no summary": (
@@ -170,3 +173,18 @@ def test_names_that_meet_only_when_joined_are_refused(tiny_model):
     loops = [sl.Loop(law, SITE, name="a"), sl.Loop(sl.Add(DIRECTION), SITE, name="a_b")]
     with pytest.raises(ValueError, match=r"two signals at blocks.1.hook_resid_post would be called .*a_b_u"):
         sl.steer(tiny_model("bridge"), sl.Controller(loops))
+
+
+def test_a_control_that_the_models_dtype_cannot_hold_is_refused(host, tiny_model):
+    """1e5 is infinite in float16, and the logits would be NaN."""
+    large = sl.Controller([sl.Loop(sl.Add(1e3 * torch.ones(32)), SITE, strength=100.0)])
+    words = r"the Add at blocks.1.hook_resid_post adds up to 1e\+05 to a state of zeros, and the model's torch.float16"
+    with pytest.raises(ValueError, match=words):
+        sl.steer(tiny_model(host, dtype=torch.float16), large)
+    sl.steer(tiny_model(host, dtype=torch.bfloat16), large).remove()
+
+
+def test_a_verb_for_features_takes_a_target():
+    for verb in (sl.sae.hold, sl.sae.observe):
+        with pytest.raises(TypeError, match=rf"{verb.__name__}\(\) takes a target, it got 31; make one first: feature"):
+            verb(None, 31)

@@ -92,3 +92,29 @@ def test_gradients_of_a_context_hold_no_copies_of_it():
     path.pull(0, rows)
     each = (peak(lambda: path.pull(0, rows[:16])) - peak(lambda: path.pull(0, rows[:1]))) / 15
     assert 0 < each < 4 * 400 * 32 / 2
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_in_plain_operations_is_the_attention_of_torch(mask, heads):
+    """Values and tangents, as under torch's own switch."""
+    from torch.autograd import forward_ad
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from steerlens.hosts.blocks.attention import PlainAttention
+
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(2, count, 5, 8, generator=generator) for count in (4, heads, heads)]
+    tangents = [torch.randn(side.shape, generator=generator) for side in sides]
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    options = {"is_causal": mask == "causal", "enable_gqa": heads == 2}
+    if mask in ("bool", "float"):
+        options["attn_mask"] = seen if mask == "bool" else torch.where(seen, 0.0, -torch.inf)
+    results = []
+    for context in (sdpa_kernel(SDPBackend.MATH), PlainAttention()):
+        with torch.no_grad(), context, forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(sides, tangents, strict=True)]
+            out = torch.nn.functional.scaled_dot_product_attention(*duals, **options)
+            results.append(forward_ad.unpack_dual(out))
+    assert torch.equal(results[0].primal, results[1].primal)
+    assert torch.equal(results[0].tangent, results[1].tangent)

@@ -19,6 +19,7 @@ DISTINCT = (
     *("gpt_neo", "pythia", "gptj", "mixtral", "qwen3_moe_mixed", "qwen3_next", "gemma4_kvshared", "gemma4_moe"),
     *("olmo2", "falcon_new", "falcon_alibi_seq", "bloom", "opt", "opt_postnorm", "gpt_oss_square", "deepseek_v3"),
     *("cohere", "granite", "glm4", "mpt", "llama4_text", "jamba", "falcon_h1", "lfm2", "openai_gpt", "mamba"),
+    "mamba2",
     *("gemma3_vlm", "llava", "qwen3_vl"),
 )
 #: What cannot be steered, and the words that say why.

@@ -11,6 +11,7 @@ import steerlens as sl
 from steerlens.core import Site
 from steerlens.diagnose import reach
 from steerlens.models import tiny
+from steerlens.sae import feature, hold, rank_features
 
 sae_lens = pytest.importorskip("sae_lens")
 from autoencoders import HOOK, TEXTS, autoencoder  # noqa: E402
@@ -19,7 +20,7 @@ from autoencoders import HOOK, TEXTS, autoencoder  # noqa: E402
 def _bad(case):
     """`(exception, words, call)` of each input that must be refused."""
     model, sae = tiny("llama", host="bridge"), autoencoder()
-    good = sl.feature(sae, 3, level=4.0)
+    good = feature(sae, 3, level=4.0)
     unsaid = autoencoder(metadata={})
     dead = autoencoder()
     with torch.no_grad():
@@ -34,33 +35,49 @@ def _bad(case):
         centred = autoencoder(metadata=folded)
     normalised = autoencoder("StandardSAE", normalize_activations="layer_norm")
     return {
-        "index": (IndexError, "no feature 40 in an autoencoder of 40", lambda: sl.feature(sae, 40, level=1)),
-        "twice": (ValueError, "none twice", lambda: sl.feature(sae, [1, 1], level=1)),
-        "no hook name": (ValueError, "no hook_name; say where", lambda: sl.feature(unsaid, 1, level=4)),
-        "other site": (ValueError, "leave site out", lambda: sl.feature(sae, 1, level=4, site=Site(1))),
-        "wrong hook": (ValueError, "no hook point", lambda: sl.hold(model, sl.feature(_at(9), 3, level=4))),
-        "width": (ValueError, "reads width 16", lambda: sl.hold(model, sl.feature(autoencoder(d=16), 3, level=4))),
-        "centred": (ValueError, "trained on folded", lambda: sl.hold(model, sl.feature(centred, 3, level=4))),
-        "no level": (ValueError, "say where the feature", lambda: sl.feature(sae, 3)),
-        "two levels": (ValueError, "a level or a range", lambda: sl.feature(sae, 3, level=1, at_most=2)),
-        "crossed": (ValueError, "is above at_most", lambda: sl.feature(sae, 3, at_least=5, at_most=2)),
-        "negative": (ValueError, "reads 0 or more", lambda: sl.feature(sae, 3, level=-1)),
-        "count": (ValueError, "level has 2 numbers for 1", lambda: sl.feature(sae, 3, level=[1, 2])),
-        "threshold": (ValueError, "more than its threshold", lambda: sl.feature(sae, 3, level=threshold / 2)),
-        "decoder": (ValueError, "does not rise along its decoder", lambda: sl.feature(dead, 3, level=4)),
-        "dependent": (ValueError, "cannot be moved apart", lambda: sl.feature(dead, [7, 8], level=4)),
-        "along": (ValueError, "'decoder' or 'encoder'", lambda: sl.feature(sae, 3, level=4, along="up")),
-        "quantile": (ValueError, "give model= and texts=", lambda: sl.feature(sae, 3, quantile=0.5)),
-        "transcoder": (TypeError, "reads one place and writes another", lambda: sl.feature(transcoder, 3, level=4)),
-        "no sae": (TypeError, "not an autoencoder of sae-lens", lambda: sl.feature(torch.nn.Linear(2, 2), 0, level=1)),
-        "unfolded": (ValueError, "fold its scale in", lambda: sl.feature(unfolded, 3, level=4)),
-        "bounded": (ValueError, "no state reads more than", lambda: sl.feature(normalised, 3, level=1e3)),
-        "later layer": (ValueError, "comes after the feature's", lambda: sl.lead(model, good, TEXTS, layers=[3])),
-        "price": (ValueError, "one positive price", lambda: sl.lead(model, good, TEXTS, r=-1)),
-        "lead norm": (ValueError, "affine reading", lambda: sl.lead(model, sl.feature(normalised, 3, level=1), TEXTS)),
-        "no text": (ValueError, "at least 2 tokens", lambda: sl.lead(model, good, [])),
-        "no prompt": (ValueError, "no prompts", lambda: reach(model, sl.hold(model, good), good, [])),
-        "one pair": (ValueError, "at least two texts", lambda: sl.rank_features(model, sae, sl.Pairs([[1]], [[2]]))),
+        "index": (IndexError, "no feature 40 in an autoencoder of 40", lambda: feature(sae, 40, level=1)),
+        "twice": (ValueError, "none twice", lambda: feature(sae, [1, 1], level=1)),
+        "no hook name": (ValueError, "no hook_name; say where", lambda: feature(unsaid, 1, level=4)),
+        "other site": (ValueError, "leave site out", lambda: feature(sae, 1, level=4, site=Site(1))),
+        "wrong hook": (ValueError, "no hook point", lambda: hold(model, feature(_at(9), 3, level=4))),
+        "width": (
+            ValueError,
+            "reads width 16",
+            lambda: hold(model, feature(autoencoder(d=16), 3, level=4)),
+        ),
+        "centred": (ValueError, "trained on folded", lambda: hold(model, feature(centred, 3, level=4))),
+        "no level": (ValueError, "say where the feature", lambda: feature(sae, 3)),
+        "two levels": (ValueError, "a level or a range", lambda: feature(sae, 3, level=1, at_most=2)),
+        "crossed": (ValueError, "is above at_most", lambda: feature(sae, 3, at_least=5, at_most=2)),
+        "negative": (ValueError, "reads 0 or more", lambda: feature(sae, 3, level=-1)),
+        "count": (ValueError, "level has 2 numbers for 1", lambda: feature(sae, 3, level=[1, 2])),
+        "threshold": (ValueError, "more than its threshold", lambda: feature(sae, 3, level=threshold / 2)),
+        "decoder": (ValueError, "does not rise along its decoder", lambda: feature(dead, 3, level=4)),
+        "dependent": (ValueError, "cannot be moved apart", lambda: feature(dead, [7, 8], level=4)),
+        "along": (ValueError, "'decoder' or 'encoder'", lambda: feature(sae, 3, level=4, along="up")),
+        "quantile": (ValueError, "give model= and texts=", lambda: feature(sae, 3, quantile=0.5)),
+        "transcoder": (TypeError, "reads one place and writes another", lambda: feature(transcoder, 3, level=4)),
+        "no sae": (
+            TypeError,
+            "not an autoencoder of sae-lens",
+            lambda: feature(torch.nn.Linear(2, 2), 0, level=1),
+        ),
+        "unfolded": (ValueError, "fold its scale in", lambda: feature(unfolded, 3, level=4)),
+        "bounded": (ValueError, "no state reads more than", lambda: feature(normalised, 3, level=1e3)),
+        "later layer": (ValueError, "comes after the feature's", lambda: sl.sae.reach(model, good, TEXTS, layers=[3])),
+        "price": (ValueError, "one positive price", lambda: sl.sae.reach(model, good, TEXTS, r=-1)),
+        "reach norm": (
+            ValueError,
+            "affine reading",
+            lambda: sl.sae.reach(model, feature(normalised, 3, level=1), TEXTS),
+        ),
+        "no text": (ValueError, "at least 2 tokens", lambda: sl.sae.reach(model, good, [])),
+        "no prompt": (ValueError, "no prompts", lambda: reach(model, hold(model, good), good, [])),
+        "one pair": (
+            ValueError,
+            "at least two texts",
+            lambda: rank_features(model, sae, sl.Pairs([[1]], [[2]])),
+        ),
     }[case]
 
 
@@ -70,7 +87,7 @@ def _at(layer):
 
 BAD = """index, twice, no hook name, other site, wrong hook, width, centred, no level, two levels, crossed, negative,
 count, threshold, decoder, dependent, along, quantile, transcoder, no sae, unfolded, bounded, later layer, price,
-lead norm, no text, no prompt, one pair""".replace("\n", " ").split(", ")
+reach norm, no text, no prompt, one pair""".replace("\n", " ").split(", ")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -85,15 +102,15 @@ def test_an_autoencoder_of_raw_weights_is_refused_on_a_folded_model():
     model = tiny("gpt2", host="hooked", processed=True)
     sae = autoencoder(d=model.cfg.d_model)
     with pytest.raises(ValueError, match="from_pretrained_no_processing or TransformerBridge"):
-        sl.hold(model, sl.feature(sae, 3, level=4.0))
+        hold(model, feature(sae, 3, level=4.0))
 
 
 def test_another_treatment_of_bos_is_a_warning():
     sae = autoencoder(metadata={"hook_name": HOOK, "prepend_bos": True})
     with pytest.warns(UserWarning, match="the autoencoder was trained with it"):
-        sl.hold(tiny("llama", host="bridge"), sl.feature(sae, 3, level=4.0))
+        hold(tiny("llama", host="bridge"), feature(sae, 3, level=4.0))
 
 
 @pytest.mark.parametrize("name", ["blocks.2.hook_out", "model.layers.2"])
 def test_hook_names_of_the_bridge_and_of_hugging_face_are_understood(name):
-    assert sl.feature(autoencoder(metadata={"hook_name": name}), 3, level=4.0).site == Site(2)
+    assert feature(autoencoder(metadata={"hook_name": name}), 3, level=4.0).site == Site(2)

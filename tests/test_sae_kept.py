@@ -23,7 +23,7 @@ def watching(controller):
     """The same feature read after the control."""
     (loop,) = controller.loops
     blind = Feedback(loop.law.setpoint, torch.zeros_like(loop.law.gains))
-    return controller + Controller([loop.replace(law=blind, name="watch")], controller.recipe)
+    return controller + Controller([loop.replace(law=blind, name="observe")], controller.recipe)
 
 
 def test_a_kept_controller_holds_its_feature_while_the_model_generates(smol, host, kept):
@@ -37,7 +37,7 @@ def test_a_kept_controller_holds_its_feature_while_the_model_generates(smol, hos
                 pass
         else:
             model.generate("My weekend was", max_new_tokens=24, do_sample=False, verbose=False)
-        read = run.record["blocks.15.hook_steer_watch_feature"][0]
+        read = run.record["blocks.15.hook_steer_observe_feature"][0]
     held = read[~read.isnan()]
     assert len(held) >= 24
     torch.testing.assert_close(held, torch.full_like(held, level), atol=1e-3 * level, rtol=0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,16 +18,23 @@ from travel import problems
 
 import steerlens
 from steerlens import Add, Law
-from steerlens.core import Loop, Part, Pass, Positions, Record, Site
+from steerlens.core import Companion, Loop, Now, Part, Pass, Positions, Record, Site, check_loops
 from steerlens.core.signals import SiteSignals
 from steerlens.fit.objectives import Labelled, Objective, objective
+from steerlens.hosts import host_of
 from steerlens.hosts.blocks import hf
+from steerlens.testing import Case, discover_methods
+
+#: Rooms that hold no parts, and whose modules may need libraries that are not installed.
+ELSEWHERE = tuple(f"steerlens.{room}" for room in ("models", "cli", "testing", "hosts", "evaluate"))
 
 
 def parts():
     """Every law, setpoint and other part of steerlens, also those inside the methods' files."""
     for module in pkgutil.walk_packages(steerlens.__path__, "steerlens."):
-        if not module.name.startswith(("steerlens.models", "steerlens.cli", "steerlens.testing", "steerlens.hosts")):
+        if not module.name.startswith(
+            ("steerlens.models", "steerlens.cli", "steerlens.testing", "steerlens.hosts", "steerlens.evaluate")
+        ):
             importlib.import_module(module.name)
 
     def below(kind):
@@ -39,7 +48,7 @@ def parts():
 
 
 @pytest.mark.parametrize(
-    "kind", [*parts(), Pass, Record, Loop, Site, Positions, SiteSignals], ids=lambda kind: kind.__name__
+    "kind", [*parts(), Pass, Record, Loop, Now, Site, Positions, SiteSignals], ids=lambda kind: kind.__name__
 )
 def test_what_a_controller_is_made_of_travels(kind):
     assert problems(kind) == []
@@ -144,3 +153,62 @@ class Nameless(Law):
 )
 def test_the_walk_sees_each_forbidden_construct(law, words):
     assert any(words in problem for problem in problems(law)), problems(law)
+
+
+ARRIVE = """
+import sys
+sys.modules["steerlens"] = None  # as on a server
+import torch
+from nnsight.intervention.serialization import loads
+
+arrived = loads(open(sys.argv[1], "rb").read())
+arrived["try"](arrived, torch)
+"""
+
+
+def steer_once(arrived, torch):
+    """What a server does: check the loops, scale them, and go by their sites."""
+    controller, shapes = arrived["controller"] * 0.5, arrived["shapes"]
+    arrived["check"](controller.loops, lambda site: shapes[site.point])
+    run = arrived["pass"]
+
+    class Apart(arrived["companion"]):
+        def states(self, sites):
+            return {site: torch.ones(1, 3, *shapes[site.point]) for site in sites}
+
+        def tangents(self, sites, direction, *, goes_on):
+            return self.states(sites)
+
+    run.begin((1, 3), companion=lambda kept: Apart())
+    for site in run.sites:
+        x = torch.linspace(-1, 1, 3).view(1, 3, *[1] * len(shapes[site.point])).expand(1, 3, *shapes[site.point])
+        assert torch.isfinite(run.at(site, x)).all()
+    torch.save(dict(run.log.pieces), arrived["path"])
+
+
+def test_every_methods_controller_steers_where_steerlens_is_missing(tmp_path):
+    """Sent as nnsight sends it, and received by a Python without the package: every signal is the one it is here."""
+    nnsight = pytest.importorskip("nnsight")
+    from nnsight.intervention.serialization import dumps
+
+    nnsight.register(__name__)
+    cases = [Case(method, "nnsight") for method in discover_methods()]
+    controller = sum((case.controller for case in cases[1:]), start=cases[0].controller)
+    host = host_of(cases[0].model)
+    shapes = {site.point: host.shape(site) for loop in controller.loops for site in (loop.act, loop.sense)}
+    shapes |= {summary.site.point: host.shape(summary.site) for loop in controller.loops for summary in loop.summaries}
+    luggage = {"controller": controller, "check": check_loops, "try": steer_once, "shapes": shapes}
+    luggage |= {
+        "companion": Companion,
+        "pass": Pass(controller.loops, record="all"),
+        "path": str(tmp_path / "there.pt"),
+    }
+    (tmp_path / "sent").write_bytes(dumps(luggage))
+    subprocess.run([sys.executable, "-c", ARRIVE, str(tmp_path / "sent")], check=True, cwd=tmp_path)
+    steer_once(luggage | {"path": str(tmp_path / "here.pt")}, torch)
+    here, there = (torch.load(tmp_path / name) for name in ("here.pt", "there.pt"))
+    assert len(here) > 100
+    assert set(here) == set(there)
+    for name, pieces in here.items():
+        for mine, theirs in zip(pieces, there[name], strict=True):
+            torch.testing.assert_close(theirs, mine, equal_nan=True)

@@ -31,35 +31,35 @@ print(sae.cfg.architecture(), tuple(sae.W_dec.shape), sae.cfg.metadata.hook_name
 
 # %%
 pairs = sl.shipped("ocean", read="mean")
-table = sl.rank_features(model, sae, pairs)
+table = sl.sae.rank_features(model, sae, pairs)
 table.head(5).round(2)
 
 # %%
 index = int(table[table.effect > 0].index[0])
-sl.describe(model, sae, index, pairs.positive + pairs.negative, top=6)
+sl.sae.describe(model, sae, index, pairs.positive + pairs.negative, top=6)
 
 # %% [markdown]
 # ## Add its decoder row, or hold it
 #
 # The level is a high one among the feature's own readings in the texts about the sea, the 0.8 quantile where it is on. The fixed vector is
-# scaled so that it raises the feature by exactly that much, if it was at 0. `watch` only reads: composed after a
-# controller, it reads what the controller has reached.
+# scaled so that it raises the feature by exactly that much, if it was at 0. `observe` only measures: composed after a
+# controller, it measures what the controller has reached.
 
 # %%
-target = sl.feature(sae, index, quantile=0.8, model=model, texts=pairs.positive)
+target = sl.sae.feature(sae, index, quantile=0.8, model=model, texts=pairs.positive)
 level = target.at_least[0]
-held = sl.hold(model, target)
+held = sl.sae.hold(model, target)
 row = target.setpoint.basis[0]
 added = sl.Controller([Loop(Add(row * level / float(row @ target.setpoint.sensor[0])), target.site)], held.recipe)
 
 
 def generate(controller: sl.Controller, prompt: str = "My weekend was") -> tuple[str, sl.Run]:
-    with sl.steer(model, controller + sl.watch(model, target, where="last")) as run:
+    with sl.steer(model, controller + sl.sae.observe(model, target, where="last")) as run:
         return model.generate(prompt, max_new_tokens=30, do_sample=False, verbose=False), run
 
 
 def reading(run: sl.Run) -> list[float]:
-    return run.record[f"blocks.{target.site.layer}.hook_steer_watch_feature"][0, -30:].tolist()
+    return run.record[f"blocks.{target.site.layer}.hook_steer_observe_feature"][0, -30:].tolist()
 
 
 figure = go.Figure()
@@ -89,24 +89,24 @@ figure.update_yaxes(title_text="reading (autoencoder's units)")
 prompt = "The ship sailed out on the ocean, and the waves"
 for name, aim in {
     "unsteered": None,
-    "at least 15": sl.feature(sae, index, at_least=15),
-    "off": sl.feature(sae, index, level=0),
+    "at least 15": sl.sae.feature(sae, index, at_least=15),
+    "off": sl.sae.feature(sae, index, level=0),
 }.items():
-    text, run = generate(sl.hold(model, aim) if aim else held * 0, prompt)
+    text, run = generate(sl.sae.hold(model, aim) if aim else held * 0, prompt)
     spent = run.record[f"blocks.{target.site.layer}.hook_steer_hold_u_norm"][0, -30:]
     print(f"{name}: acted on {int((spent > 0).sum())} of 30 tokens: {text}\n")
 
 # %% [markdown]
 # ## Reach it from earlier layers
 #
-# `lead` pulls the encoder row back through the blocks by gradients and lets each layer answer what it predicts the
+# `reach` pulls the encoder row back through the blocks by gradients and lets each layer answer what it predicts the
 # feature will be: the controls of least energy that reach the level, by the linear model. The last loop senses the
 # feature itself and closes what is left. Blocks are linearised at the last tokens of eight other texts.
 
 # %%
 prompts = ["My weekend was", "The committee has decided that", "When the door opened, she", "Yesterday I bought a new"]
 layer = target.site.layer
-led = sl.lead(model, target, pairs.negative[:8], layers=range(layer - 7, layer + 1), progress=False)
+led = sl.sae.reach(model, target, pairs.negative[:8], layers=range(layer - 7, layer + 1), progress=False)
 reached = sl.diagnose.reach(model, led, target, prompts)
 reached.table().round(2)
 
@@ -134,12 +134,14 @@ figure.update_yaxes(title_text="|u|^2 (squared units of the residual stream)")
 # %% [markdown]
 # ## Out of reach
 #
-# Far enough out the linear model says nothing, and the control would replace the state instead of steering it. `lead`
+# Far enough out the linear model says nothing, and the control would replace the state instead of steering it. `reach`
 # refuses a level that needs more than the norm of the residual stream, and says what is within it.
 
 # %%
 try:
-    sl.lead(model, sl.feature(sae, index, level=100 * level), pairs.negative[:8], layers=[layer], progress=False)
+    sl.sae.reach(
+        model, sl.sae.feature(sae, index, level=100 * level), pairs.negative[:8], layers=[layer], progress=False
+    )
 except ValueError as error:
     print(error)
 

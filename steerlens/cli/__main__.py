@@ -1,10 +1,12 @@
-"""The command line: `steerlens demo`, `steerlens methods`, `steerlens cite`."""
+"""The command line: `steerlens demo`, `compare`, `calibrate`, `sweep`, `methods`, `cite` and others."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import typer
+
+from steerlens.cli.measure import calibrate_command, compare_command, sweep_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Steering of language models as feedback control.")
 
@@ -15,7 +17,7 @@ def demo(
     tokens: int = typer.Option(20, help="Tokens to generate for each prompt."),
     picture: Path = typer.Option(Path("steerlens-demo.html"), help="Where to write the figure."),  # noqa: B008
 ) -> None:
-    """Steer a real model in closed loop, beside its unsteered text."""
+    """Steer a real model with CAA and A-LQR at one budget: texts, counts over twenty prompts, a figure."""
     from rich.console import Console
 
     from steerlens.cli.demo import run_demo
@@ -54,6 +56,11 @@ def cite(names: list[str] = typer.Argument(None, help="Methods; default all.")) 
         raise typer.BadParameter(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
     for name in names or known:
         typer.echo(f"{name}: {known[name].source}")
+
+
+app.command("compare")(compare_command)
+app.command("calibrate")(calibrate_command)
+app.command("sweep")(sweep_command)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS
 from steerlens.fit.method import Method, exported
 
 START, END = "<!-- methods: steerlens methods --write README.md -->", "<!-- end of methods -->"
+#: Fits that differentiate, beside the weights.
+TRUSTED = "fit if trusted, steer"
 #: What `benchmarks/methods.py` measured, in `steerlens/data`.
 MEASURED = "overhead.json"
 
@@ -32,7 +34,8 @@ def method_table() -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{table}\n\n"
-        "Derivatives: what fitting differentiates; without, a fit also runs on a server (`sl.remote`). Passes: forward "
+        "Derivatives: what fitting differentiates. Remote: a fit runs on a server (`sl.remote`), on one that trusts "
+        "you where it differentiates. Passes: forward "
         "passes at each generated token, and at a prompt where that differs. Cost: of decoding with the defaults and "
         "nothing recorded against unsteered decoding, the median over the rounds of one run and half the distance of "
         f"its quartiles, and seconds of CPU time to fit {run['pairs']} pairs; `python benchmarks/methods.py`, "
@@ -57,7 +60,7 @@ def write_table(path: Path) -> None:
 def _row(method: Method, cost: dict | None) -> list[str]:
     card, summary = method.card, method.summary
     steers = "check_runs_on_a_server" not in method.exceptions
-    fits = card.derivatives == "none"
+    fits = {"none": "fit, steer", "activations": TRUSTED, "blocks": TRUSTED}.get(card.derivatives, "steer")
     number = re.search(r"arXiv \d{4}\.\d{5}", method.source)
     passes = str(card.token_passes)
     if card.prompt_passes != card.token_passes:
@@ -68,7 +71,7 @@ def _row(method: Method, cost: dict | None) -> list[str]:
         NEEDS[card.needs] + (f", {card.also}" if card.also else ""),
         _points(card.points),
         DERIVATIVES[card.derivatives],
-        "fit, steer" if fits and steers else "steer" if steers else "no",
+        fits if steers else "no",
         passes,
         "-" if cost is None else _cost(cost),
         number[0] if number else method.source.split(".")[0],

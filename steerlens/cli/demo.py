@@ -1,7 +1,8 @@
-"""The demo: A-LQR on a real model, beside the unsteered text, with the tracking error of every layer."""
+"""The demo: A-LQR and CAA on a real model at one budget, beside its unsteered text, and how often each met the aim."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,50 +11,97 @@ import torch
 
 from steerlens.control.linearization import linearize
 from steerlens.core import Controller, Record
-from steerlens.fit.shipped import shipped
-from steerlens.methods import lqr
+from steerlens.evaluate import Generation, calibrate, generate_texts, kl
+from steerlens.fit.contrast import Pairs
+from steerlens.fit.shipped import shipped, shipped_texts
+from steerlens.hosts import host_of
+from steerlens.methods import caa, lqr
 from steerlens.models import smollm2
 from steerlens.plots import plot_record
 from steerlens.steering import steer
 
-PROMPTS = ("My weekend was", "I went to the new restaurant last night and")
-LEVELS = (0.5, 1.0, 2.0)
+#: Words by which a text is counted as about a concept; crude, but everybody can check it.
+WORDS = {
+    "anger": r"ang(er|ry)|furious|rage|fury|mad\b|shout|scream|yell|hate|outrag|temper|annoy|slam",
+    "french": r"\b(le|la|les|un|une|des|et|est|dans|je|il|elle|que|pour)\b",
+    "ocean": r"\bsea|ocean|wave|ship|sail|boat|coast|beach|shore|fish|coral|tide|island|whale|water|marine|harbo",
+    "sentiment": r"wonderful|delight|love|great|happy|beautiful|amazing|enjoy|excellent|perfect|joy|good|smil|warm",
+    "wedding": r"wedding|bride|groom|marri|bouquet|vow|church|ceremony|guest|veil|honeymoon",
+}
+#: Nats per token that each controller may move the model, on other prompts than those shown.
+BUDGET = 0.5
+PROMPTS, SHOWN = 20, 3
 
 
 def run_demo(
     console: Any, *, concept: str = "ocean", tokens: int = 20, picture: Path = Path("steerlens-demo.html")
 ) -> None:
-    """Fit, compare, tabulate and plot.
+    """Fit, calibrate, count, tabulate and plot.
 
     Args:
         console: A rich console.
         concept: Name of the shipped contrast pairs.
         tokens: Tokens to generate for each prompt.
-        picture: Where the figure is written; a PNG beside it where plotly can make one.
+        picture: Where the figure is written; a PNG beside it if plotly can make one.
+
+    Raises:
+        ValueError: a concept without a list of words to count.
     """
     from rich.table import Table
 
+    if concept not in WORDS:
+        raise ValueError(f"the demo counts words about {', '.join(WORDS)}; {concept!r} is none of them")
     console.print("Loading SmolLM2-135M-Instruct (converted on the first run, about half a minute).")
     model = smollm2()
-    pairs = shipped(concept)
-    console.print(f"Fitting A-LQR on {len(pairs)} contrast pairs about {concept!r}.")
-    plant = linearize(model, pairs.positive[:4])
-    # all texts end in a full stop, which is all that layer 0 sees of them
+    data = shipped(concept, split="dev")
+    # a text's last token is often a full stop; the mean over its tokens is about the text
+    pairs = Pairs(data.positive, data.negative, read="mean")
+    console.print(f"Fitting CAA (one layer) and A-LQR (every layer) on {len(pairs)} contrast pairs about {concept!r}.")
+    plant = linearize(model, [_whole(text) for text in pairs.positive[:4]])
     layers = range(1, model.cfg.n_layers)
-    controllers = {
-        level: lqr(model, pairs, level=level, layers=layers, linearization=plant, progress=False) for level in LEVELS
-    }
-    texts = Table("level", *PROMPTS, title="Greedy continuations, unsteered and steered", show_lines=True)
-    texts.add_row("-", *(_continue(model, prompt, tokens)[0] for prompt in PROMPTS))
-    for level, controller in controllers.items():
-        with steer(model, controller) as run:
-            continued = [_continue(model, prompt, tokens) for prompt in PROMPTS]
-            texts.add_row(f"{level:g}", *(text for text, _ in continued))
-            record, words = run.record.copy(), continued[-1][1]
-    console.print(texts)
-    console.print(_layers(Table, controller, record, level))
+    regulator = lqr(model, pairs, layers=layers, linearization=plant, progress=False)
+    controllers = {"CAA": caa(model, pairs), "A-LQR": regulator}
+    prompts = shipped_texts("prompts", split="held_out")[:PROMPTS]
+    others = shipped_texts("prompts", split="dev")[:8]
+    console.print(
+        f"Calibrating both to a KL of {BUDGET} nats per token from the unsteered model, on {len(others)} prompts."
+    )
+    written: dict[str, list[Generation]] = {"unsteered": generate_texts(model, None, prompts, max_new_tokens=tokens)}
+    for name, controller in controllers.items():
+        found = calibrate(model, controller, others, budget=kl(tokens=16) <= BUDGET, progress=False)
+        console.print(f"  {name}: {found}")
+        controllers[name] = found.controller
+        written[name] = generate_texts(model, found.controller, prompts, max_new_tokens=tokens)
+    counts = {name: sum(about(concept, text.text) for text in texts) for name, texts in written.items()}
+    shown = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))[:SHOWN]
+    title = f"Aim: texts about {concept!r}. Greedy continuations, and how many of {len(prompts)} use a word about it"
+    table = Table("", *(f"{prompts[index]} ..." for index in shown), "count", title=title, show_lines=True)
+    for name, texts in written.items():
+        cells = (" ".join(texts[index].text.split()) for index in shown)
+        table.add_row(name, *cells, f"{counts[name]} of {len(prompts)}")
+    console.print(table)
+    record, words = _recorded(model, controllers["A-LQR"], written["A-LQR"][shown[-1]])
+    console.print(_layers(Table, controllers["A-LQR"], record))
     for path in write_figure(plot_record(record, tokens=words), picture):
-        console.print(f"Tracking error and control norm by layer and token: {path}")
+        console.print(f"A-LQR's tracking error and control norm by layer and token: {path}")
+
+
+def about(concept: str, text: str) -> bool:
+    """Whether a text uses one of the words of a concept."""
+    return bool(re.search(WORDS[concept], text, re.IGNORECASE))
+
+
+def _whole(text: Any) -> str:
+    return "".join(text) if isinstance(text, tuple) else text
+
+
+def _recorded(model: Any, controller: Controller, text: Generation) -> tuple[Record, list[str]]:
+    """What the controller did while it wrote a text, and the text's tokens."""
+    host = host_of(model)
+    row = [*text.prompt, *text.completion]
+    with torch.no_grad(), steer(model, controller) as run, run.scoring(len(text.prompt)):
+        host.logits(torch.tensor([row]))
+        return run.record.copy(), [host.tokenizer.decode([token]) for token in row]
 
 
 def write_figure(figure: Any, path: Path) -> Sequence[Path]:
@@ -67,14 +115,7 @@ def write_figure(figure: Any, path: Path) -> Sequence[Path]:
     return path, image
 
 
-def _continue(model: Any, prompt: str, tokens: int) -> tuple[str, list[str]]:
-    """The continuation, and prompt and continuation as tokens."""
-    options = {"max_new_tokens": tokens, "do_sample": False, "verbose": False, "return_type": "tokens"}
-    words = model.to_str_tokens(model.generate(prompt, **options)[0])
-    return "".join(words)[len(prompt) :].strip(), words
-
-
-def _layers(table: Any, controller: Controller, record: Record, level: float) -> Any:
+def _layers(table: Any, controller: Controller, record: Record) -> Any:
     """Means over the steered tokens of one generation."""
     rows = table(
         "layer",
@@ -82,7 +123,7 @@ def _layers(table: Any, controller: Controller, record: Record, level: float) ->
         "measured",
         "error",
         "|u|",
-        title=f"Per layer at level {level:g}, means",
+        title="A-LQR per layer, means over the tokens of the last prompt",
     )
     signals = {name: record.layers(name) for name in ("projection", "error", "u_norm")}
     for loop in controller.loops:

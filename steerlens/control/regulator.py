@@ -36,6 +36,10 @@ class Weights:
         self.q = _per_layer("q", q, n_layers, zeros=not isinstance(q, (int, float)))
         self.r = _per_layer("r", r, n_layers, zeros=False)
         self.qf = _per_layer("qf", qf, 1, zeros=False)[0]
+        # only ratios matter: with the largest r as the unit, a common scale of any size stays out of float32's range
+        unit = max(self.r)
+        self.q, self.r = [weight / unit for weight in self.q], [weight / unit for weight in self.r]
+        self.qf /= unit
 
 
 class Gain:

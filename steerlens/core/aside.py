@@ -50,7 +50,7 @@ class Aside:
         earliest = min((loop.act for loop in loops), default=None)
         self._late = [summary for summary in self._own if earliest is not None and earliest < summary.site]
         #: Sites that the pass must show to `see`.
-        self.watched = {summary.site for summary in self._own}
+        self.summarised = {summary.site for summary in self._own}
         self._directions: list[Direction] = []
         self._bent: list[list[Loop]] = []  # by direction
         self._along: list[int | None] = []  # by loop

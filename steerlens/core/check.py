@@ -39,13 +39,17 @@ def check_record(record: Any, loops: Sequence[Loop]) -> None:
         )
 
 
-def check_loops(loops: Sequence[Loop], shape: Shape) -> None:
-    """Raises ValueError for a law or gate that does not keep its promises, with its class and site."""
+def check_loops(loops: Sequence[Loop], shape: Shape, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError for a law or gate that does not keep its promises, with its class and site.
+
+    Args:
+        dtype: Of the model; a control that it cannot hold is refused.
+    """
     check_numbers(loops)
     shared = {loop.group: Now() for loop in loops}
     for loop in sorted(loops, key=lambda loop: loop.act):
         law = map_tensors(loop.law, lambda tensor: tensor.detach().cpu())
-        Trial(law, f"the {type(law).__name__} at {loop.act}").run(loop, shape, shared[loop.group])
+        Trial(law, f"the {type(law).__name__} at {loop.act}").run(loop, shape, shared[loop.group], dtype)
         for gate in loop.gates:
             _check_gate(gate, loop, shape)
     taken: dict[str, Site] = {}
@@ -68,7 +72,7 @@ class Trial:
         self.law = law
         self.what = what
 
-    def run(self, loop: Loop, shape: Shape, shared: Now) -> None:
+    def run(self, loop: Loop, shape: Shape, shared: Now, held: torch.dtype | None) -> None:
         """Raises ValueError, or returns."""
         law, what = self.law, self.what
         if type(law).act is Law.act:
@@ -95,6 +99,13 @@ class Trial:
             u, _ = self._pair(_tried(lambda: law.act(torch.ones_like(zeros), apart), what, sensed))
             if not bool(torch.isfinite(u).all()):
                 raise ValueError(f"{what} gives a control that is not finite; is a gain of it too large?")
+        most = float("inf") if held is None else torch.finfo(held).max
+        size = abs(loop.strength) * float(u.abs().max())
+        if most < size < float("inf"):
+            raise ValueError(
+                f"{what} adds up to {size:.3g} to a state of zeros, and the model's {held} holds at most {most:.3g}; "
+                "steer it less"
+            )
         self._check_signals(signals, sensed)
 
     def _pair(self, returned: Any) -> tuple[Tensor, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerlens.core.hooks import Hook, forward_hooks
 from steerlens.core.law import Loop, finite
 from steerlens.core.part import Part, tensors_of
 from steerlens.core.positions import check_where
@@ -19,7 +20,8 @@ class Controller:
     """Feedback loops and their provenance. Data only: `steerlens.steer` attaches it to a model.
 
     `a + b` composes (loops at one site act in that order), `a * s` multiplies every control by `s` (`a * 0` steers
-    nothing, bit for bit), `a.at(where)` moves it to other tokens, `a.only(layers)` keeps the loops of some layers.
+    nothing, bit for bit), `-a` and `a - b` reverse controls, `a.at(where)` moves it to other tokens, `a.only(layers)`
+    keeps the loops of some layers. It can be iterated over, loop by loop.
 
     Attributes:
         loops: In the order of composition.
@@ -48,6 +50,18 @@ class Controller:
 
     __rmul__ = __mul__
 
+    def __neg__(self) -> Controller:
+        return self * -1.0
+
+    def __sub__(self, other: Controller) -> Controller:
+        return self + -other if isinstance(other, Controller) else NotImplemented
+
+    def __iter__(self) -> Iterator[Loop]:
+        return iter(self.loops)
+
+    def __len__(self) -> int:
+        return len(self.loops)
+
     def at(self, where: Any) -> Controller:
         """The same loops at other token positions; the forms of `where` are those of `Loop`."""
         check_where(where)
@@ -73,6 +87,18 @@ class Controller:
 
         return self._each(lambda loop: loop.change(move))
 
+    def fwd_hooks(self) -> list[tuple[str, Hook]]:
+        """The controller as hooks of TransformerLens: `model.run_with_hooks(tokens, fwd_hooks=controller.fwd_hooks())`.
+
+        Equal to `steer` for one forward pass over whole texts: every row begins at its first column and has no pads,
+        there is no KV cache, and nothing is recorded. `"last"` then is the last column. For everything else, `generate`
+        and batches with padding among it, use `steer`.
+
+        Raises:
+            ValueError: a loop acts at `resid_mid`, or has a gate, a summary or a tangent; hooks cannot serve it.
+        """
+        return forward_hooks(self.loops)
+
     @property
     def sites(self) -> list[Site]:
         """Where it acts, in the order of the forward pass."""
@@ -96,8 +122,9 @@ class Controller:
 
     def __repr__(self) -> str:
         method = self.recipe.get("method", "?")
-        size = f"{self.nbytes / 1e3:.0f} kB"
-        return f"Controller({method}: {len(self.loops)} loops at layers {_ranges(self.layers)}, {size})"
+        size = f"{self.nbytes} B" if self.nbytes < 1000 else f"{self.nbytes / 1e3:.0f} kB"
+        loops = f"{len(self)} loop{'s' * (len(self) != 1)} at layer{'s' * (len(self.layers) != 1)}"
+        return f"Controller({method}: {loops} {_ranges(self.layers)}, {size})"
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file: tensors, and everything else as JSON in its header.

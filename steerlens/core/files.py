@@ -198,7 +198,7 @@ class _Unpacker:
             raise ValueError(f"{what} names no class")
         if self._old:
             name = name.rpartition(".")[2]
-        kind = self._known.get(name)
+        kind: type | None = self._known.get(name)
         if kind is None:
             raise ValueError(
                 f"{what} is a {name[:60]}, which this steerlens lacks; pass your own classes as laws=[...]"

@@ -195,7 +195,7 @@ class Loop:
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """Names of what it reports besides the control: the law's signals, then those of its gates."""
+        """Names of what it reports in addition to the control: the law's signals, then those of its gates."""
         if not self.gates:
             return self.law.signals
         own = [name for names in self.measured for name in names.values()]
@@ -230,4 +230,8 @@ class Loop:
 
     def __repr__(self) -> str:
         sensed = "" if self.sense == self.act else f", sense={self.sense!r}"
-        return f"Loop({type(self.law).__name__}, {self.act!r}{sensed}, where={self.where!r}, strength={self.strength})"
+        # a mask's shape, not its numbers
+        where = f"mask {list(self.where.shape)}" if isinstance(self.where, Tensor) else repr(self.where)
+        more = [f"{name}={value!r}" for name in ("gates", "schedules") if (value := getattr(self, name))]
+        shown = ", ".join([f"where={where}", f"strength={self.strength}", *more])
+        return f"Loop({self.law!r}, {self.act!r}{sensed}, {shown})"

@@ -31,6 +31,10 @@ class Ambassador:
 class Package(ModuleType):
     """The package as a value: nnsight would send every file of it, which no server could load."""
 
+    def __dir__(self) -> list[str]:
+        """The public names, and nothing that is only used inside."""
+        return list(self.__all__)
+
     def __reduce__(self) -> tuple[Any, ...]:
         cloudpickle = sys.modules.get("cloudpickle")
         sent = cloudpickle is not None and self.__name__ in cloudpickle.list_registry_pickle_by_value()

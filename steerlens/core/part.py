@@ -23,6 +23,23 @@ class Part:
     def validate(self) -> None:
         """Raises ValueError for values that the part cannot compute with; called for every part that a file brings."""
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({shown})"
+
+
+def _shown(value: Any) -> str:
+    """A value in a repr: a tensor's shape, or a single number."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_meta:
+            return f"[{' '.join(map(str, value.shape))}]"
+        return f"{value.item():.4g}"
+    if isinstance(value, (list, tuple)):
+        shown = [_shown(entry) for entry in value[:3]] + ["..."] * (len(value) > 3)
+        inner = ", ".join(shown) + ("," if isinstance(value, tuple) and len(value) == 1 else "")
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    return repr(value)
+
 
 def map_tensors(value: Any, change: Any) -> Any:
     """A copy of a part, list, tuple or dict with `change` applied to every tensor in it; other values are shared."""

@@ -53,19 +53,19 @@ class Pass:
         self.record = record
         self.names: dict[Site, SiteSignals] = name_signals(self.loops, run)
         self.log = Record()
-        #: Prompt lengths of the passes inside `scoring`, with the thread that said so.
+        #: Prompt lengths of the passes inside `scoring`, with the thread that set them.
         self.scored: list[tuple[int, Any]] = []
         self.display: Display | None = None
         self.aside = Aside(self.loops)
         # what would be asked anew at every site and token
-        self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.watched, record)
+        self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.summarised, record)
         # of the present pass
         self.sequence = Sequence()
         self.positions = self.sequence.positions
         self._reached = _OUTSIDE
         self._observed = False
         self._selection: list[tuple[Any, bool]] = []
-        self._states: dict[Site, Tensor] = {}
+        self._states: dict[tuple[int, int], Tensor] = {}
         self._now: dict[int, Now] = {}  # by group
         self._pieces: dict[str, list[Any]] = {}
         self._age = 0
@@ -73,7 +73,7 @@ class Pass:
     @property
     def sites(self) -> list[Site]:
         """Where the host must call `at`, in the order of the forward pass."""
-        return list(self._stops)
+        return [stop.site for stop in self._stops.values()]
 
     def begin(
         self,
@@ -107,9 +107,12 @@ class Pass:
         for loop in self.loops:
             sequence.memory.setdefault(loop.group, {})
         self._observed = self.record is not None or self.display is not None
-        self._now = {group: Now({}, kept) for group, kept in sequence.memory.items()}
-        selections = [self.positions.select(where) for where in self._wheres]
-        self._selection = [(selection, _whole(selection, shape[1])) for selection in selections]
+        self._now, self._selection = {}, []
+        for group, kept in sequence.memory.items():
+            self._now[group] = Now({}, kept)
+        for where in self._wheres:
+            selection = self.positions.select(where)
+            self._selection.append((selection, _whole(selection, shape[1])))
         self._states = {}
         self._reached = (-1, -1)
         self.aside.begin(sequence, companion, alone)
@@ -163,7 +166,7 @@ class Pass:
         Raises:
             RuntimeError: a site comes twice in one pass. What is known of its tokens would be wrong.
         """
-        stop = self._stops.get(site)
+        stop = self._stops.get(site.order)
         if carrier is None:
             carrier = x
         if stop is None:
@@ -175,7 +178,7 @@ class Pass:
             )
         self._reached = stop.order
         if stop.kept:
-            self._states[site] = x
+            self._states[stop.order] = x
         if stop.summarised:
             self.aside.see(site, x)
         if not stop.actions:
@@ -216,11 +219,14 @@ class Pass:
 
     def _law(self, action: Action, seen: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """The control that a law gives for a state, times the loop's strength."""
-        law = action.law.to(seen)
-        exact = seen if seen.dtype is action.law.wide else seen.to(action.law.wide)
+        placed = action.law
+        # as `placed.to` does, without a call: every token comes by every loop
+        known = seen.dtype is placed.dtype and seen.device == placed.device
+        law = placed.copy if known else placed.to(seen)
+        exact = seen if seen.dtype is placed.wide else seen.to(placed.wide)
         # NDIF runs every request to a half-precision GPU model under autocast
-        if torch.is_autocast_enabled(action.law.kind):
-            with torch.autocast(action.law.kind, enabled=False):
+        if torch.is_autocast_enabled(placed.kind):
+            with torch.autocast(placed.kind, enabled=False):
                 u, signals = law.act(exact, now)
         else:
             u, signals = law.act(exact, now)
@@ -341,7 +347,7 @@ def _rows(value: Tensor, shape: Any, device: Any) -> Tensor:
 
 
 def _whole(selection: Any, length: int) -> bool:
-    """Whether all tokens of a pass are selected, as far as that can be told without looking at tensors."""
+    """Whether all tokens of a pass are selected, as far as that is known without looking at tensors."""
     return isinstance(selection, slice) and selection.stop - selection.start == length
 
 

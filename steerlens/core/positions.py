@@ -32,7 +32,9 @@ def check_where(where: Any) -> None:
                 f"where is a {where.dtype} tensor of {where.ndim} dimensions; a mask is bool [pos] or [batch pos]"
             )
     elif not callable(where):
-        raise TypeError(f"where={where!r}; give one of {', '.join(NAMES)}, a slice, a bool mask or a callable")
+        # not the value itself: a list of tensors fills a screen
+        shown = where if isinstance(where, (int, float)) else f"a {type(where).__name__}"
+        raise TypeError(f"where is {shown}; give one of {', '.join(NAMES)}, a slice, a bool mask or a callable")
 
 
 class Positions:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.core.tables import described, find
+
 
 def blank() -> dict[str, Any]:
     """What a sequence without columns has recorded: plain values, so that a server can send them back.
@@ -33,8 +35,27 @@ def cut(store: dict[str, Any], column: int) -> None:
         ]
 
 
+def take(store: dict[str, Any], beams: Tensor, end: int) -> None:
+    """Give a beam search's record the rows of what it returns.
+
+    Args:
+        beams: The row that each token of each returned text came from, `[text step]`; -1 behind a text's end.
+        end: First column after the prompt.
+    """
+    for name, pieces in store["pieces"].items():
+        kept = []
+        for start, _, value in pieces:
+            rows = beams[:, max(start + value.shape[1] - end, 0)].to(value.device)
+            there = (rows >= 0).view(-1, *[1] * (value.ndim - 1))
+            kept.append((start, 0, torch.where(there, value[rows.clamp(min=0)], torch.nan)))
+        store["pieces"][name] = kept
+    store["moves"].clear()
+
+
 class Record(Mapping):
     """Signals of one sequence, `{"blocks.5.hook_steer_error": [batch pos], ...}`.
+
+    A name may be short, as in an `ActivationCache`: `record["steer_error", 5]` or `record["error", 5]`.
 
     One column per token of the sequence, in its order, and one row per text: a generation's columns are the prompt and
     every generated token that went through the model, whether or not a KV cache was used, its rows those of what it
@@ -58,8 +79,8 @@ class Record(Mapping):
         """The values of each pass, by signal."""
         return self.held["now"]["pieces"]
 
-    def __getitem__(self, name: str) -> Tensor:
-        pieces, moves = self.pieces[name], self.held["now"]["moves"]
+    def __getitem__(self, name: str | tuple[str, int]) -> Tensor:
+        pieces, moves = self.pieces[find(self, name)], self.held["now"]["moves"]
         if len(pieces) == 1 and not moves:
             return pieces[0][2]
         # a pass in which no token was selected does not know a signal's shape beyond batch and position
@@ -79,9 +100,13 @@ class Record(Mapping):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __contains__(self, name: object) -> bool:
+        return name in list(self) or (isinstance(name, tuple) and _holds(self, name))
+
     def __repr__(self) -> str:
-        shapes = {tuple(self[name].shape) for name in self}
-        return f"Record({len(self)} signals, shapes {sorted(shapes)})"
+        first = next(iter(self), None)
+        size = "" if first is None else " of {} rows, {} tokens".format(*self[first].shape[:2])
+        return f"Record({len(self)} signals{size}: {described(self)})"
 
     def layers(self, signal: str) -> dict[int, Tensor]:
         """One signal by layer: `layers("error")[5]` is `record["blocks.5.hook_steer_error"]`."""
@@ -98,6 +123,48 @@ class Record(Mapping):
     def stack(self, signal: str) -> Tensor:
         """One signal over all layers that have it, `[layer batch pos ...]`."""
         return torch.stack([value.cpu() for value in self.layers(signal).values()])
+
+    def frame(self) -> Any:
+        """The signals of one number per token as a pandas DataFrame in long form: one line for each number.
+
+        Columns: `row` of the batch, `token` (column of the sequence), `layer`, `signal` (`error`, `u_norm`, ...) and
+        `value`, in the signal's unit; NaN at tokens that were not steered. Signals with more numbers per token, as `u`,
+        are left out.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from steerlens.core.tables import frame  # as for files: only the user's side needs it
+
+        return frame(self)
+
+    def plot(self, *, row: int = 0, tokens: list[str] | None = None) -> Any:
+        """Tracking error and control norm by layer and token, a plotly figure.
+
+        Args:
+            row: Of the batch.
+            tokens: Labels of the columns; default: their positions.
+
+        Raises:
+            ImportError: plotly is not installed.
+            ValueError: nothing that can be drawn was recorded.
+        """
+        from steerlens.core.tables import VIEWS
+
+        return VIEWS["plot"](self, row=row, tokens=tokens)
+
+    def to_cache(self, model: Any = None) -> Any:
+        """A TransformerLens `ActivationCache` with the same names, for `stack_activation` and the like.
+
+        Args:
+            model: The steered model, for what the cache projects on weights; without it only its layers are known.
+
+        Raises:
+            ImportError: TransformerLens is not installed.
+        """
+        from steerlens.core.tables import VIEWS
+
+        return VIEWS["cache"](self, model)
 
     def copy(self) -> Record:
         """A record that later passes do not change."""
@@ -136,6 +203,14 @@ class Record(Mapping):
         except ValueError as error:
             raise ValueError(f"{path} was not loaded: {error}") from None
         return record
+
+
+def _holds(record: Record, name: tuple[Any, ...]) -> bool:
+    try:
+        find(record, name)
+    except KeyError:
+        return False
+    return True
 
 
 def _since(moves: list[Tensor]) -> list[Tensor | None]:

@@ -7,6 +7,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,7 @@ def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+@cache
 def fields_of(kind: type) -> dict[str, Any]:
     """The attributes of a part and their types: what its constructors assign and what class bodies annotate.
 
@@ -143,9 +145,9 @@ def _shown(value: Any) -> str:
         return f"a {type(value).__name__}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, (list, tuple)) and not all(isinstance(entry, (int, float, str)) for entry in value[:4]):
-        return f"a {type(value).__name__} of {len(value)}"
-    words = repr(value[:4] if isinstance(value, (list, tuple, str)) and len(value) > 60 else value)
+    if isinstance(value, (list, tuple)) and not (len(value) < 9 and all(type(each) in (int, str) for each in value)):
+        return f"a {type(value).__name__} of {len(value)} entries"
+    words = repr(value[:60] if isinstance(value, str) else value)
     return words if len(words) <= 60 else words[:57] + "..."
 
 

@@ -22,30 +22,32 @@ class Placed:
 
     Args:
         part: As it is in the controller.
+
+    Attributes:
+        copy: The part for such a state; `dtype` and `device` are those of the state.
+        wide: The dtype to compute in; `kind` is the kind of device.
     """
 
-    __slots__ = ("_copy", "_device", "_dtype", "kind", "part", "wide")
+    __slots__ = ("copy", "device", "dtype", "kind", "part", "wide")
 
     def __init__(self, part: Part):
         self.part = part
         self.wide = torch.float32
-        self.kind = "cpu"  # of device
-        self._copy: Any = part
-        self._device: Any = None
-        self._dtype: Any = None
+        self.kind = "cpu"
+        self.copy: Any = part
+        self.device: Any = None
+        self.dtype: Any = None
 
     def to(self, x: Tensor) -> Any:
-        """The part for a state; `wide` and `kind` are then the dtype to compute in and the kind of device."""
-        if x.dtype is not self._dtype or x.device != self._device:
+        """The part for a state."""
+        if x.dtype is not self.dtype or x.device != self.device:
             self.wide = wide = wide_of(x)
             # inside generate() of HookedTransformer an ordinary .to() would leave inference tensors behind, which a
             # later forward pass with gradients could not use
             with torch.inference_mode(False):
-                self._copy = map_tensors(
-                    self.part, lambda t: t.to(x.device, wide if t.is_floating_point() else t.dtype)
-                )
-            self._device, self._dtype, self.kind = x.device, x.dtype, x.device.type
-        return self._copy
+                self.copy = map_tensors(self.part, lambda t: t.to(x.device, wide if t.is_floating_point() else t.dtype))
+            self.device, self.dtype, self.kind = x.device, x.dtype, x.device.type
+        return self.copy
 
 
 def wide_of(x: Tensor) -> torch.dtype:
@@ -58,7 +60,7 @@ class Action:
 
     Attributes:
         index: Of the loop, in the pass.
-        sense: Site whose state it needs, None for the one where it acts.
+        sense: Order of the site whose state it needs, None for the one where it acts.
         where: Index of its token positions among those of the pass.
         plain: A law and a factor, nothing else.
         shown: Its signals: name, hook name, and whether the record keeps it.
@@ -70,7 +72,7 @@ class Action:
         self.index = index
         self.loop = loop
         self.strength = loop.strength
-        self.sense = None if loop.sense == loop.act else loop.sense
+        self.sense = None if loop.sense == loop.act else loop.sense.order
         self.where = where
         self.plain = not (loop.gates or loop.schedules or loop.summary or loop.tangent)
         self.shown = shown
@@ -83,29 +85,34 @@ class Stop:
     """A site of a pass.
 
     Attributes:
+        site: Where it is.
         order: Of the site, see `Site`.
         kept: A later loop needs the state that is here.
         summarised: A summary of the prompt is made of the state that is here.
         actions: Loops that act here, in their order.
         shown: Signals of all of them together, as in `Action`; see `SiteSignals`.
-        spent: Sites whose states no loop after this site needs.
+        spent: Orders of sites whose states no loop after this site needs.
     """
 
-    __slots__ = ("actions", "kept", "order", "shown", "spent", "summarised")
+    __slots__ = ("actions", "kept", "order", "shown", "site", "spent", "summarised")
 
     def __init__(self, site: Site, *, kept: bool, summarised: bool, actions: list[Action], shown: list[Shown]):
+        self.site = site
         self.order = site.order
         self.kept = kept
         self.summarised = summarised
         self.actions = actions
         self.shown = shown
-        self.spent: list[Site] = []
+        self.spent: list[tuple[int, int]] = []
 
 
 def stops_of(
     loops: Sequence[Loop], names: dict[Site, SiteSignals], summarised: set[Site], record: Any
-) -> tuple[dict[Site, Stop], list[Any]]:
-    """What to do at each site, in the order of the forward pass, and the token positions that its actions name."""
+) -> tuple[dict[tuple[int, int], Stop], list[Any]]:
+    """What to do at each site, by its order in the forward pass, and the token positions that its actions name.
+
+    By order and not by site: a dictionary would call a site's `__hash__`, five times a layer and token.
+    """
     wheres: list[Any] = []
     sensed = {loop.sense for loop in loops if loop.sense != loop.act}
     stops = {}
@@ -118,10 +125,10 @@ def stops_of(
             if loop.act == site
         ]
         shown = [] if signals is None else _shown(signals.total, record, ())
-        stops[site] = Stop(site, kept=site in sensed, summarised=site in summarised, actions=actions, shown=shown)
+        stops[site.order] = Stop(site, kept=site in sensed, summarised=site in summarised, actions=actions, shown=shown)
     for site in sensed:
         # a long prompt's states at all layers would fill a GPU
-        stops[max(loop.act for loop in loops if loop.sense == site)].spent.append(site)
+        stops[max(loop.act.order for loop in loops if loop.sense == site)].spent.append(site.order)
     return stops, wheres
 
 

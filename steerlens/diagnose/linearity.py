@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -217,7 +218,7 @@ def _directions(given: int | Tensor, d: int, generator: torch.Generator) -> Tens
 def _median(errors: Sequence[Sequence[Tensor]]) -> Tensor:
     """Over directions and texts: `[text][layer][size direction] -> [size layer]`."""
     stacked = torch.stack([torch.stack(list(layers)) for layers in errors])
-    return stacked.permute(2, 1, 0, 3).flatten(2).median(dim=-1).values
+    return rearrange(stacked, "text layer size direction -> size layer (text direction)").median(dim=-1).values
 
 
 def _check(texts: Sequence[Text], sizes: Sequence[float], start: int, n_layers: int) -> None:

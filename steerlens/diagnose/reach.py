@@ -15,6 +15,7 @@ from steerlens.diagnose.rollout import check_followed, roll
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Nominal
 from steerlens.sae import Target
+from steerlens.sae.feature import checked
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def reach(
         ValueError: loops that it cannot follow, no loop at or before the feature, a target it has no linear model for,
             an autoencoder that does not fit the model, no prompt.
     """
-    host = target.check(model)
+    host = checked("reach", model, target)
     check_followed(controller)
     if target.site.point != "resid_post" or target.setpoint.normalise != "none":
         raise ValueError(f"reach() follows an affine reading at a resid_post; this one is at {target.site}")

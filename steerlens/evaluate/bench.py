@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
-from steerlens.evaluate.scoring import place, scored_logits
+from steerlens.evaluate.scoring import scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
-from steerlens.hosts.base import pad
+from steerlens.hosts.batches import pad
 from steerlens.steering import steer
 
 #: Token ids of a prompt and of what follows it.
@@ -205,9 +205,9 @@ class Bench:
         whole, lengths = [[*prompt, *completion] for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
         sites = arm.controller.sites
         ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], self.host.device)
-        placed = place(arm.controller, torch.tensor(lengths), ids.shape[1])
-        with torch.no_grad(), steer(self.host, placed, strength=arm.strength, record=("u_norm",)) as run:
-            self.host.logits(ids, mask)
+        with torch.no_grad(), steer(self.host, arm.controller, strength=arm.strength, record=("u_norm",)) as run:
+            with run.scoring(lengths):
+                self.host.logits(ids, mask)
             names = {site: (held.total or held.own[0])["u_norm"] for site, held in run.signals.items()}
             norms = {site: run.record[name].double().cpu() for site, name in names.items()}
         states = self.host.states(whole, sites, batch=self.batch)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
-from steerlens.core.positions import _bounds
 from steerlens.hosts import host_of
-from steerlens.hosts.base import pad
+from steerlens.hosts.batches import pad
 from steerlens.steering import steer
 
 #: From the number of a row and its scored logits `[completion+1 vocab]` to what is kept of them.
@@ -82,19 +81,5 @@ def _logits(
 ) -> Tensor:
     if controller is None:
         return host.logits(ids, mask)
-    placed = place(controller, torch.tensor(lengths), ids.shape[1])
-    with steer(host, placed, strength=strength, record=None):
+    with steer(host, controller, strength=strength, record=None) as run, run.scoring(lengths):
         return host.logits(ids, mask)
-
-
-def place(controller: Controller, prompt: Tensor, total: int) -> Controller:
-    """The controller with each `where` as a mask over rows whose prompts have the given lengths."""
-    columns = torch.arange(total)
-
-    def mask(where: Any) -> Any:
-        if not isinstance(where, (str, slice)):
-            return where
-        low, high = (torch.as_tensor(bound).expand(len(prompt)) for bound in _bounds(where, prompt))
-        return (columns >= low[:, None]) & (columns < high[:, None])
-
-    return Controller([loop.replace(where=mask(loop.where)) for loop in controller.loops], controller.recipe)

@@ -116,8 +116,9 @@ def compare(
 ) -> Evaluation:
     """Methods side by side, each at the strength at which it spends the same budget.
 
-    Strengths are chosen on every second prompt and reported on the others, as are the effects. A prompt cannot be
-    scaled: it is measured as it is, and its row shows what it spends.
+    Strengths are chosen on every second prompt and reported on the others. Effects are measured on the others' items,
+    or on all items if `prompts` are given, since no strength was chosen on them then. A prompt cannot be scaled: it is
+    measured as it is, and its row shows what it spends.
 
     Args:
         model, effect, prompts, damage, file, batch, seed, max_new_tokens, temperature, samples, progress: As for
@@ -152,7 +153,9 @@ def compare(
         for meter in ((neutral_loss(), fluency()) if damage is None else damage)
         if meter.name != budget.meter.name
     ]
-    meters = _meters(effect.half(True), [budget.meter.half(True), *costs])
+    # prompts of their own leave the items untouched by the choice of a strength
+    aim = effect.half(True) if prompts is None else effect
+    meters = _meters(aim, [budget.meter.half(True), *costs])
     chosen, held = bench.at(bench.prompts[::2]), bench.at(bench.prompts[1::2])
     if not held.prompts:
         raise ValueError("one prompt cannot be halved; give at least two")

@@ -40,8 +40,12 @@ class Pairs:
         prepend_bos: Whether strings and tuples start with the BOS token; default: as the model's library does with a
             string, so that texts are read as they will be steered (TransformerLens: `cfg.default_prepend_bos`;
             nnsight: what the tokenizer does). Chat templates bring their own, token ids are taken as they are.
+        generation_prompt: Whether messages that do not end with the assistant's are read with the beginning of its
+            answer after them, as the chat template writes it (`add_generation_prompt`): their last token then is the
+            one after which an answer is generated.
 
     Raises:
+        TypeError: a side is a single string, or a text is of another kind.
         ValueError: a side is empty, a text is empty, or `read="completion"` without completions.
     """
 
@@ -52,10 +56,15 @@ class Pairs:
         *,
         read: str | int = "last",
         prepend_bos: bool | None = None,
+        generation_prompt: bool = True,
     ):
+        for side, given in (("positive", positive), ("negative", negative)):
+            if isinstance(given, (str, bytes)):
+                raise TypeError(f"{side} is a single string; give a list of texts: [{_short(given)}]")
         self.positive, self.negative = list(positive), list(negative)
         self.read = read
         self.prepend_bos = prepend_bos
+        self.generation_prompt = generation_prompt
         for side, texts in (("positive", self.positive), ("negative", self.negative)):
             if not texts:
                 raise ValueError(f"no {side} texts; contrast needs at least one on each side")
@@ -94,7 +103,8 @@ class Pairs:
         return min(len(self.positive), len(self.negative))
 
     def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(self.positive[rows], self.negative[rows], read=self.read, prepend_bos=self.prepend_bos)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("read", "prepend_bos", "generation_prompt")}
+        return Pairs(self.positive[rows], self.negative[rows], **options)
 
     def __repr__(self) -> str:
         return f"Pairs({len(self.positive)} positive, {len(self.negative)} negative, read={self.read!r})"
@@ -106,7 +116,8 @@ class Pairs:
     def _reading(self, texts: Sequence[Text], host: Host) -> Reading:
         tokens, weights = [], []
         for index, text in enumerate(texts):
-            ids, prompt = tokenize(text, host, self.prepend_bos, split=self.read == "completion")
+            split, prompted = self.read == "completion", self.generation_prompt
+            ids, prompt = tokenize(text, host, self.prepend_bos, split=split, generation_prompt=prompted)
             if not ids:
                 raise ValueError(f"text {index} ({text!r}) has no tokens")
             tokens.append(ids)
@@ -115,12 +126,19 @@ class Pairs:
 
     def digest(self) -> str:
         """A hash of the texts and of how they are read, for a controller's recipe."""
-        plain = json.dumps([_plain(self.positive), _plain(self.negative), self.read, self.prepend_bos], sort_keys=True)
+        held = [_plain(self.positive), _plain(self.negative), self.read, self.prepend_bos]
+        plain = json.dumps(held + [False] * (not self.generation_prompt), sort_keys=True)
         return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
-def tokenize(text: Text, host: Host, prepend_bos: bool | None = None, *, split: bool = False) -> tuple[list[int], int]:
+def tokenize(
+    text: Text, host: Host, prepend_bos: bool | None = None, *, split: bool = False, generation_prompt: bool = True
+) -> tuple[list[int], int]:
     """Token ids of one text, and how many of them belong to its prompt (all, if there is no completion).
+
+    Args:
+        generation_prompt: Messages that do not end with the assistant's are followed by the beginning of its answer, as
+            they are when an answer is generated.
 
     Raises:
         ValueError: with `split`, a chat whose template writes the messages before the answer differently once the
@@ -133,19 +151,21 @@ def tokenize(text: Text, host: Host, prepend_bos: bool | None = None, *, split: 
     if isinstance(text, tuple):
         prompt, completion = text
         if isinstance(prompt, list):
-            return prompt + completion, len(prompt)
+            return [int(token) for token in prompt + completion], len(prompt)
         head = _encode(prompt, host, prepend_bos)
         whole = _encode(prompt + completion, host, prepend_bos)
         return whole, _common(head, whole)
-    if isinstance(text, Tensor) or isinstance(text[0], int):
+    if isinstance(text, Tensor) or _is_id(text[0]):
         ids = [int(token) for token in text]
         pad = getattr(tokenizer, "pad_token_id", None)
         if len(ids) > 1 and pad is not None and (ids[-1] == ids[-2] == pad or ids[0] == ids[1] == pad):
             raise ValueError(f"token ids {ids[:4]}...{ids[-4:]} carry padding ({pad}); give each text without its pads")
         return ids, len(ids)
     template = _need(tokenizer).apply_chat_template
-    ids = template(text, tokenize=True, return_dict=True)["input_ids"]
-    if text[-1]["role"] != "assistant":
+    answered = text[-1]["role"] == "assistant"
+    begun = generation_prompt and not answered
+    ids = template(text, tokenize=True, add_generation_prompt=begun, return_dict=True)["input_ids"]
+    if not answered:
         return ids, len(ids)
     if split:
         head, whole = (
@@ -191,17 +211,20 @@ def _check_text(text: Text, what: str, where: str | int) -> None:
         empty = not text
     elif isinstance(text, tuple):
         strings = all(isinstance(part, str) for part in text)
-        ids = all(isinstance(part, list) and all(isinstance(token, int) for token in part) for part in text)
+        ids = all(isinstance(part, list) and all(map(_is_id, part)) for part in text)
         if len(text) != 2 or not (strings or ids):
             raise ValueError(f"{what} is {text!r}; a tuple is (prompt, completion), two strings or two lists of ids")
         empty = not text[0] + text[1]
     elif isinstance(text, Tensor):
         if text.ndim != 1:
             raise ValueError(f"{what} is a tensor of shape {tuple(text.shape)}; give token ids of one text, [pos]")
+        if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
+            raise ValueError(f"{what} is a tensor of {text.dtype}; token ids are whole numbers")
         empty = text.numel() == 0
     elif isinstance(text, list):
         empty = not text
-        if text and not (isinstance(text[0], int) or (isinstance(text[0], dict) and "role" in text[0])):
+        messages = all(isinstance(entry, dict) and "role" in entry for entry in text)
+        if not (messages or all(map(_is_id, text))):
             raise ValueError(f"{what} is {text!r}; a list holds token ids or chat messages with role and content")
     else:
         raise TypeError(
@@ -217,6 +240,11 @@ def _check_text(text: Text, what: str, where: str | int) -> None:
         raise ValueError(
             f"{what} has no completion; read='completion' needs (prompt, completion) tuples or chat messages"
         )
+
+
+def _is_id(token: Any) -> bool:
+    """Whether it is a whole number, numpy's included."""
+    return hasattr(token, "__index__") and not isinstance(token, (bool, Tensor))
 
 
 def _encode(text: str, host: Host, prepend_bos: bool | None) -> list[int]:

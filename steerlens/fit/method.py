@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
-from steerlens.core import Controller
+import torch
+
+from steerlens.core import Controller, check_where
 from steerlens.fit.card import Card
 from steerlens.fit.reading import check_concepts, check_contrast, check_option, check_paired
 from steerlens.fit.recipe import recipe
@@ -65,9 +68,12 @@ def method(
             model, data = asked.pop("model"), asked.pop("data")
             for option, known in (options or {}).items():
                 check_option(option, asked[option], known)
+            _check_common(asked)
             host = bound.arguments["model"] = host_of(model)
             _check_data(name, card, data)
-            fitted = function(*bound.args, **bound.kwargs)
+            # what is made in inference mode can enter no graph, neither of a fit nor of a later steered pass
+            with torch.inference_mode(False):
+                fitted = function(*bound.args, **bound.kwargs)
             loops = [loop.replace(name=name) if loop.name == "loop" else loop for loop in fitted.loops]
             return Controller(loops, recipe(name, host, asked, found=fitted.recipe, data=data))
 
@@ -132,6 +138,19 @@ def check_exports(package: ModuleType) -> None:
                 f"{package.__file__} does not export {entry.name}; add the line "
                 f"from {module.__name__} import {entry.name} as {entry.name}"
             )
+
+
+def _check_common(asked: Mapping[str, Any]) -> None:
+    """Raises for token positions that do not exist, and a strength that is no finite number."""
+    if "where" in asked:
+        check_where(asked["where"])
+    strength = asked.get("strength", 1.0)
+    try:
+        number = float(strength)
+    except (TypeError, ValueError):
+        raise TypeError(f"strength={strength!r}; it is one number, a factor on the control") from None
+    if not math.isfinite(number):
+        raise ValueError(f"strength={strength!r}; it must be finite")
 
 
 def _check_data(name: str, card: Card, data: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from steerlens.fit.contrast import Pairs, Text, tokenize
+from steerlens.fit.reading import check_contrast
 from steerlens.hosts import Host
 
 #: Loss -> which texts of a pair it needs.
@@ -101,8 +102,7 @@ def labelled(data: Pairs, host: Host, sides: str) -> list[Labelled]:
         ValueError: unequal numbers of texts or two different prompts in a pair if both sides are needed; a text without
             a prompt token or without a label; a chat whose prompt is no prefix of it.
     """
-    if not isinstance(data, Pairs):
-        raise TypeError(f"data is a {type(data).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
+    check_contrast(data)
     if sides == "both":
         if len(data.positive) != len(data.negative):
             raise ValueError(f"pairs are needed; there are {len(data.positive)} and {len(data.negative)} texts")

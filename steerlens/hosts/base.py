@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.batches import pad
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.dimensions import Dimensions
+from steerlens.hosts.steered import unsteered
 
 if TYPE_CHECKING:
     from steerlens.hosts.blocks.learning import Learner
+    from steerlens.hosts.blocks.nominal import Nominal
 
 
 Found = TypeVar("Found")
@@ -21,28 +28,6 @@ Found = TypeVar("Found")
 
 class UntrustedError(NotImplementedError):
     """A server keeps requests apart from the weights."""
-
-
-class Attachment:
-    """A pass that is attached to a model; `detach` takes it off and leaves nothing behind.
-
-    Attributes:
-        run: The pass.
-    """
-
-    run: Pass
-
-    def ready(self) -> None:
-        """A forward pass begins."""
-
-    @property
-    def payload_bytes(self) -> int | None:
-        """Size of the latest request to a server, on hosts that send any."""
-        return None
-
-    def detach(self) -> None:
-        """Remove every hook and edit; calling it twice is harmless."""
-        raise NotImplementedError
 
 
 class Host(Dimensions):
@@ -55,6 +40,11 @@ class Host(Dimensions):
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None."""
+        raise NotImplementedError
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
         raise NotImplementedError
 
     @property
@@ -82,6 +72,21 @@ class Host(Dimensions):
     def signal_taken(self, name: str) -> bool:
         """Whether a hook point of this name exists already."""
         return False
+
+    def resting(self, make: Callable[[], Nominal]) -> Nominal:
+        """A nominal path that is made, and whose blocks are run, while the runs stand down."""
+        with self.unsteered():
+            nominal = make()
+        nominal.blocks = [partial(self._plainly, block) for block in nominal.blocks]
+        return nominal
+
+    def _plainly(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with self.unsteered():
+            return block(x)
+
+    def unsteered(self) -> AbstractContextManager[None]:
+        """A context in which the runs that steer the model stand down, for this thread."""
+        return unsteered(self.model)
 
     def beside(self, function: Callable[..., Found], *arguments: Any) -> Found:
         """`function(place, *arguments)` where the weights are: here, or on a server that trusts you.
@@ -177,17 +182,16 @@ class Host(Dimensions):
 
     def _rows(self, tokens: Any, weights: Any, sites: Sequence[Site], batch: int) -> list[list[Tensor]]:
         """What `_read` gives for each text, by site."""
-        self.check(sites)
+        self.trust(sites)
         longest_first = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
         rows: dict[int, list[Tensor]] = {}
         for start in range(0, len(tokens), batch):
             chosen = longest_first[start : start + batch]
             given = [tokens[row] for row in chosen]
-            if weights is None:
-                ids, mask, _ = pad(given, [[0.0] * len(text) for text in given], self.device)
-                read = self._read(ids, mask, None, sorted(sites))
-            else:
-                read = self._read(*pad(given, [weights[row] for row in chosen], self.device), sorted(sites))
+            own = [[0.0] * len(text) for text in given] if weights is None else [weights[row] for row in chosen]
+            ids, mask, pooled = pad(given, own, self.device)
+            with turn_of(self.block), self.unsteered():
+                read = self._read(ids, mask, None if weights is None else pooled, sorted(sites))
             for position, row in enumerate(chosen):
                 rows[row] = [values[position] for values in read]
         return [rows[row] for row in range(len(tokens))]
@@ -238,24 +242,12 @@ class Host(Dimensions):
         Returns:
             `{site: [text ...]}` in float32 (float64 for a float64 model), on the CPU.
         """
-        self.check(sites)
+        self.trust(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
-        found = self._gradients(ids, mask, pooled, ordered, loss)
+        with turn_of(self.block), self.unsteered():
+            found = self._gradients(ids, mask, pooled, ordered, loss)
         return {
             site: gradient.reshape(len(ids), *self.shape(site)).cpu()
             for site, gradient in zip(ordered, found, strict=True)
         }
-
-
-def pad(tokens: Any, weights: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask and pooling weights of some texts, `[text pos]` each, padded on the right."""
-    longest = max(len(row) for row in tokens)
-    ids = torch.zeros(len(tokens), longest, dtype=torch.long)
-    mask = torch.zeros(len(tokens), longest, dtype=torch.long)
-    pooled = torch.zeros(len(tokens), longest, dtype=torch.float64)
-    for row, (text, weight) in enumerate(zip(tokens, weights, strict=True)):
-        ids[row, : len(text)] = torch.as_tensor(text)
-        mask[row, : len(text)] = 1
-        pooled[row, : len(text)] = torch.as_tensor(weight, dtype=torch.float64)
-    return ids.to(device), mask.to(device), pooled.to(device)

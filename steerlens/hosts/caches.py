@@ -23,11 +23,13 @@ class Identity:
     Attributes:
         held: What each run that steers the model knows of it.
         tokens: Of the latest pass, if there is no cache.
+        end: First column after its prompt, if it is decoded beside a generation without a cache.
     """
 
     def __init__(self, tokens: Tensor | None = None):
         self.held: WeakKeyDictionary[Pass, Sequence] = WeakKeyDictionary()
         self.tokens = tokens
+        self.end: int | None = None
 
     def of(self, run: Pass, *, fresh: bool) -> Sequence:
         """The sequence as a run knows it; `fresh`: it begins."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steerlens.core.record import cut
+from steerlens.core.record import cut, take
 from steerlens.hosts.blocks import hf
 from steerlens.hosts.caches import Generation
 from steerlens.hosts.steered import Steered, Wrapped
@@ -30,7 +30,7 @@ def hf_pass(steered: Steered, beside: Callable[..., Any], inner: Callable[..., A
         identity = begin(call.pop("shape"), companion=beside(args, kwargs, call["past"]), **call)
         output = inner(*args, **kwargs)
         if call["cache"] is None:
-            made = getattr(output, "past_key_values", None)
+            made = hf.made_cache(output)
             if made is not None:
                 steered.bind(identity, made)
         return output
@@ -46,15 +46,32 @@ def hf_generations(steered: Steered, model: nn.Module) -> list[Wrapped]:
 
 def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     generation = Generation(hf.prompt_end(args, kwargs), announced=True)
+    # transformers tells which beams a text came from only in the form with all results
+    unwrap = _searches(inner, args, kwargs) and not kwargs.get("return_dict_in_generate")
+    if unwrap:
+        kwargs["return_dict_in_generate"] = True
     with steered.generating(generation):
         result = inner(*args, **kwargs)
     tokens = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
+    beams = getattr(result, "beam_indices", None)
     # of embeddings only what follows them is returned
     if isinstance(tokens, Tensor) and generation.identity is not None and kwargs.get("inputs_embeds") is None:
         for sequence in generation.identity.held.values():
             # the last token has not been through the model; speculated ones may have
             cut(sequence.store, tokens.shape[1] - 1)
-    return result
+            if isinstance(beams, Tensor) and generation.end is not None:
+                take(sequence.store, beams, generation.end)
+    return tokens if unwrap and tokens is not None else result
+
+
+def _searches(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate` is a beam search that returns plain tokens."""
+    own = getattr(getattr(inner, "__self__", None), "generation_config", None)
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    if any(getattr(config, "return_dict_in_generate", False) for config in (given or own,)):
+        return False
+    beams = kwargs.get("num_beams") or getattr(given, "num_beams", None) or getattr(own, "num_beams", None)
+    return (beams or 1) > 1
 
 
 def _prepare(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from steerlens.hosts.caches import Generation, Identity, Mark
 
 if TYPE_CHECKING:
-    from steerlens.hosts.base import Attachment
+    from steerlens.hosts.attachment import Attachment
 
 #: Attribute of a model that is steered.
 _NAME = "_steerlens"
@@ -55,10 +55,14 @@ class Wrapped:
                 owner.__dict__[self.name] = self._before
         self.around = _plainly
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = memo.get(id(self._owner()))
-        plain = getattr(type(self._owner()), self.name)
-        return self.inner if owner is None else plain.__get__(owner)
+    def strip(self, memo: dict[int, Any]) -> None:
+        """Off a copy of the object."""
+        twin = memo.get(id(self._owner()))
+        if twin is not None:
+            vars(twin).pop(self.name, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapped:
+        return self
 
 
 def _plainly(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -76,10 +80,12 @@ class Steered:
         self.attached: list[Attachment] = []
         #: See `Tap.visit`; one for all edits of an nnsight model.
         self.carried: dict[int, Tensor] = {}
+        #: What lets remote calls of an nnsight model bring records back, see `RemoteForms`.
+        self.forms: Any = None
         self.marks: WeakSet[Mark] = WeakSet()
         self.wraps: list[Any] = []
         self.lock = RLock()
-        self.resting = 0
+        self.resting = self.copying = 0
         #: Calls of a model whose pass begins in their midst.
         self.expected: list[dict[str, Any]] = []
         #: Of the pass that is running, on nnsight, whose edits begin it.
@@ -101,7 +107,8 @@ class Steered:
             steered = vars(model)[_NAME] = cls(model)
         steered.attached.append(attachment)
         if not steered.wraps:
-            steered.wraps = wraps(steered)
+            steered.wraps.append(PlainCopy(steered, model))
+            steered.wraps += wraps(steered)
         return steered
 
     def leave(self, attachment: Attachment) -> None:
@@ -183,6 +190,11 @@ class Steered:
             # of a static cache; to look at it would wait for the device
             known = next(iter(identity.held.values()), None)
             past = int(past) if known is None or not known.positions.seen else known.positions.seen
+            if past < 0:
+                raise RuntimeError(
+                    "the recurrent cache of this pass was filled before the model was steered, and does not count its "
+                    "tokens; begin with an empty one"
+                )
         end = None
         if generation is not None and own:
             if generation.end is None:
@@ -190,8 +202,11 @@ class Steered:
             end = generation.end
             mask = generation.mask if generation.announced else mask
         shown = not nested and (own or generation is None)
-        # a pass of the generation itself without a cache repeats the sequence
-        fresh = past == 0 and not (own and cache is None)
+        # a pass in a generation without a cache repeats its sequence, if that has begun
+        repeats = cache is None and generation is not None and (own or identity.end is not None)
+        if cache is None and generation is not None and not own:
+            end, identity.end = identity.end, identity.end or past + shape[1]
+        fresh = past == 0 and not repeats
         return identity, {"past": past, "mask": mask, "end": end, "shown": shown}, fresh
 
     def _identify(self, cache: Any, tokens: Tensor | None, generation: Generation | None, own: bool) -> Identity:
@@ -287,16 +302,49 @@ def unsteered(model: Any) -> Iterator[None]:
         yield
 
 
-def plain_copy(model: Any, memo: dict[int, Any], strip: Callable[[Callable[[Any], Any]], None]) -> Any:
-    """A deep copy of a steered model without what is attached to it.
+class PlainCopy:
+    """Makes deep copies of a steered model plain ones, which no run steers.
 
     Args:
-        strip: Takes hooks off the copy, given what finds the copy of a part.
+        model: The model, or a part of it that may be copied by itself.
     """
-    held = {name: vars(model).pop(name) for name in (_NAME, "__deepcopy__") if name in vars(model)}
-    try:
-        twin = copy.deepcopy(model, memo)
-    finally:
-        vars(model).update(held)
-    strip(lambda part: memo.get(id(part)))
-    return twin
+
+    def __init__(self, steered: Steered, model: Any):
+        self._steered = steered
+        self._model = weakref.ref(model)
+        vars(model)["__deepcopy__"] = self
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        """In the place of `__deepcopy__`."""
+        model, steered = self._model(), self._steered
+        with steered.lock:
+            held = {name: vars(model).pop(name) for name in (_NAME, "__deepcopy__") if name in vars(model)}
+            steered.copying += 1
+            try:
+                # not deepcopy(): a Bridge without the attribute would give that of the model inside
+                twin = copy._reconstruct(model, memo, *model.__reduce_ex__(4))  # type: ignore[attr-defined]
+            finally:
+                steered.copying -= 1
+                vars(model).update(held)
+            if steered.copying:  # a part of a model that is being copied
+                return twin
+            for attachment in steered.attached:
+                attachment.strip(lambda part: memo.get(id(part)))
+            for wrapped in steered.wraps:
+                wrapped.strip(memo)
+        return twin
+
+    def strip(self, memo: dict[int, Any]) -> None:
+        """Off a copy."""
+        twin = memo.get(id(self._model()))
+        if twin is not None:
+            vars(twin).pop("__deepcopy__", None)
+
+    def remove(self) -> None:
+        """Let copies be made as before."""
+        model = self._model()
+        if model is not None and vars(model).get("__deepcopy__") is self:
+            del vars(model)["__deepcopy__"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None

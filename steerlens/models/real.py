@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from steerlens.models.cache import cache_folder, making, seal, verify
 from steerlens.models.wrap import check_host, choose_device, wrap
 
 TERMS = "https://ai.google.dev/gemma/terms"
@@ -72,13 +72,6 @@ def gemma3(
     return wrap(host, GEMMA3.repository, model, tokenizer, processed=processed, prepend_bos=True)
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    if os.environ.get("STEERLENS_CACHE"):
-        return Path(os.environ["STEERLENS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerlens"
-
-
 def _load(folder: Path, dtype: torch.dtype, device: str | None, **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,16 +86,17 @@ def _folder(source: Source) -> Path:
     cache = cache_folder()
     done = cache / f"{source.name}-{source.sha256[:12]}"
     if done.exists():
+        verify(done)
         return done
-    cache.mkdir(parents=True, exist_ok=True)
-    # made beside its final place and renamed, so that neither a crash nor a second process leaves half a model
-    with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as work:
-        gguf = source.find(Path(work))
+    # made next to its final place and renamed, so that neither a crash nor a second process leaves half a model
+    with making(cache) as work:
+        gguf = source.find(work)
         if gguf is None:
             return _download(source)
         _check_hash(gguf, source)
-        made = Path(work) / "model"
+        made = work / "model"
         _convert(gguf, made)
+        seal(made)
         try:
             made.rename(done)
         except OSError:

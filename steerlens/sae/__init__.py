@@ -1,9 +1,9 @@
-"""Features of sparse autoencoders as setpoints: hold them, lead up to them, find them."""
+"""Features of sparse autoencoders as setpoints: hold them, reach them from earlier layers, find them."""
 
 from __future__ import annotations
 
-from steerlens.sae.feature import Target, feature, hold, watch
-from steerlens.sae.lead import lead
+from steerlens.sae.feature import Target, feature, hold, observe
+from steerlens.sae.reach import reach
 from steerlens.sae.reading import Description, describe, rank_features
 from steerlens.sae.setpoint import Feature
 
@@ -14,7 +14,7 @@ __all__ = [
     "describe",
     "feature",
     "hold",
-    "lead",
+    "observe",
     "rank_features",
-    "watch",
+    "reach",
 ]

@@ -13,6 +13,7 @@ from steerlens.core import Controller, Loop, Site
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.recipe import recipe
 from steerlens.hosts import Host, host_of
+from steerlens.laws import single
 from steerlens.laws.feedback import Feedback
 from steerlens.sae.reading import states_of
 from steerlens.sae.setpoint import Feature
@@ -89,7 +90,7 @@ def feature(
         site: Where the autoencoder was trained, if its metadata does not say.
 
     Returns:
-        A target for `hold`, `lead`, `watch` and `diagnose.reach`; its `.setpoint` works with any feedback law.
+        A target for `hold`, `reach`, `observe` and `diagnose.reach`; its `.setpoint` works with any feedback law.
 
     Raises:
         IndexError: no such feature.
@@ -190,20 +191,19 @@ def hold(model: Any, target: Target, *, where: Any = "last") -> Controller:
         several); `u`; `u_norm`.
 
     Raises:
+        TypeError: not a target.
         ValueError: the autoencoder is of another width, hook point or basis than the model.
     """
-    host = target.check(model)
+    host = checked("hold", model, target)
     law = Feedback(target.setpoint, target.setpoint.basis)
     return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
 
 
-def watch(model: Any, target: Target, *, where: Any = "all") -> Controller:
-    """Read features and do nothing: a loop with gain zero, for its signals.
+def observe(model: Any, target: Target, *, where: Any = "all") -> Controller:
+    """Measure features and do nothing: `u = 0`. As `steerlens.observe`, after a check that the autoencoder fits.
 
-        u = 0
-
-    Composed after a controller, `hold(...) + watch(...)`, it reads what the controller has reached: signals of loops at
-    one site have the loop's name, `blocks.15.hook_steer_watch_feature`.
+    Composed after a controller, `hold(...) + observe(...)`, it measures what the controller has reached: signals of
+    loops at one site have the loop's name, `blocks.15.hook_steer_observe_feature`.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -211,11 +211,18 @@ def watch(model: Any, target: Target, *, where: Any = "all") -> Controller:
         where: Token positions, see `Loop`.
 
     Raises:
-        ValueError: as for `hold`.
+        TypeError, ValueError: as for `hold`.
     """
-    host = target.check(model)
-    law = Feedback(target.setpoint, torch.zeros_like(target.setpoint.basis))
-    return Controller([Loop(law, target.site, where=where, name="watch")], recipe("watch", host, target.arguments))
+    host = checked("observe", model, target)
+    loops = single.observe(target.setpoint, target.site, where=where).loops
+    return Controller(loops, recipe("observe", host, target.arguments))
+
+
+def checked(verb: str, model: Any, target: Any) -> Host:
+    """The model's host; raises TypeError unless a target was given, and as `Target.check`."""
+    if not isinstance(target, Target):
+        raise TypeError(f"{verb}() takes a target, it got {target!r}; make one first: feature(sae, index, level=...)")
+    return target.check(model)
 
 
 def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[float], list[float]]:

@@ -23,7 +23,7 @@ class Feature(Setpoint):
     Off features read 0 but keep their pre-activation z, so that they can be raised; a feature within its range asks for
     nothing, and the others' controls do not move it. s = 1 for an autoencoder without input normalisation: then
     `x + e` reads exactly the level, in one step, however the features overlap. With normalisation, s(x + e) differs
-    from s(x), and the equation is solved by rounds, which converge while |e| is small beside |x|.
+    from s(x), and the equation is solved by rounds, which converge while |e| is small compared with |x|.
 
     Args:
         sensor: w, rows `[m d]`.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from steerlens import methods
 from steerlens.fit.method import exported
-from steerlens.testing import declarations, promises
+from steerlens.testing import declarations, promises, sequences
 from steerlens.testing.case import Case, discover_hosts, discover_methods, padding, snapshot
 from steerlens.testing.counts import Counts, count_per_token, counts_of_steering
 from steerlens.testing.memory import peak
@@ -44,7 +44,7 @@ def exceptions(method: str) -> dict[str, str]:
 
 def checks() -> list[Callable[[Case], None]]:
     """All checks that need no server."""
-    found = [*vars(promises).items(), *vars(declarations).items()]
+    found = [*vars(promises).items(), *vars(declarations).items(), *vars(sequences).items()]
     local = [function for name, function in found if name.startswith("check_")]
     return [function for function in local if function is not check_runs_on_a_server]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 #: What changes the form of a tensor and not its last dimensions' order or length, with arguments that do not name them.
@@ -29,25 +29,16 @@ class FixedContext(TorchFunctionMode):
     tensor is made, so that the result is the same whatever a family's attention does.
     """
 
-    _active: FixedContext | None = None
-
     def __init__(self) -> None:
         TorchFunctionMode.__init__(self)
         #: id of a stand-in: itself, the token's own part, and the dimension of the positions, counted from the last
         self._held: dict[int, tuple[Tensor, Tensor, int]] = {}
 
-    def __enter__(self) -> FixedContext:
-        FixedContext._active = self
-        return TorchFunctionMode.__enter__(self)
-
-    def __exit__(self, *exception: Any) -> None:
-        FixedContext._active = None
-        TorchFunctionMode.__exit__(self, *exception)
-
     @staticmethod
     def join(past: Tensor, new: Tensor, dim: int) -> Tensor:
         """The context's and the token's keys, or values, along a dimension; without a graph while a mode is active."""
-        active = FixedContext._active
+        # torch keeps function modes by thread
+        active = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, FixedContext)), None)
         past = past.expand(*(new.shape[i] if i == 0 else size for i, size in enumerate(past.shape)))
         if active is None:
             return torch.cat([past, new], dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ def differentiate(
         loss: From the logits to a scalar.
     """
     states: dict[int, Tensor] = {}
+    thread = get_ident()
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if get_ident() != thread:
+            return args, kwargs
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs
@@ -46,13 +50,16 @@ def differentiate(
 
 
 def watch(place: Place, note: Callable[[Tensor], None]) -> Any:
-    """Call `note` with the tensor at a place in every forward pass; returns the handle."""
+    """Call `note` with the tensor at a place in every forward pass of this thread; returns the handle."""
+    thread = get_ident()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note(state_of(args, kwargs))
+        if get_ident() == thread:
+            note(state_of(args, kwargs))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        note(first(output))
+        if get_ident() == thread:
+            note(first(output))
 
     module, side = place
     if side == "input":

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from steerlens.hosts.blocks.context import FixedContext
+from steerlens.hosts.blocks.graph import watch
 from steerlens.hosts.blocks.nominal import Capture, Nominal, Thaw
+from steerlens.hosts.blocks.turns import turn_of
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a call of a Hugging Face base model says of its pass: the shape of its tokens, mask and cache.
 
-    `past` is a tensor if the cache is a static one.
+    `past` is a tensor if the cache is a static one, and -1 in one if a cache does not count its tokens.
     """
     tokens = kwargs.get("input_ids")
     if tokens is None:
@@ -26,8 +28,8 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     mask = kwargs.get("attention_mask")
     if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
         mask = args[1]
-    cache = kwargs.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    past = length_of(cache)
     return {
         "shape": (tokens.shape[0], tokens.shape[1]),
         "past": past if isinstance(past, Tensor) else int(past),
@@ -36,6 +38,26 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         "cache": cache,
         "tokens": tokens,
     }
+
+
+#: Names of the cache among the arguments and in the output of a base model; Mamba's is the second.
+CACHES = ("past_key_values", "cache_params")
+
+
+def length_of(cache: Any) -> Any:
+    """How many tokens a cache holds, a number or a tensor; a tensor of -1 if only recurrent states hold them."""
+    if cache is None:
+        return 0
+    states = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "has_previous_state")]
+    if states and len(states) == len(cache.layers) and not any(hasattr(layer, "keys") for layer in states):
+        held = any(any(layer.has_previous_state.values()) for layer in states)
+        return torch.tensor(-1) if held else 0
+    return cache.get_seq_length()
+
+
+def made_cache(output: Any) -> Any:
+    """The cache in the output of a base model, None if there is none."""
+    return next((getattr(output, name) for name in CACHES if getattr(output, name, None) is not None), None)
 
 
 def plain_mask(mask: Any) -> Tensor | None:
@@ -96,12 +118,11 @@ def nominal(base: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int])
     _require_own_keys(base)
     device = next(blocks[0].parameters()).device
     ids = torch.as_tensor(tokens, device=device)[None]
-    with torch.inference_mode(False), torch.no_grad():
-        with Capture(blocks) as whole:
-            base(input_ids=ids, use_cache=False)
+    with turn_of(blocks[0]), torch.inference_mode(False), torch.no_grad():
+        whole = _whole_path(base, blocks, ids)
         before = base(input_ids=ids[:, :-1], use_cache=True)
-        name = "past_key_values" if getattr(before, "past_key_values", None) is not None else "cache_params"
-        cache = getattr(before, name, None)
+        cache = made_cache(before)
+        name = next((name for name in CACHES if getattr(before, name, None) is not None), "")
         if cache is None:
             raise NotImplementedError(f"a {type(base).__name__} has no KV cache, which linearising one token needs")
         # attention's keys are those before the last token, as appending makes new ones; other layers write in place
@@ -109,7 +130,7 @@ def nominal(base: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int])
         held = [(layer.keys, layer.values) if _is_attention(layer) else None for layer in past]
         with Capture(blocks) as capture:
             base(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
-    require_one_path(capture.states(), whole.states())
+    require_one_path(capture.states(), whole)
 
     def thawed(layer: int) -> Any:
         again = copy.copy(cache)
@@ -139,12 +160,43 @@ def _kept(layer: Any) -> Any:
         return recurrent_states
 
     again.update_recurrent_state = replace
+    for index, state in again.recurrent_states.items():
+        if state is not None:
+            again.recurrent_states[index] = state.as_subclass(_Unwritten)
     return again
+
+
+class _Unwritten(Tensor):
+    """A state that Mamba's step leaves as it was: it would overwrite what the gradient needs, and reads it no more."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and isinstance(args[0], cls):
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def _is_attention(layer: Any) -> bool:
     """Whether a layer of a cache holds keys and values, and no other state."""
     return getattr(layer, "keys", None) is not None and not hasattr(layer, "recurrent_states")
+
+
+def _whole_path(base: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> list[Tensor]:
+    """The last token's states in a pass without a cache, no more of it held."""
+    states: list[Tensor] = []
+
+    def note(x: Tensor) -> None:
+        states.append(x[0, -1].clone())
+
+    handles = [watch((block, "input"), note) for block in blocks]
+    handles.append(watch((blocks[-1], "output"), note))
+    try:
+        base(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
 
 
 def _require_own_keys(base: nn.Module) -> None:
@@ -163,11 +215,12 @@ def require_one_path(cached: Sequence[Tensor], whole: Sequence[Tensor]) -> None:
     """
     for layer, (a, b) in enumerate(zip(cached, whole, strict=True)):
         off = float((a - b).float().norm()) / max(float(b.float().norm()), 1e-30)
-        if not off <= _PATHS.get(a.dtype, 0.1):
+        if off > _PATHS.get(a.dtype, 0.1):  # what is not finite is told elsewhere
             raise RuntimeError(
                 f"the state of the last token at block {layer} has norm {float(a.float().norm()):.6g} with a KV cache "
                 f"and {float(b.float().norm()):.6g} without one, and differs by {off:.1e} of it: this library and "
-                "model compute two different things, so there is no path to linearise around"
+                "model compute two different things, so there is no path to linearise around. If a controller is "
+                "attached, linearise the model before"
             )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from steerlens.core import Direction, Site
-from steerlens.hosts.base import pad
+from steerlens.hosts.batches import pad
 from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, everywhere, named_parameters
+from steerlens.hosts.blocks.turns import turn_of
 
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
 #: Llama's and Gemma's token embedding, GPT-2's of tokens and of positions.
@@ -43,6 +44,7 @@ class Learner:
         self.aside = aside
         self.spots = spots
         self.device = next(model.parameters()).device
+        self.turn = turn_of(next(part for part in self.base.modules() if isinstance(part, nn.ModuleList))[0])
 
     def gradient(
         self, losses: Iterable[Callable[[Logits], Tensor]], layer: int, embedding: str | None
@@ -73,7 +75,7 @@ class Learner:
             return functional_call(self.model, changed, (), call, tie_weights=False).logits
 
         total: dict[str, Tensor] = {}
-        with self.aside(), torch.inference_mode(False), torch.enable_grad():
+        with self.turn, self.aside(), torch.inference_mode(False), torch.enable_grad():
             for loss in losses:
                 gradients = torch.autograd.grad(loss(logits), list(leaves.values()), allow_unused=True)
                 for name, gradient in zip(leaves, gradients, strict=True):
@@ -112,7 +114,9 @@ class Learner:
             ids, mask, pooled = pad(tokens[chosen], weights[chosen], self.device)
             call = {"input_ids": ids, "attention_mask": mask}
             companion = BaseCompanion(self.base, self.aside, self.spots, (), call, 0, {})
-            for site, value in companion.tangents(sites, direction, goes_on=False).items():
+            with self.turn:
+                found = companion.tangents(sites, direction, goes_on=False)
+            for site, value in found.items():
                 rows[site].append(pool(value, pooled).cpu())
         return {site: torch.cat(values) for site, values in rows.items()}
 

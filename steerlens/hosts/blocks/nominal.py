@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steerlens.hosts.blocks.attention import PlainAttention
 from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.readout import Readout
+from steerlens.hosts.blocks.turns import turn_of
 
 #: Floats that gradients may take together in a narrow model, 8 MB.
 SMALL = 1 << 21
@@ -29,9 +32,18 @@ class Nominal:
         states: `x[t]`, `[d]` each, one more than there are blocks.
         room: Most floats that a gradient needs at once on its way back through a block; it decides how many go
             together.
+        turn: Held while a block runs, see `turn_of`.
     """
 
-    def __init__(self, blocks: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor], *, room: int = 1):
+    def __init__(
+        self,
+        blocks: Sequence[Callable[[Tensor], Tensor]],
+        states: Sequence[Tensor],
+        *,
+        room: int = 1,
+        turn: Any = None,
+    ):
+        self._turn = nullcontext() if turn is None else turn
         self.blocks = list(blocks)
         self.states = list(states)
         self.room = room
@@ -99,7 +111,7 @@ class Nominal:
     def _replay(self, t: int) -> tuple[Tensor, Tensor]:
         """A block's input and output, `[1 d]` each, with the graph between them."""
         x = self.states[t].detach().clone()[None].requires_grad_()
-        with FixedContext():
+        with self._turn, FixedContext():
             return x, self.blocks[t](x)
 
     def _replay_open(self, t: int) -> tuple[Tensor, Tensor, Readout | None]:
@@ -115,13 +127,10 @@ class Nominal:
 
 def _differentiable() -> ExitStack:
     """Gradients on, and attention in plain operations, whose gradient can be batched and differentiated again."""
-    # not at the top: pickle does not find this enumeration by its name, so no code that travels may hold it
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     stack = ExitStack()
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.enable_grad())
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.enter_context(PlainAttention())
     return stack
 
 
@@ -153,6 +162,7 @@ class Capture:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __enter__(self) -> Capture:
+        self._thread = get_ident()
         self._handles = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in self.modules]
         self._handles.append(self.modules[-1].register_forward_hook(self._finish))
         return self
@@ -162,10 +172,12 @@ class Capture:
             handle.remove()
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append((args, dict(kwargs)))
+        if get_ident() == self._thread:  # another thread may run the same model meanwhile
+            self.calls.append((args, dict(kwargs)))
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.final = first(output)
+        if get_ident() == self._thread:
+            self.final = first(output)
 
     def nominal(self, freeze: Callable[[int, Any], Any]) -> Nominal:
         """The captured pass over one token as a `Nominal`.
@@ -178,7 +190,8 @@ class Capture:
             raise RuntimeError(f"the model ran {len(self.calls)} of its {len(self.modules)} blocks in one pass")
         blocks = [self._block(layer, freeze) for layer in range(len(self.modules))]
         states = self.states()
-        return Nominal(blocks, states, room=self._room(states[0].shape[-1]))
+        room = self._room(states[0].shape[-1])
+        return Nominal(blocks, states, room=room, turn=turn_of(self.modules[0]))
 
     def states(self) -> list[Tensor]:
         """The last token's state before each block and after the last, `[d]` each."""

@@ -13,7 +13,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from steerlens.core import Companion, Direction, Site
+from steerlens.hosts.blocks.attention import PlainAttention
 from steerlens.hosts.blocks.graph import watch
+from steerlens.hosts.blocks.turns import forward_mode_turn
 
 #: A module, whether the state is its `"input"` or its `"output"`, into how many heads it is to be split (0: none), and
 #: by what it is to be multiplied.
@@ -61,9 +63,6 @@ class BaseCompanion(Companion):
 
         For a central difference the states on both sides of the step come from two passes with KV caches of their own.
         """
-        # not at the top: pickle does not find this enumeration by its name, so no code that travels may hold it
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
         key = id(direction.values[0])
         if self.past == 0:
             self.kept[key] = Tracks()
@@ -73,10 +72,10 @@ class BaseCompanion(Companion):
                 "steered, or at positions that `where` leaves out; begin with an empty KV cache"
             )
         tracks = self.kept[key].sides
-        with self.aside(), torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with self.aside(), torch.inference_mode(False), torch.no_grad(), PlainAttention():
             along = self._along(direction)
             if not direction.step:
-                with forward_ad.dual_level():
+                with forward_mode_turn(), forward_ad.dual_level():
                     changed = _at_places((names, forward_ad.make_dual(at, value)) for names, at, value in along)
                     found = self._run(sites, changed, tracks[0] if goes_on else None)
                     return {site: _tangent(value) for site, value in found.items()}

@@ -63,7 +63,7 @@ def _check(
         pre, attn, mlp, post = (states[site] for site in block)
         largest = max(float(x.float().norm(dim=-1).max()) for x in (pre, attn, mlp, post))
         off = float((pre + attn + mlp - post).float().norm(dim=-1).max()) / max(largest, 1e-30)
-        if not off <= _TOLERANCES.get(post.dtype, 5e-2):
+        if off > _TOLERANCES.get(post.dtype, 5e-2):  # what is not finite is told elsewhere
             layer = block[0].layer
             found[layer] = (
                 f"in block {layer}, a {layouts[layer].kind}, resid_pre + attn_out + mlp_out is off resid_post by "

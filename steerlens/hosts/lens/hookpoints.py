@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from steerlens.core import Display, Pass, Site
-from steerlens.hosts.base import Attachment, Host
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.base import Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
-from steerlens.hosts.steered import Steered, Wrapped
+from steerlens.hosts.steered import Steered
 
 
 class LensHost(Host):
@@ -41,6 +43,11 @@ class LensHost(Host):
     def prepends_bos(self) -> bool:
         """TransformerLens's own setting, True unless changed, whatever the tokenizer was made to do."""
         return bool(self.model.cfg.default_prepend_bos)
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+        return self.model.blocks[0]
 
     @property
     def _weight(self) -> Tensor:
@@ -98,7 +105,7 @@ class LensHost(Host):
         """Take hook points of ours off again."""
         raise NotImplementedError
 
-    def wraps(self, steered: Steered) -> list[Wrapped]:
+    def wraps(self, steered: Steered) -> list[Any]:
         """What stands around the model's methods while it is steered, so that passes and generations are known."""
         raise NotImplementedError
 
@@ -130,9 +137,12 @@ class LensHost(Host):
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         found: dict[Site, Tensor] = {}
 
+        thread = get_ident()
+
         def keep(site: Site) -> Change:
             def note(x: Tensor) -> None:
-                found[site] = pool(x.detach(), weights).cpu()
+                if get_ident() == thread:  # another thread may run the model meanwhile
+                    found[site] = pool(x.detach(), weights).cpu()
 
             return note
 
@@ -262,8 +272,16 @@ class LensAttachment(Attachment):
         for seat in reversed(self._seats):
             seat.follow()
 
-    def detach(self) -> None:
-        """Take every hook and hook point off again."""
+    def strip(self, find: Callable[[Any], Any]) -> None:
+        """Hooks and hook points off a copy."""
+        for seat in self._seats:
+            seat.strip(find)
+        twin = find(self._host.model)
+        if twin is not None:
+            points = {name: find(point) for name, point in self._points.items()}
+            type(self._host)(twin).withdraw(points)
+
+    def _take_off(self) -> None:
         for seat in self._seats:
             seat.leave()
         self._host.withdraw(self._points)

@@ -21,13 +21,14 @@ from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather
 from steerlens.hosts.blocks.selfcheck import doubts_about
+from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.caches import Generation
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
 from steerlens.hosts.roles import Layout, refuse_other_kinds
-from steerlens.hosts.steered import Steered, Wrapped, unsteered
+from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
 
 try:
     from transformer_lens import HookedTransformer
@@ -137,10 +138,11 @@ class BridgeHost(LensHost):
                     return module
         return self._base
 
-    def wraps(self, steered: Steered) -> list[Wrapped]:
+    def wraps(self, steered: Steered) -> list[Any]:
         """Around the module that runs the blocks, which sees mask and cache however it was called, and `generate`."""
         entry = self._entry
         return [
+            PlainCopy(steered, self.model.original_model),
             Wrapped(entry, "forward", partial(hf_pass, steered, self._beside(entry))),
             Wrapped(self.model, "forward", partial(self._list_of_prompts, steered)),
             Wrapped(self.model, "generate", partial(_generate, steered)),
@@ -179,7 +181,7 @@ class BridgeHost(LensHost):
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
-        return hf.nominal(self._base, list(self.model.blocks), tokens)
+        return self.resting(lambda: hf.nominal(self._base, list(self.model.blocks), tokens))
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:
@@ -310,11 +312,14 @@ class HookedHost(LensHost):
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
+        return self.resting(lambda: self._nominal(tokens))
+
+    def _nominal(self, tokens: Sequence[int]) -> Nominal:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         hf.require_context(tokens)
         ids = torch.as_tensor(tokens, device=self.device)[None]
-        with torch.inference_mode(False), torch.no_grad():
+        with turn_of(self.block), torch.inference_mode(False), torch.no_grad():
             cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, 1)
             for entry in cache.entries:  # cfg.dtype is not the weights' after model.to(dtype)
                 entry.past_keys, entry.past_values = (

@@ -7,6 +7,7 @@ the old one then never fire again. A seat therefore knows its place by name and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,10 +81,15 @@ class Seat:
         self.module = self._find()
         assert self.module is not None
         if not spliced(self.module) or self._outgoing or transcodes(self.module):
-            self._remove, self._there = _hook(outlet(self.module), self._act, first)
+            point = outlet(self.module)
+            assert isinstance(point, HookPoint)
+            # what removes it is there before the hook is: an interrupt in between leaves nothing behind
+            self._remove, self._there = partial(_take_hook, point, self._hook), partial(_has_hook, point, self._hook)
+            point.add_hook(self._hook, is_permanent=True, prepend=first)
         else:
-            handle = self.module.register_forward_pre_hook(self._enter, prepend=first)
-            self._remove, self._there = handle.remove, lambda: True
+            self._remove = partial(_take_pre_hook, self.module, self._enter)
+            self.module.register_forward_pre_hook(self._enter, prepend=first)
+            self._there = lambda: True
 
     def follow(self) -> bool:
         """Move, if something else stands at the place than before, or the hook was taken off; True where it was so."""
@@ -98,7 +104,22 @@ class Seat:
         """Take the function off; a second call does nothing."""
         if self._remove is not None:
             self._remove()
-        self._remove = self.module = None
+        self._remove, self._there, self.module = None, lambda: False, None
+
+    def strip(self, find: Callable[[Any], Any]) -> None:
+        """Take the function off a copy of the model; `find` gives the copy of a part, or None."""
+        for part in (self.module, None if self.module is None else outlet(self.module)):
+            twin = find(part)
+            if isinstance(twin, HookPoint):
+                _take_hook(twin, self._hook)
+            if twin is not None:
+                _take_pre_hook(twin, self._enter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
+        return self
+
+    def _hook(self, x: Tensor, hook: Any) -> Tensor | None:
+        return self._act(x)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = self._act(args[0])
@@ -116,16 +137,23 @@ class Seat:
         return None if changed is None else changed.reshape(x.shape)
 
 
-def _hook(point: nn.Module, act: Change, first: bool) -> tuple[Callable[[], None], Callable[[], bool]]:
-    """A permanent hook; returns what removes just this one, and what tells whether it is still there."""
-    assert isinstance(point, HookPoint)
-    point.add_hook(lambda x, hook: act(x), is_permanent=True, prepend=first)
-    handle = point.fwd_hooks[0 if first else -1]
-
-    def remove() -> None:
+def _take_hook(point: HookPoint, hook: Any) -> None:
+    """Remove a hook of ours from a hook point, and no other."""
+    for handle in [handle for handle in point.fwd_hooks if handle.user_hook == hook]:
         handle.hook.remove()
-        if handle in point.fwd_hooks:
-            point.fwd_hooks.remove(handle)
+        point.fwd_hooks.remove(handle)
 
-    # taking a transcoder off takes all hooks of the hook point that it has read
-    return remove, lambda: handle.hook.id in point._forward_hooks
+
+def _has_hook(point: HookPoint, hook: Any) -> bool:
+    """Whether it is still there: taking a transcoder off takes all hooks of the hook point that it has read."""
+    # a loop and no generator, which every token would resume twice at every site
+    for handle in point.fwd_hooks:  # noqa: SIM110 (see above)
+        if handle.user_hook == hook and handle.hook.id in point._forward_hooks:
+            return True
+    return False
+
+
+def _take_pre_hook(module: nn.Module, hook: Any) -> None:
+    for key in [key for key, held in module._forward_pre_hooks.items() if held == hook]:
+        module._forward_pre_hooks.pop(key, None)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -85,7 +85,7 @@ class Tap:
 
     def state(self, raw: Any) -> Tensor:
         """The state in what the location holds, heads split."""
-        x = self.held(raw)
+        x = raw if isinstance(raw, torch.Tensor) else self.held(raw)
         if self.scale != 1:
             x = x * self.scale
         if x.ndim == 2:
@@ -99,7 +99,7 @@ class Tap:
     def replaced(self, raw: Any, value: Tensor) -> Any:
         """What the location would hold with another state."""
         value = value.flatten(-2) if self.heads else value
-        held = self.held(raw)
+        held = raw if isinstance(raw, torch.Tensor) else self.held(raw)
         if self.scale != 1:  # in this order, so that no control changes no bit
             value = held + ((value - self.state(raw)) / self.scale).view_as(held)
         elif held.ndim == 2:
@@ -198,9 +198,10 @@ class Passes:
 
     def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
         """Begin a pass of a run; `call` as `call_shape` gives it."""
+        past = int(call["past"])
         run.begin(
             call["shape"],
-            past=int(call["past"]),
+            past=run.positions.seen if past < 0 else past,
             mask=call["mask"],
             device=call["device"],
             sequence=run.sequence if step else None,

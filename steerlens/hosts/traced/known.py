@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -43,8 +42,8 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
             steered.present = steered.identify(shape, **call)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        made = getattr(output, "past_key_values", None)
-        if interleaver.interleaving and made is not None and kwargs.get("past_key_values") is None:
+        made = hf.made_cache(output)
+        if interleaver.interleaving and made is not None and all(kwargs.get(name) is None for name in hf.CACHES):
             steered.bind(steered.present[0], made)
 
     handles = [
@@ -55,5 +54,14 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
 
 
 class _Handle:
+    """A hook of PyTorch, as something to remove."""
+
     def __init__(self, handle: Any):
-        self.remove = partial(handle.remove)
+        self._handle = handle
+
+    def remove(self) -> None:
+        """Take it off."""
+        self._handle.remove()
+
+    def strip(self, memo: dict[int, Any]) -> None:
+        """A copy of an nnsight model has no hooks of this one."""

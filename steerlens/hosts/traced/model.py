@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import nnsight
 import torch
+from einops import rearrange
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
-from steerlens.hosts.base import Attachment, Found, Host, UntrustedError
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.base import Found, Host, UntrustedError
 from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.learning import Learner
+from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.blocks.second_pass import Spot, gather
 from steerlens.hosts.blocks.selfcheck import doubts_about
-from steerlens.hosts.steered import Steered
+from steerlens.hosts.steered import Steered, unsteered
 from steerlens.hosts.traced import known
 from steerlens.hosts.traced.anatomy import UNTRUSTED, Anatomy, call_beside, gradients_at
 from steerlens.hosts.traced.differences import STEP, WIDE_STEP, Probe, differences
-from steerlens.hosts.traced.edit import Passes, StoodDown, Tap, follow, spots_of
+from steerlens.hosts.traced.edit import Passes, StoodDown, Tap, follow, spots_of, steers
 from steerlens.hosts.traced.known import KnownPasses
 from steerlens.hosts.traced.remote import Limits, RemoteForms, backend
 
@@ -62,6 +66,15 @@ class TracedHost(Anatomy, Host):
         if self.away:
             return []
         return known.wraps(self.base._module, self.model._module, self.model.interleaver, steered)
+
+    def nominal(self, tokens: Sequence[int]) -> Nominal:
+        """The unsteered path of the last token."""
+        return self.resting(lambda: Anatomy.nominal(self, tokens))
+
+    @property
+    def block(self) -> nn.Module:
+        """The first block."""
+        return self.layers[0]._module
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Through a trace, which runs the edits; `_logits` calls the module below them."""
@@ -105,6 +118,17 @@ class TracedHost(Anatomy, Host):
         """The first block."""
         return self.layers[0]._module
 
+    @contextmanager
+    def unsteered(self) -> Iterator[None]:
+        """Without the edits of ours; those of the user stay."""
+        model, held = self.model, self.model._edits
+        with unsteered(model):
+            model._edits = [edit for edit in held if not steers(edit)]
+            try:
+                yield
+            finally:
+                model._edits = held
+
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
         self.need_weights("differentiating the parameters")
@@ -119,7 +143,7 @@ class TracedHost(Anatomy, Host):
         module = self.part(Site(layer, "z"))
         # a Linear keeps [out in], GPT-2's Conv1D [in out]
         weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
-        return weight.detach().unflatten(0, (self.n_heads, -1))
+        return rearrange(weight.detach(), "(head d_head) d -> head d_head d", head=self.n_heads)
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
         if not self.remote:
@@ -202,30 +226,30 @@ class TracedAttachment(Attachment):
     def __init__(self, host: TracedHost, run: Pass, limits: Limits):
         self.run = run
         self._model = model = host.model
-        self._forms: RemoteForms | None = None
+        self._forms: Any = None
         base, first, taps = host.base, host.entry, host.taps(run)
         apart = [host.tap(site) for site in run.aside.apart]
         try:
             steered = Steered.attach(model, self, host.wraps)
             carried, passes = steered.carried, Passes() if host.away else KnownPasses(steered)
             if isinstance(model, Remotable):
-                self._forms = RemoteForms.enter(model, run, limits)
+                self._forms = RemoteForms.enter(steered, model, run, limits)
             with model.edit(inplace=True):
                 follow(base, first, taps, apart, run, carried, passes)
         except BaseException:
             self.detach()
             raise
 
-    def detach(self) -> None:
-        """Remove this edit and no other."""
+    def _take_off(self) -> None:
+        """This edit and no other."""
         self._model._edits = [edit for edit in self._model._edits if (edit.lcls or {}).get("run") is not self.run]
-        if self._forms is not None:
-            self._forms.leave(self.run)
         steered = Steered.of(self._model)
         if steered is not None:
+            if steered.forms is not None:
+                steered.forms.leave(self.run)
             steered.leave(self)
 
     @property
     def payload_bytes(self) -> int | None:
         """Size of the latest request to a server."""
-        return None if self._forms is None else self._forms.payload_bytes
+        return self._forms.payload_bytes if self._forms is not None else None

@@ -16,6 +16,7 @@ from nnsight.schema.response import Status
 from nnsight.tracing.tracer import WithBlockNotFoundError
 
 from steerlens.core import Pass
+from steerlens.hosts.steered import Steered
 
 # nnsight sends an installed package by reference, and a server does not have this one
 nnsight.register("steerlens")
@@ -49,14 +50,14 @@ class RemoteForms:
         self.payload_bytes: int | None = None
 
     @classmethod
-    def enter(cls, model: Any, run: Pass, limits: Limits) -> RemoteForms:
+    def enter(cls, steered: Steered, model: Any, run: Pass, limits: Limits) -> RemoteForms:
         """Add a run to the forms of a model, installing them for the first."""
-        generate = model.__dict__.get("generate")
-        forms = generate.forms if isinstance(generate, _Generate) else cls(model)
-        if not forms.runs:
-            model.__dict__["generate"] = _Generate(forms)
-            model.__dict__["_remote_backend"] = _MakeBackend(forms)
+        if steered.forms is None:
+            steered.forms = cls(model)
+        forms: RemoteForms = steered.forms
         forms.runs.append((run, limits))
+        model.__dict__["generate"] = _Generate(forms)
+        model.__dict__["_remote_backend"] = _MakeBackend(forms)
         return forms
 
     def leave(self, run: Pass) -> None:

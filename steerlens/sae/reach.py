@@ -17,11 +17,11 @@ from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.reading import every_layer
 from steerlens.fit.recipe import recipe
 from steerlens.laws.feedback import Feedback
-from steerlens.sae.feature import Target
+from steerlens.sae.feature import Target, checked
 from steerlens.sae.setpoint import Feature
 
 
-def lead(
+def reach(
     model: Any,
     target: Target,
     texts: Sequence[Text],
@@ -76,12 +76,12 @@ def lead(
 
     Source: arXiv 2604.19018, with the output z_L in the cost instead of the whole state, anticipated instead of sensed.
     """
-    host = target.check(model)
+    host = checked("reach", model, target)
     setpoint, last = target.setpoint, target.site.layer
     if target.site.point != "resid_post":
-        raise ValueError(f"lead() needs a feature at a resid_post, this one is at {target.site}; use hold()")
+        raise ValueError(f"reach() needs a feature at a resid_post, this one is at {target.site}; use hold()")
     if setpoint.normalise != "none":
-        raise ValueError(f"lead() needs an affine reading, the input is normalised ({setpoint.normalise}); use hold()")
+        raise ValueError(f"reach() needs an affine reading, the input is normalised ({setpoint.normalise}); use hold()")
     acting = list(range(last + 1)) if layers is None else every_layer(host, layers)
     if acting[-1] > last:
         raise ValueError(f"layer {acting[-1]} comes after the feature's, {last}; give layers up to {last}")
@@ -110,17 +110,17 @@ def lead(
         outputs = cost.step(pulled, cost.Z[:0], 0.0, prices[t]).cpu().to(base)
         if t == last:  # sensed where it acts: nothing is predicted
             law = _respond(setpoint, sensor, setpoint.bias.to(base), outputs)
-            loops.append(Loop(law, target.site, where=where, name="lead"))
+            loops.append(Loop(law, target.site, where=where, name="reach"))
         else:
             rows = pulled.cpu().to(base)
             law = _respond(setpoint, rows, base - rows @ path[t], outputs)
-            loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, name="lead"))
+            loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, name="reach"))
     dual = torch.linalg.solve(energy, need)
     least = float(dual @ spent @ dual)
     _check_limit(target, base, need, math.sqrt(least) / float(path[last + 1].norm()), limit)
     arguments = {**target.arguments, "layers": acting, "r": list(prices.values()), "linearized_on": plant.n_texts}
     arguments["predicted_energy"] = least
-    return Controller(sorted(loops, key=lambda loop: loop.act), recipe("lead", host, arguments))
+    return Controller(sorted(loops, key=lambda loop: loop.act), recipe("reach", host, arguments))
 
 
 def _respond(setpoint: Feature, rows: Tensor, bias: Tensor, outputs: Tensor) -> Feedback:

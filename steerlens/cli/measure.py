@@ -1,0 +1,202 @@
+"""`steerlens compare`, `calibrate` and `sweep`: the library's verbs on a task, printed as Markdown or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from steerlens.cli.task import METHODS, fits_of, load_model, task_of
+from steerlens.evaluate import Budget, Evaluation, calibrate, compare, fluency, kl, neutral_loss, sweep
+
+Echo = Callable[[str], Any]
+
+MODEL = typer.Option("smollm2", help="smollm2, gemma3, tiny, or a name that TransformerBridge knows.")
+CONCEPT = typer.Option("sentiment", help="Shipped contrast pairs.")
+PAIRS = typer.Option(None, help="Own contrast pairs instead: JSON lines with positive, negative and perhaps prompt.")
+INSTRUCTION = typer.Option(None, help="What the prompt baseline asks for.")
+BUDGET = typer.Option(0.3, help="Largest KL from the unsteered model, nats per token.")
+AT = typer.Option("mean", help="Of the KL: mean, or a percentile of the tokens such as p95.")
+WHERE = typer.Option("last", help="Tokens to steer: last, all, generated, ..., or own: as each method does.")
+COUNT = typer.Option(None, help="Items at most; prompts twice as many.")
+SEED = typer.Option(0, help="Of all sampling.")
+FILE = typer.Option(
+    None, help="JSON lines; a run that was stopped goes on from it. Default: named after command and task."
+)
+AS_JSON = typer.Option(False, "--json", help="Print numbers as JSON.")
+
+
+def compare_command(
+    methods: list[str] = typer.Option(list(METHODS), "--method", help="Such as caa:layers=all,strength=2."),  # noqa: B008
+    model: str = MODEL,
+    concept: str = CONCEPT,
+    pairs: Path = PAIRS,
+    instruction: str = INSTRUCTION,
+    budget: float = BUDGET,
+    at: str = AT,
+    where: str = WHERE,
+    count: int = COUNT,
+    seeds: int = typer.Option(10, help="Random directions."),
+    seed: int = SEED,
+    file: Path = FILE,
+    write: Path = typer.Option(None, help="Put the table between its markers in this file."),  # noqa: B008
+    as_json: bool = AS_JSON,
+) -> None:
+    """Methods side by side at one budget: effect on held-out items, and damage."""
+    task = task_of(concept, pairs, instruction, count)
+    path = file or Path(f"steerlens-compare-{task.name}.jsonl")
+
+    def run() -> Evaluation:
+        loaded = load_model(model)
+        return compare(
+            loaded,
+            fits_of(methods, loaded, task.fit, where),
+            task.effect,
+            budget=kl(at=at) <= budget,
+            prompts=task.prompts,
+            damage=[neutral_loss(), fluency()],
+            seeds=seeds,
+            seed=seed,
+            file=path,
+        )
+
+    fresh, start = not path.exists(), time.monotonic()
+    found = _resumable(run, path)
+    # a run that went on from a file says nothing about the time that all of it took
+    took = f", {(time.monotonic() - start) / 60:.0f} min" if fresh else ""
+    options: dict[str, Any] = {"pairs": pairs} if pairs else {"concept": concept}
+    options |= {"budget": budget, "where": where, "seeds": seeds, "seed": seed, "model": model}
+    options |= {"count": count} if count else {}
+    chosen = [f"--method={name}" for name in methods] if list(methods) != list(METHODS) else []
+    command = "steerlens compare " + shlex.join([*chosen, *(f"--{name}={value}" for name, value in options.items())])
+    page = f"{found.card()}\n- `{command}`{took}"
+    if write is not None:
+        write_between(write, page)
+    typer.echo(json.dumps(plain(found)) if as_json else page)
+
+
+def calibrate_command(
+    method: str = typer.Option("caa", help="Such as caa:layers=all."),
+    model: str = MODEL,
+    concept: str = CONCEPT,
+    pairs: Path = PAIRS,
+    budget: float = BUDGET,
+    at: str = AT,
+    where: str = WHERE,
+    count: int = COUNT,
+    seed: int = SEED,
+    save: Path = typer.Option(None, help="Write the calibrated controller to this safetensors file."),  # noqa: B008
+    as_json: bool = AS_JSON,
+) -> None:
+    """The strength at which a method spends a budget, with an interval."""
+    task = task_of(concept, pairs, None, count)
+    loaded = load_model(model)
+    (fit,) = fits_of([method], loaded, task.fit, where).values()
+    limit: Budget = kl(at=at) <= budget
+    found = calibrate(loaded, fit(), task.prompts[::2], budget=limit, seed=seed)
+    if save is not None:
+        found.controller.save(save)
+    typer.echo(json.dumps(found.plain()) if as_json else repr(found))
+
+
+def sweep_command(
+    method: str = typer.Option("caa", help="A method with the options layers and strength."),
+    layers: str = typer.Option(None, help="Such as 3,9,15; default every fourth."),
+    strengths: str = typer.Option("0.5,1,2", help="Factors on the control."),
+    model: str = MODEL,
+    concept: str = CONCEPT,
+    pairs: Path = PAIRS,
+    budget: float = BUDGET,
+    at: str = AT,
+    where: str = WHERE,
+    count: int = COUNT,
+    seed: int = SEED,
+    file: Path = FILE,
+    as_json: bool = AS_JSON,
+) -> None:
+    """Effect and KL at every layer and strength, and the best place within a budget."""
+    task = task_of(concept, pairs, None, count)
+    path = file or Path(f"steerlens-sweep-{task.name}.jsonl")
+    factors = [float(value) for value in strengths.split(",")]
+
+    def run() -> Evaluation:
+        from steerlens.hosts import host_of
+
+        loaded = load_model(model)
+        grid = [int(layer) for layer in layers.split(",")] if layers else range(0, host_of(loaded).n_layers, 4)
+        (fit,) = fits_of([method], loaded, task.fit, where).values()
+        held: dict[int, Any] = {}
+
+        def make(layer: int, strength: float) -> Any:
+            if layer not in held:
+                held[layer] = fit(layers=layer)
+            return held[layer] * strength
+
+        make.digest = fit.digest  # type: ignore[attr-defined]
+        return sweep(
+            loaded,
+            make,
+            task.effect,
+            layers=list(grid),
+            strengths=factors,
+            prompts=task.prompts[: len(task.effect.items or ())],
+            damage=[kl(at=at)],
+            seed=seed,
+            file=path,
+        )
+
+    found = _resumable(run, path)
+    try:
+        best = found.choose("KL", budget)
+        low, high = best.interval
+        words = (
+            f"best within KL {at} <= {budget:g}: {best.arm}, strength {best.strength:g}; on the other half effect "
+            f"{best.effect:+.3g} [{low:+.3g} {high:+.3g}], KL {best.damage:.3g}"
+        )
+    except ValueError as error:
+        words = str(error)
+    if as_json:
+        typer.echo(json.dumps(plain(found) | {"choice": words}))
+    else:
+        typer.echo(f"{found.card()}\n- {words}")
+
+
+def plain(found: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain JSON; what is not a number is null."""
+    rows = found.table().reset_index().to_dict("records")
+    clean = [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        for row in rows
+    ]
+    chosen = {name: dict(own) for name, own in found.calibrations.items()}
+    for own in chosen.values():
+        own["interval"] = [None if math.isnan(end) else end for end in own["interval"]]
+    return {"effect": found.effect, "table": clean, "calibrations": chosen, "protocol": dict(found.protocol)}
+
+
+def write_between(path: Path, page: str) -> None:
+    """Put a page between the markers of `steerlens compare --write` in a file.
+
+    Raises:
+        ValueError: the file lacks a marker.
+    """
+    start, end = "<!-- steerlens compare -->", "<!-- end of compare -->"
+    text = path.read_text(encoding="utf-8")
+    if start not in text or end not in text:
+        raise ValueError(f"{path} lacks the markers {start} and {end}")
+    before, rest = text.split(start, 1)
+    path.write_text(f"{before}{start}\n{page}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def _resumable(run: Callable[[], Evaluation], path: Path) -> Evaluation:
+    try:
+        return run()
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {path} holds what is known. The same command goes on from there.", err=True)
+        raise typer.Exit(130) from None

@@ -1,0 +1,71 @@
+"""A record in other forms: one long table, and a signal by its short name and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+#: What shows a record with a library that this room does not know, by name; the rooms that know it enter themselves.
+VIEWS: dict[str, Callable[..., Any]] = {}
+
+
+def find(record: Mapping[str, Tensor], name: Any) -> str:
+    """The full name of a signal: itself, or `("steer_error", 12)` and `("error", 12)` as an `ActivationCache` has it.
+
+    Raises:
+        KeyError: there is none; the message lists those that there are.
+    """
+    if isinstance(name, tuple) and len(name) == 2 and isinstance(name[0], str) and hasattr(name[1], "__index__"):
+        signal, layer = name
+        full = f"blocks.{int(layer)}.hook_steer_{signal.removeprefix('hook_').removeprefix('steer_')}"
+    else:
+        full = name
+    if isinstance(full, str) and full in list(record):
+        return full
+    raise KeyError(f"no signal {name!r} was recorded; {described(record)}")
+
+
+def described(record: Mapping[str, Tensor]) -> str:
+    """What a record holds, in a few words."""
+    layers: dict[str, list[int]] = {}
+    for full in record:
+        layer, signal = parts_of(full)
+        layers.setdefault(signal, []).append(layer)
+    words = [f"{signal} at layers {_ranges(sorted(where))}" for signal, where in layers.items()]
+    return f"the record holds {'; '.join(words[:12])}{'; ...' if len(words) > 12 else ''}" if words else "it is empty"
+
+
+def parts_of(full: str) -> tuple[int, str]:
+    """Layer and signal of a hook name: `blocks.5.hook_steer_u_norm` is `(5, "u_norm")`."""
+    head, _, signal = full.partition(".hook_steer_")
+    return int(head.removeprefix("blocks.")), signal
+
+
+def _ranges(layers: list[int]) -> str:
+    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def frame(record: Mapping[str, Tensor]) -> Any:
+    """One line for each number, see `Record.frame`."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("a table of the record needs pandas; pip install 'steerlens[plots]'") from error
+    columns: dict[str, list[Any]] = {"row": [], "token": [], "layer": [], "signal": [], "value": []}
+    for full in record:
+        layer, signal = parts_of(full)
+        value = record[full].detach()
+        if value.ndim != 2:  # a control [batch pos d] is a tensor's business
+            continue
+        rows, tokens = value.shape
+        columns["row"] += [row for row in range(rows) for _ in range(tokens)]
+        columns["token"] += list(range(tokens)) * rows
+        columns["layer"] += [layer] * value.numel()
+        columns["signal"] += [signal] * value.numel()
+        columns["value"] += value.double().flatten().tolist()
+    found = pandas.DataFrame(columns)
+    return found.sort_values(["row", "token", "layer", "signal"], kind="stable", ignore_index=True)

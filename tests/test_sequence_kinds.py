@@ -1,0 +1,318 @@
+"""Other texts inside a generation, fits inside a steered block, copies, and what a library does around its passes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from functools import cache
+
+import pytest
+import torch
+
+import steerlens as sl
+from steerlens.models import tiny
+from steerlens.testing import Case, discover_hosts, snapshot
+from tests.sequence_cases import PAD, Draw, Library, Seen, compare, controls_of, gated, generation, loops
+
+HOSTS = discover_hosts()
+HUGGING = [name for name in ("bridge", "nnsight") if name in HOSTS]
+BRIDGE = [name for name in ("bridge",) if name in HOSTS]
+HOOKED = ["hooked"] if "hooked" in HOSTS else []
+TEXT = [3, 17, 25, 29, 41, 22, 46]
+OTHER = [5, 9, *[7] * 10]
+
+
+@cache
+def library(name, family="llama"):
+    return Library(name, family)
+
+
+def attempt(call, word):
+    """A result, or None for an error of ours whose sentence has this word."""
+    try:
+        return call()
+    except (RuntimeError, ValueError) as error:
+        if word not in str(error):
+            raise
+        return None
+
+
+# -- 5. another text inside a generation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["last", "generated", "all"])
+@pytest.mark.parametrize("name", [*BRIDGE, *HOOKED])
+def test_a_look_at_another_text_leaves_the_generation_alone(name, where):
+    """A user's own hook runs the model on another text at the third token."""
+    lib, controller = library(name), sl.schedule(gated(loops(where), threshold=-9.0), [1.0, 0.5, 0.8])
+    count = [0, False]
+
+    def look(x, hook):
+        if not count[1]:
+            count[0] += 1
+            if count[0] == 3:
+                count[1] = True
+                lib.model(torch.tensor([OTHER]))
+                count[1] = False
+
+    with lib.model.hooks(fwd_hooks=[("ln_final.hook_normalized", look)]):
+        seen = generation(lib, [TEXT], 6, controller)
+    compare(seen, lib.reference(controller), forbidden=lib.forbidden)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", HUGGING)
+def test_a_judge_in_a_stopping_criterion_leaves_the_generation_alone(name, cached):
+    """Also a judge that generates."""
+    lib, controller = library(name), gated(loops("all"), threshold=-9.0)
+
+    def judge(ids, scores, **_):
+        with torch.no_grad():
+            lib.inner(input_ids=torch.tensor([OTHER]), use_cache=cached)
+            lib.inner.generate(torch.tensor([OTHER[:3]]), max_new_tokens=2, do_sample=False, pad_token_id=PAD)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    seen = generation(lib, [TEXT], 5, controller, stopping_criteria=[judge])
+    seen.controls = {}  # the record is that of the latest sequence, which was the judge's
+    compare(seen, lib.reference(controller), forbidden=lib.forbidden)
+
+
+@pytest.mark.parametrize("where", ["last", "generated", "all"])
+@pytest.mark.parametrize("name", HUGGING)
+def test_guidance_steers_each_of_its_two_texts_by_its_own_positions(name, where):
+    """The second text is the last prompt token and what follows; both are steered, each as a sequence of its own."""
+    lib, controller, scale = library(name), loops(where), 1.5
+    ids = torch.tensor([TEXT])
+    for cached in (True, False):
+        with sl.steer(lib.model, controller):
+            out = lib.generate(ids, torch.ones_like(ids), 5, guidance_scale=scale, use_cache=cached)
+        tokens = out.sequences[0].tolist()
+        whole = lib.reference(controller).row(tokens, len(TEXT))[0].log_softmax(-1)[len(TEXT) - 1 : -1]
+        short = lib.reference(controller).row(tokens[len(TEXT) - 1 :], 1)[0].log_softmax(-1)[:-1]
+        mixed = scale * (whole - short) + short
+        mixed[:, lib.forbidden] = -torch.inf
+        short_of = mixed.max(-1).values - mixed.gather(1, out.sequences[0, len(TEXT) :, None])[:, 0]
+        assert (short_of < 1e-3).all(), f"use_cache={cached}: {short_of.tolist()}"
+
+
+# -- 8. and 8b. tangents under beams and in padded batches -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["last", "all"])
+@pytest.mark.parametrize("kind", ["beams", "padded", "greedy"])
+@pytest.mark.parametrize("name", HUGGING)
+def test_tangents_are_the_same_with_a_cache_and_without(name, kind, where):
+    case = Case("cold_fd", name, model=library(name).model)
+    controller = case.fit().at(where) * 2
+    texts = [TEXT[:4], TEXT] if kind == "padded" else [TEXT]
+    options = {"num_beams": 3} if kind == "beams" else {}
+    longest = max(map(len, texts))
+    ids = torch.tensor([[PAD] * (longest - len(text)) + text for text in texts])
+    with sl.steer(case.model, controller, record=None):
+        both = [
+            library(name).generate(ids, (ids != PAD).long(), 5, use_cache=cached, **options).sequences
+            for cached in (True, False)
+        ]
+    assert torch.equal(*both)
+
+
+# -- 9. and 10. HookedTransformer's own ways to run a part, and to shape a cache --------------------------------------
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_the_second_half_of_a_pass_is_that_of_its_own_text_or_one_error(name):
+    lib, controller = library(name), loops("all")
+    first, second = torch.tensor([TEXT]), torch.tensor([OTHER])
+    with torch.no_grad(), sl.steer(lib.model, controller):
+        whole = lib.model(first)
+        middle = lib.model(first, stop_at_layer=2)
+        lib.model(second, stop_at_layer=2)
+        halves = attempt(lambda: lib.model(middle, start_at_layer=2), "start_at_layer")
+        if halves is not None:
+            torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(lib.model(first), whole)
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_signals_follow_the_options_of_a_cache(name):
+    lib = library(name)
+    controller = sl.lqr(lib.model, Case("lqr", name).data, progress=False)
+    ids = torch.tensor([TEXT])
+    with torch.no_grad(), sl.steer(lib.model, controller):
+        whole = lib.model.run_with_cache(ids)[1]
+        single = lib.model.run_with_cache(ids, remove_batch_dim=True)[1]
+        for part in (-1, slice(1, 3)):
+            cut = lib.model.run_with_cache(ids.repeat(2, 1), pos_slice=part)[1]
+            state, error = cut["blocks.2.hook_resid_post"], cut["blocks.2.hook_steer_error"]
+            assert state.shape[:-1] == error.shape
+            torch.testing.assert_close(error[0], whole["blocks.2.hook_steer_error"][0][part], equal_nan=True)
+        only = lib.model.run_with_cache(ids, names_filter=lambda name: name.endswith("steer_error"), device="cpu")[1]
+    torch.testing.assert_close(single["steer_error", 2], whole["steer_error", 2][0], equal_nan=True)
+    assert set(only) == {f"blocks.{layer}.hook_steer_error" for layer in controller.layers}
+
+
+# -- 12. fits inside a steered block ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["caa", "pid", "hpr", "sadi", "lqr", "cold_fd", "odesteer"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_fit_inside_a_steered_block_reads_the_unsteered_model_or_is_refused(host, method):
+    if method == "cold_fd" and host == "hooked":
+        pytest.skip("a HookedTransformer's parameters are not the model's")
+    case = Case(method, host, model=library(host).model)
+    plain = case.fit()
+    with sl.steer(case.model, loops("all")):
+        inside = attempt(case.fit, "steered")
+    if inside is None:
+        return
+    for a, b in zip(plain.loops, inside.loops, strict=True):
+        for x, y in zip(*(sl.core.law.tensors_of(loop.parts) for loop in (a, b)), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+# -- 13. what is attached to a model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_runs_of_a_model_are_found_and_cleared(host):
+    model = tiny(host=host)
+    before = snapshot(model)
+    first = sl.steer(model, loops())
+    with pytest.warns(UserWarning, match="attached"):
+        second = sl.steer(model, first.controller)
+    third = sl.steer(model, loops("all"))
+    assert list(sl.runs(model)) == [first, second, third]
+    first.remove()
+    assert list(sl.runs(model)) == [second, third]
+    sl.clear(model)
+    assert not list(sl.runs(model))
+    assert snapshot(model) == before
+
+
+# -- 14. copies, dropped models, interrupts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", [name for name in HOSTS if name != "nnsight"])
+def test_a_deep_copy_of_a_steered_model_is_not_steered_for_good(host):
+    case = Case("caa", host, model=tiny(host=host))
+    ids = torch.tensor([TEXT])
+    plain = case.logits(ids)
+    with sl.steer(case.model, loops("all")):
+        steered = case.logits(ids)
+        twin = Case("caa", host, model=copy.deepcopy(case.model))
+        inside = twin.logits(ids)
+    assert torch.equal(inside, plain) or torch.equal(inside, steered)
+    sl.clear(twin.model)
+    assert torch.equal(twin.logits(ids), plain)
+    assert torch.equal(case.logits(ids), plain)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_model_dropped_while_steered_is_freed(host):
+    model = tiny(host=host)
+    weak = weakref.ref(model)
+    run = sl.steer(model, loops())
+    Case("caa", host, model=model).logits(torch.tensor([TEXT]))
+    del run, model
+    gc.collect()
+    gc.collect()
+    assert weak() is None
+
+
+# -- 15. training tools and others -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["caa", "lqr", "sadi", "odesteer"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_fit_under_inference_mode_gives_the_same_controller(host, method):
+    case = Case(method, host, model=library(host).model)
+    plain = case.fit()
+    with torch.inference_mode():
+        inside = case.fit()
+    ids = torch.tensor([TEXT])
+    logits = []
+    for controller in (plain, inside):
+        with sl.steer(case.model, controller, where="all"):
+            logits.append(case.logits(ids))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BRIDGE)
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    """A block is run a second time on the way back."""
+    lib = Library(name)
+    ids, vector = torch.tensor([TEXT]), torch.zeros(32, requires_grad=True)
+    controller = sl.Controller([sl.Loop(sl.Add(vector), sl.Site(1), where="all")])
+    found = []
+    for on in (False, True):
+        if on:
+            lib.inner.gradient_checkpointing_enable({"use_reentrant": False})
+            lib.inner.train()
+        with torch.enable_grad(), sl.steer(lib.model, controller), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+
+            def gradient():
+                loss = lib.inner(input_ids=ids, use_cache=False).logits[0, -1].square().mean()
+                return torch.autograd.grad(loss, vector)[0]
+
+            found.append(attempt(gradient, "checkpoint"))
+    if found[1] is not None:
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", HUGGING)
+def test_a_long_conversation_with_everything_at_once(name):
+    """Padded batch, gate, schedule, negative slice, sampling with several rows a prompt."""
+    lib = library(name)
+    torch.manual_seed(1)
+    controller = sl.schedule(gated(loops(slice(-2, None))), [1.0, 0.3])
+    seen = generation(lib, [TEXT[:3], TEXT], 5, controller, do_sample=True, num_return_sequences=2)
+    compare(seen, lib.reference(controller), produced="sampled")
+
+
+def test_an_interrupt_at_any_step_of_attaching_leaves_the_model_attached_or_not(host):
+    """Ctrl-C is raised at each call that `steer` and `remove` make, one after the other."""
+    import sys
+
+    model = tiny(host=host)
+    before = snapshot(model)
+    for at in range(1, 400, 23):
+        calls = [0]
+
+        def trace(frame, event, argument, calls=calls, at=at):
+            if event == "call" and "/steerlens/" in frame.f_code.co_filename:
+                calls[0] += 1
+                if calls[0] == at:
+                    raise KeyboardInterrupt
+            return
+
+        run = None
+        sys.settrace(trace)
+        try:
+            run = sl.steer(model, loops())
+            run.remove()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        sl.clear(model)
+        assert snapshot(model) == before, f"an interrupt at call {at} leaves something behind"
+
+
+def test_the_forms_of_where_do_not_depend_on_the_draw():
+    """The generator of cases gives each form of `where`."""
+    kinds = {type(Draw(seed).where()).__name__ for seed in range(60)}
+    assert kinds == {"str", "slice", "Tensor", "function"}
+
+
+def test_a_row_that_lacks_a_control_is_seen():
+    """The comparison itself: a control moved by one token does not pass."""
+    lib = library(HOSTS[0])
+    seen = generation(lib, [TEXT], 3, loops("all"))
+    compare(seen, lib.reference(loops("all")), forbidden=lib.forbidden)
+    moved = Seen(seen.run, seen.tokens, seen.prompts, seen.starts, {}, controls_of(seen.run))
+    moved.controls = {site: u.roll(1, 1) for site, u in moved.controls.items()}
+    with pytest.raises(AssertionError, match="other controls"):
+        compare(moved, lib.reference(loops("all")), forbidden=lib.forbidden)
