@@ -115,7 +115,8 @@ class Anatomy(Dimensions):
         for before, tap in pairwise(taps):
             left, here = before.read, tap.read
             follows = (left.point, here.point, here.layer) == ("resid_post", "resid_pre", left.layer + 1)
-            if follows and before.role == tap.role == Tap.PLAIN:
+            # only a sensor may take the state from the visit before it: what it would write there goes nowhere
+            if follows and before.role == tap.role == Tap.PLAIN and tap.steers not in run.names:
                 before.then, before.way = tap, (before.envoy, self.layers[here.layer], tap.envoy)
         return taps
 
