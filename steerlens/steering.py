@@ -303,6 +303,9 @@ def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
             raise ValueError(
                 f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True"
             )
+        remark = host.remark(fitted)
+        if remark is not None:
+            warnings.warn(f"{method}: {remark}", stacklevel=4)
 
 
 def _free_name(host: Host, controller: Controller) -> str:

@@ -256,3 +256,43 @@ def test_blocks_that_no_table_knows_have_their_ends_and_the_rest_by_name():
     for point in ("attn_out", "resid_mid", "mlp_out"):
         with sl.steer(model, sl.Controller([sl.Loop(sl.Add(u), sl.Site(1, point), where="all")])):
             close(logits_of(model, IDS), truth_of("llama").added(u, 1, point, IDS), point)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_mixed", "gpt_oss_square"])
+def test_a_mixture_of_experts_has_a_fingerprint_alike_on_both_hosts(name):
+    bridge, traced = (host_of(loaded(name, host)).fingerprint() for host in HOSTS)
+    assert bridge["probe"]
+    assert bridge["probe"] == traced["probe"]
+
+
+def test_a_controller_comes_with_its_model_to_eight_bits():
+    """PyTorch's own int8 linear maps in place of all."""
+    pairs = sl.Pairs([[3, 17, 25], [5, 11, 60]], [[29, 41, 22], [71, 80, 2]])
+    plain = build("llama")
+    model = wrap("nnsight", "tests/llama", plain, tokenizer(), processed=False, prepend_bos=False)
+    controller = sl.caa(model, pairs, layers=[1])
+    eight = torch.ao.quantization.quantize_dynamic(build("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    small = wrap("nnsight", "tests/llama", eight, tokenizer(), processed=False, prepend_bos=False)
+    base = logits_of(small, IDS)
+    with pytest.warns(UserWarning, match="quantised"), sl.steer(small, controller):
+        assert (logits_of(small, IDS) - base).abs().max() > 0.1
+    with pytest.raises(NotImplementedError, match="quantised"):
+        host_of(small).learner()
+    with pytest.raises(NotImplementedError, match="quantised"):
+        host_of(small).neuron_writes(1)
+
+
+def test_roles_that_are_wrong_are_found_out_and_told():
+    """The branch's norm forgotten: what is named as the branch is not what is added."""
+    plain = build("glm4")
+
+    class Misnamed(type(plain.model.layers[0])):
+        pass
+
+    for block in plain.model.layers:
+        block.__class__ = Misnamed
+    model = wrap("nnsight", "tests/misnamed", plain, tokenizer(), processed=False, prepend_bos=False)
+    sl.roles(model, attn_out="self_attn", mlp_out="mlp")
+    host_of(model).states(IDS.tolist(), [sl.Site(1, "resid_post")])
+    with pytest.raises(ValueError, match=r"in block 1, a Misnamed, resid_pre \+ attn_out .* cannot be trusted"):
+        host_of(model).states(IDS.tolist(), [sl.Site(1, "attn_out")])

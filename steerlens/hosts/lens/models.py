@@ -27,7 +27,7 @@ from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
-from steerlens.hosts.roles import Layout, refuse_other_kinds
+from steerlens.hosts.roles import Layout, is_quantised, output_matrix, refuse_other_kinds
 from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
 
 try:
@@ -71,6 +71,8 @@ class BridgeHost(LensHost):
         self.layouts = [Layout(block, inner.config.get_text_config()) for block in model.blocks]
         for layout in self.layouts:
             layout.check(type(inner).__name__)
+        self.name = str(getattr(inner.config, "_name_or_path", None) or "")
+        self.quantised = is_quantised(inner)
 
     def missing(self, site: Site) -> str | None:
         """Why there is no such hook point, or none that is what its name says."""
@@ -166,6 +168,7 @@ class BridgeHost(LensHost):
 
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
+        self.need_parameters()
         return Learner(self.model.original_model, self._aside, self._spots)
 
     @contextmanager
@@ -182,6 +185,10 @@ class BridgeHost(LensHost):
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
         return self.resting(lambda: hf.nominal(self._base, list(self.model.blocks), tokens))
+
+    def _probed(self) -> Tensor | None:
+        found = self._out_weight(self.n_layers - 1)
+        return output_matrix(self.model.blocks[-1], self.layouts[-1]) if found is None else found
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:

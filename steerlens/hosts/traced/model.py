@@ -132,6 +132,7 @@ class TracedHost(Anatomy, Host):
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
         self.need_weights("differentiating the parameters")
+        self.need_parameters()
         return Learner(self.model._module, lambda: StoodDown(self.base), self._spots)
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
