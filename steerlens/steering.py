@@ -295,7 +295,7 @@ def _check_lengths(lengths: Any) -> int | list[int]:
 
 def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     sites = {site for loop in controller.loops for site in (loop.act, loop.sense)}
-    host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
+    host.trust(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
         host.need_parameters()
     for method, fitted in () if trust else controller.fingerprints:

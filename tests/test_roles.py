@@ -19,6 +19,7 @@ DISTINCT = (
     *("gpt_neo", "pythia", "gptj", "mixtral", "qwen3_moe_mixed", "qwen3_next", "gemma4_kvshared", "gemma4_moe"),
     *("olmo2", "falcon_new", "falcon_alibi_seq", "bloom", "opt", "opt_postnorm", "gpt_oss_square", "deepseek_v3"),
     *("cohere", "granite", "glm4", "mpt", "llama4_text", "jamba", "falcon_h1", "lfm2", "openai_gpt", "mamba"),
+    "mamba2",
     *("gemma3_vlm", "llava", "qwen3_vl"),
 )
 #: What cannot be steered, and the words that say why.
@@ -162,6 +163,51 @@ def test_generation_with_and_without_a_cache_is_that_of_hooks(name, host):
                 with model.generate({"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, **options) as t:
                     tokens = t.result.save()
         assert tokens.tolist() == expected.tolist(), f"use_cache={use_cache}"
+
+
+#: Not linearised, and why.
+CURVED = {"gemma4_kvshared": "keys and values of an earlier block", "openai_gpt": "has no KV cache"}
+#: TransformerLens 3.9's own cached pass is another one.
+TWO_PATHS = [(name, "bridge") for name in ("falcon_alibi_seq", "mpt", "bloom", "openai_gpt")]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", [param(name) for name in NAMES])
+def test_the_linearised_path_is_that_of_the_model(name, host):
+    """The chain of the blocks' Jacobians is the derivative of the whole model, by central differences in float64."""
+    adapter, truth = host_of(loaded(name, host)), truth_of(name)
+    if name in CURVED:
+        with pytest.raises(NotImplementedError, match=CURVED[name]):
+            adapter.nominal(IDS[0].tolist())
+        return
+    if (name, host) in TWO_PATHS:
+        try:
+            nominal = adapter.nominal(IDS[0].tolist())
+        except RuntimeError as error:
+            assert "with a KV cache" in str(error)  # noqa: PT017 (TransformerLens 4 is right)
+            return
+    nominal = adapter.nominal(IDS[0].tolist())
+    expected, last = truth.read(IDS), len(truth.blocks) - 1
+    close(nominal.states[1], expected[1, "resid_pre"][0, -1], "the state before block 1")
+    chain = torch.eye(32)
+    for layer in range(1, last + 1):
+        chain = nominal.jacobian(layer) @ chain
+    v = torch.linspace(-1, 1, 32)
+    ends = []
+    for step in (5e-3, -5e-3):
+
+        def act(layer, point, x, step=step):
+            if (layer, point) == (1, "resid_pre"):
+                nudge = torch.zeros_like(x)
+                nudge[0, -1] = step * v
+                return x + nudge
+            if (layer, point) == (last, "resid_post"):
+                ends.append(x[0, -1])
+            return x
+
+        with truth.hooks(act):
+            truth.run(IDS)
+    close(chain @ v, (ends[0] - ends[1]) / 1e-2, "the Jacobian times a vector", 2e-2)
 
 
 @pytest.mark.parametrize("name", REFUSED)

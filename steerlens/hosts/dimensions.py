@@ -115,6 +115,11 @@ class Dimensions:
                 raise ValueError(
                     f"no '{site}' in this {type(self.model).__name__}: block {site.layer} {reason}; it has {points}"
                 )
+
+    def trust(self, sites: Iterable[Site]) -> None:
+        """As `check`, and once per model a short pass: raises ValueError also for points that it speaks against."""
+        sites = list(sites)
+        self.check(sites)
         doubts = self.doubts(sites)
         if doubts is not None:
             raise ValueError(doubts)

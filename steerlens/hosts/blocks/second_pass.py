@@ -249,7 +249,8 @@ def gather(spots: dict[Site, Spot], forward: Callable[[], Any], rows: int = 1) -
         # TransformerBridge shows heads split in some families and in one piece in others
         value = value if value.ndim > 2 else value.unflatten(0, (rows, -1))
         value = value.flatten(2).unflatten(-1, (heads, -1)) if heads else value
-        found[site] = value if scale == 1 else value * scale
+        # a copy, as some blocks add to a branch in place
+        found[site] = value.clone() if scale == 1 else value * scale
         if len(found) == len(spots):
             raise _EnoughError
 

@@ -20,7 +20,8 @@ from steerlens.hosts.base import Host
 from steerlens.hosts.blocks import hf
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
-from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather
+from steerlens.hosts.blocks.selfcheck import doubts_about
 from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.caches import Generation
 from steerlens.hosts.generation import hf_generations, hf_pass
@@ -81,6 +82,15 @@ class BridgeHost(LensHost):
         if reason is None and site.point == "mlp_post" and not layout.known and layout.mixture:
             reason = "is a mixture of experts and has no mlp_post"
         return reason or super().missing(site)
+
+    def doubts(self, sites: Sequence[Site]) -> str | None:
+        """What speaks against the points."""
+
+        def read(ids: Tensor, wanted: list[Site]) -> dict[Site, Tensor]:
+            with self._aside(), torch.inference_mode(False), torch.no_grad():
+                return gather(self._spots(wanted), lambda: self._base(input_ids=ids.to(self.device), use_cache=False))
+
+        return doubts_about(self.model, self.layouts, sites, read, self.missing)
 
     def _width(self, site: Site) -> int | None:
         return self.layouts[site.layer].widths.get(site.point)

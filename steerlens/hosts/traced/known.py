@@ -42,8 +42,8 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
             steered.present = steered.identify(shape, **call)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        made = getattr(output, "past_key_values", None)
-        if interleaver.interleaving and made is not None and kwargs.get("past_key_values") is None:
+        made = hf.made_cache(output)
+        if interleaver.interleaving and made is not None and all(kwargs.get(name) is None for name in hf.CACHES):
             steered.bind(steered.present[0], made)
 
     handles = [
