@@ -173,7 +173,7 @@ def steer_once(arrived, torch):
     run = arrived["pass"]
 
     class Apart(arrived["companion"]):
-        def states(self, sites):
+        def states(self, sites, *, goes_on):
             return {site: torch.ones(1, 3, *shapes[site.point]) for site in sites}
 
         def tangents(self, sites, direction, *, goes_on):
