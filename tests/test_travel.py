@@ -177,7 +177,7 @@ def steer_once(arrived, torch):
             return {site: torch.ones(1, 3, *shapes[site.point]) for site in sites}
 
         def tangents(self, sites, direction, *, goes_on):
-            return self.states(sites)
+            return self.states(sites, goes_on=goes_on)
 
     run.begin((1, 3), companion=lambda kept: Apart())
     for site in run.sites:
