@@ -273,6 +273,8 @@ def _prepare(
 
 def _same(a: Controller, b: Controller) -> bool:
     """Whether two controllers do the same: fitted alike, acting at the same places with the same strength."""
+    if a is b:
+        return True
     return bool(a.recipe) and a.recipe == b.recipe and [repr(loop) for loop in a.loops] == [repr(x) for x in b.loops]
 
 
