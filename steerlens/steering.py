@@ -324,7 +324,7 @@ def _free_name(host: Host, controller: Controller) -> str:
 
 def _cache(record: Record, model: Any) -> Any:
     """See `Record.to_cache`."""
-    from steerlens.hosts.lens.models import activation_cache
+    from steerlens.hosts.lens.record import activation_cache
 
     known = model if hasattr(model, "cfg") else None
     layers = [0, *(int(name.split(".")[1]) for name in record)]

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice, get_attention_mask
 
-from steerlens.core import Record, Site
+from steerlens.core import Site
 from steerlens.hosts.base import Host
 from steerlens.hosts.blocks import hf
 from steerlens.hosts.blocks.learning import Learner
@@ -44,20 +43,6 @@ def claim(model: Any) -> Host | None:
     if HookedTransformer is not None and isinstance(model, HookedTransformer):
         return HookedHost(model)
     return None
-
-
-def activation_cache(record: Record, model: Any, n_layers: int) -> Any:
-    """A TransformerLens `ActivationCache` that holds a record's signals under their hook names.
-
-    Args:
-        model: Where it is no TransformerLens model, the cache knows the number of layers in its place, no more: what it
-            stacks over layers works, what it projects on weights does not.
-    """
-    from transformer_lens import ActivationCache
-
-    if not hasattr(model, "cfg"):
-        model = SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers))
-    return ActivationCache(dict(record), model)
 
 
 class BridgeHost(LensHost):

@@ -26,7 +26,7 @@ class Applied:
 
     def to_cache(self) -> Any:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
-        from steerlens.hosts.lens.models import activation_cache
+        from steerlens.hosts.lens.record import activation_cache
 
         return activation_cache(self.record, None, self._n_layers)
 
