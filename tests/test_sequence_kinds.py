@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.core import tensors_of
 from steerlens.models import tiny
 from steerlens.testing import Case, discover_hosts, snapshot
 from tests.sequence_cases import PAD, Draw, Library, Seen, compare, controls_of, gated, generation, loops
@@ -168,7 +169,7 @@ def test_a_fit_inside_a_steered_block_reads_the_unsteered_model_or_is_refused(ho
     if inside is None:
         return
     for a, b in zip(plain.loops, inside.loops, strict=True):
-        for x, y in zip(*(sl.core.law.tensors_of(loop.parts) for loop in (a, b)), strict=True):
+        for x, y in zip(*(tensors_of(loop.parts) for loop in (a, b)), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
