@@ -173,11 +173,11 @@ def steer_once(arrived, torch):
     run = arrived["pass"]
 
     class Apart(arrived["companion"]):
-        def states(self, sites):
+        def states(self, sites, *, goes_on):
             return {site: torch.ones(1, 3, *shapes[site.point]) for site in sites}
 
         def tangents(self, sites, direction, *, goes_on):
-            return self.states(sites)
+            return self.states(sites, goes_on=goes_on)
 
     run.begin((1, 3), companion=lambda kept: Apart())
     for site in run.sites:

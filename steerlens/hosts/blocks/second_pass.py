@@ -52,9 +52,17 @@ class BaseCompanion(Companion):
         self.past = past
         self.kept = kept
 
-    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The unsteered states of a prompt."""
-        require_whole(self.past)
+    def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
+        """The unsteered states of a prompt; with a KV cache of their own if it comes in pieces."""
+        if self.past or goes_on:
+            if self.past == 0:
+                self.kept["states"] = Tracks()
+            tracks = self.kept.get("states")
+            if tracks is None or tracks.length != self.past:
+                require_whole(self.past)
+            assert tracks is not None
+            with self.aside(), torch.inference_mode(False), torch.no_grad():
+                return self._run(sites, {}, tracks.sides[0])
         with self.aside(), torch.no_grad():
             return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False), self._rows)
 

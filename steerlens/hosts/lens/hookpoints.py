@@ -113,6 +113,17 @@ class LensHost(Host):
         """Whether writing `hook_resid_mid` changes the residual stream."""
         raise NotImplementedError
 
+    def _shows_pads(self, tokens: Any, steered: Steered) -> bool:
+        """Whether a batch of tokens without a mask is padded, on the right, with a token that is nothing but a pad."""
+        tokenizer = self.tokenizer
+        if tokenizer is None or steered.generation is not None or not isinstance(tokens, Tensor):
+            return False
+        if tokens.ndim != 2 or tokens.is_floating_point() or len(tokens) < 2 or tokens.shape[1] < 2:
+            return False
+        pad = tokenizer.pad_token_id
+        special = (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return pad not in special and getattr(tokenizer, "padding_side", "right") == "right"
+
     def head_writes(self, layer: int) -> Tensor:
         """Of attention, `[head d_head d]`, as TransformerLens names it."""
         return self.model.blocks[layer].attn.W_O.detach()

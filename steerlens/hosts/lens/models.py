@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import get_attention_mask
+from transformer_lens.utilities import Slice, get_attention_mask
 
 from steerlens.core import Record, Site
 from steerlens.hosts.base import Host
@@ -158,7 +159,8 @@ class BridgeHost(LensHost):
     def _list_of_prompts(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The Bridge pads a list on the right without a mask, since no real token sees the pads behind it."""
         given = args[0] if args else kwargs.get("input")
-        if not isinstance(given, list) or len(given) < 2 or kwargs.get("attention_mask") is not None:
+        listed = isinstance(given, list) and len(given) > 1
+        if kwargs.get("attention_mask") is not None or not (listed or self._shows_pads(given, steered)):
             return inner(*args, **kwargs)
         side = str(kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", "right"))
         with steered.padding(lambda tokens: padding_mask(self.tokenizer, tokens, self.prepends_bos, side)):
@@ -251,6 +253,7 @@ class HookedHost(LensHost):
         return [
             Wrapped(self.model, "forward", partial(self._pass, steered)),
             Wrapped(self.model, "input_to_embed", partial(self._embedded, steered)),
+            Wrapped(self.model, "get_caching_hooks", _caching),
             Wrapped(self.model, "generate", partial(_generate, steered)),
             Wrapped(self.model, "generate_stream", steered.stream),
         ]
@@ -268,6 +271,8 @@ class HookedHost(LensHost):
                 layer = range(self.n_layers)[start]
                 self._begin(call, given, tokens=given, mask=mask, positions=positions, layer=layer)
                 return inner(given, *rest, **kwargs)
+            if self._shows_pads(given, steered) and kwargs.get("attention_mask") is None:
+                call["pads"] = padding_mask(self.tokenizer, given, self.prepends_bos, "right")
             if isinstance(given, (str, list)):
                 # None: as the model and its tokenizer are configured
                 prepend, side = kwargs.get("prepend_bos"), kwargs.get("padding_side")
@@ -359,6 +364,27 @@ def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs:
     """TransformerLens's own loop: its first pass is the whole prompt."""
     with steered.generating(Generation()):
         return inner(*args, **kwargs)
+
+
+def _caching(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """HookedTransformer counts the axis of positions from the end, where a signal of one number a token has none.
+
+    A hook point that knows its axes would make this unnecessary.
+    """
+    given = inspect.signature(inner).bind(*args, **kwargs)
+    given.apply_defaults()
+    options = given.arguments
+    cache, forward, backward = inner(*args, **kwargs)
+    part = Slice.unwrap(options["pos_slice"])
+
+    def save(tensor: Tensor, hook: Any, ending: str = "") -> None:
+        value = part.apply(tensor.detach().to(options["device"]), dim=1)
+        cache[hook.name + ending] = value[0] if options["remove_batch_dim"] else value
+
+    def ours(hooks: list[Any], ending: str) -> list[Any]:
+        return [(name, partial(save, ending=ending) if ".hook_steer_" in name else hook) for name, hook in hooks]
+
+    return cache, ours(forward, ""), ours(backward, "_grad")
 
 
 def padding_mask(tokenizer: Any, tokens: Tensor, prepends_bos: bool, side: str) -> Tensor:
