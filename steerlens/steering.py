@@ -19,6 +19,7 @@ from steerlens.core import (
     Record,
     Site,
     SiteSignals,
+    check_lengths,
     check_loops,
     check_record,
     check_where,
@@ -109,6 +110,7 @@ class Apply:
     Args:
         model: The nnsight model that is traced.
         controller, where, strength, record, trust: As in `steer`.
+        prompt_lengths: Of texts that are more than a prompt, as in `Run.scoring`.
 
     Returns:
         An `Applied`: its `record` is there when the block has ended, on the client too.
@@ -130,6 +132,7 @@ class Apply:
         strength: float = 1.0,
         record: Any = "scalars",
         trust: bool = False,
+        prompt_lengths: Any = None,
     ) -> Any:
         """See the class."""
         host = host_of(model)
@@ -139,8 +142,10 @@ class Apply:
                 "steer(model, controller)"
             )
         from steerlens.hosts.traced.explicit import apply_here
+        from steerlens.hosts.traced.known import applying
 
         options = {"where": where, "strength": strength, "record": record, "trust": trust}
+        options |= {"prompt_lengths": prompt_lengths, "follows": partial(applying, host)}
         return apply_here(_prepare, host.model, controller, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -207,7 +212,7 @@ class Run:
             TypeError: lengths that are not whole numbers.
             ValueError: a length below 1; in a pass: another number of lengths than of rows.
         """
-        self._pass.score(_check_lengths(prompt_lengths))
+        self._pass.score(check_lengths(prompt_lengths))
         try:
             yield
         finally:
@@ -276,21 +281,6 @@ def _same(a: Controller, b: Controller) -> bool:
     if a is b:
         return True
     return bool(a.recipe) and a.recipe == b.recipe and [repr(loop) for loop in a.loops] == [repr(x) for x in b.loops]
-
-
-def _check_lengths(lengths: Any) -> int | list[int]:
-    """Prompt lengths as a number or a list of numbers."""
-    if isinstance(lengths, Tensor):
-        lengths = lengths.tolist()
-    if isinstance(lengths, int) and not isinstance(lengths, bool):
-        rows = [lengths]
-    elif isinstance(lengths, (list, tuple)) and all(isinstance(row, int) for row in lengths):
-        rows = lengths = list(lengths)
-    else:
-        raise TypeError(f"prompt_lengths={lengths!r}; give a number of tokens, or one for each row of the batch")
-    if not rows or min(rows) < 1:
-        raise ValueError(f"prompt_lengths={lengths!r}; a prompt has at least one token")
-    return lengths
 
 
 def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
