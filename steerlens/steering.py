@@ -19,6 +19,7 @@ from steerlens.core import (
     Record,
     Site,
     SiteSignals,
+    check_lengths,
     check_loops,
     check_record,
     check_where,
@@ -109,6 +110,7 @@ class Apply:
     Args:
         model: The nnsight model that is traced.
         controller, where, strength, record, trust: As in `steer`.
+        prompt_lengths: Of texts that are more than a prompt, as in `Run.scoring`.
 
     Returns:
         An `Applied`: its `record` is there when the block has ended, on the client too.
@@ -130,6 +132,7 @@ class Apply:
         strength: float = 1.0,
         record: Any = "scalars",
         trust: bool = False,
+        prompt_lengths: Any = None,
     ) -> Any:
         """See the class."""
         host = host_of(model)
@@ -139,8 +142,10 @@ class Apply:
                 "steer(model, controller)"
             )
         from steerlens.hosts.traced.explicit import apply_here
+        from steerlens.hosts.traced.known import applying
 
         options = {"where": where, "strength": strength, "record": record, "trust": trust}
+        options |= {"prompt_lengths": prompt_lengths, "follows": partial(applying, host)}
         return apply_here(_prepare, host.model, controller, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -207,7 +212,7 @@ class Run:
             TypeError: lengths that are not whole numbers.
             ValueError: a length below 1; in a pass: another number of lengths than of rows.
         """
-        self._pass.score(_check_lengths(prompt_lengths))
+        self._pass.score(check_lengths(prompt_lengths))
         try:
             yield
         finally:
@@ -273,27 +278,14 @@ def _prepare(
 
 def _same(a: Controller, b: Controller) -> bool:
     """Whether two controllers do the same: fitted alike, acting at the same places with the same strength."""
+    if a is b:
+        return True
     return bool(a.recipe) and a.recipe == b.recipe and [repr(loop) for loop in a.loops] == [repr(x) for x in b.loops]
-
-
-def _check_lengths(lengths: Any) -> int | list[int]:
-    """Prompt lengths as a number or a list of numbers."""
-    if isinstance(lengths, Tensor):
-        lengths = lengths.tolist()
-    if isinstance(lengths, int) and not isinstance(lengths, bool):
-        rows = [lengths]
-    elif isinstance(lengths, (list, tuple)) and all(isinstance(row, int) for row in lengths):
-        rows = lengths = list(lengths)
-    else:
-        raise TypeError(f"prompt_lengths={lengths!r}; give a number of tokens, or one for each row of the batch")
-    if not rows or min(rows) < 1:
-        raise ValueError(f"prompt_lengths={lengths!r}; a prompt has at least one token")
-    return lengths
 
 
 def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     sites = {site for loop in controller.loops for site in (loop.act, loop.sense)}
-    host.check(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
+    host.trust(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
         host.need_parameters()
     for method, fitted in () if trust else controller.fingerprints:
@@ -303,6 +295,9 @@ def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
             raise ValueError(
                 f"this {method} was fitted on another model: {words}. Fit it on this one, or pass trust=True"
             )
+        remark = host.remark(fitted)
+        if remark is not None:
+            warnings.warn(f"{method}: {remark}", stacklevel=4)
 
 
 def _free_name(host: Host, controller: Controller) -> str:
@@ -319,7 +314,7 @@ def _free_name(host: Host, controller: Controller) -> str:
 
 def _cache(record: Record, model: Any) -> Any:
     """See `Record.to_cache`."""
-    from steerlens.hosts.lens.models import activation_cache
+    from steerlens.hosts.lens.record import activation_cache
 
     known = model if hasattr(model, "cfg") else None
     layers = [0, *(int(name.split(".")[1]) for name in record)]

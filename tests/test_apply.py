@@ -196,3 +196,35 @@ def test_an_invoke_that_only_steers_leaves_the_rows_of_others_alone():
     assert torch.equal(tokens[1:], case.generate(PAIR[1:], 4))
     with case.steer():
         assert torch.equal(tokens[:1], case.generate(PAIR[:1], 4))
+
+
+@pytest.mark.parametrize("options", [{"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
+def test_a_generation_is_followed_as_in_steer(options):
+    case = Case("caa", "nnsight")
+    model, controller, before = case.model, case.controller, snapshot(case.model)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+    with sl.steer(model, controller, record="all") as run:
+        with model.generate(IDS, **options) as tracer:
+            tokens = tracer.result.save()
+        expected = run.record.copy()
+    with model.generate(IDS, **options) as tracer:
+        applied = sl.apply(model, controller, record="all")
+        found = tracer.result.save()
+    assert torch.equal(found, tokens)
+    assert same(applied.record, expected)
+    assert snapshot(model) == before
+
+
+def test_scored_tokens_are_steered_as_generated_ones():
+    case = Case("lqr", "nnsight")
+    model, controller = case.model, case.controller
+    with model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False) as tracer:
+        applied = sl.apply(model, controller, record="all")
+        tokens = tracer.result.save()
+    with model.trace(tokens[:, :-1]):
+        scored = sl.apply(model, controller, record="all", prompt_lengths=IDS.shape[1])
+        model.output.logits.save()
+    for name, value in applied.record.items():
+        torch.testing.assert_close(scored.record[name], value, rtol=1e-4, atol=1e-4, equal_nan=True)
+    with pytest.raises(ValueError, match="at least one token"), model.trace(IDS):
+        sl.apply(model, controller, prompt_lengths=0)

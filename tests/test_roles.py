@@ -19,6 +19,7 @@ DISTINCT = (
     *("gpt_neo", "pythia", "gptj", "mixtral", "qwen3_moe_mixed", "qwen3_next", "gemma4_kvshared", "gemma4_moe"),
     *("olmo2", "falcon_new", "falcon_alibi_seq", "bloom", "opt", "opt_postnorm", "gpt_oss_square", "deepseek_v3"),
     *("cohere", "granite", "glm4", "mpt", "llama4_text", "jamba", "falcon_h1", "lfm2", "openai_gpt", "mamba"),
+    "mamba2",
     *("gemma3_vlm", "llava", "qwen3_vl"),
 )
 #: What cannot be steered, and the words that say why.
@@ -164,6 +165,51 @@ def test_generation_with_and_without_a_cache_is_that_of_hooks(name, host):
         assert tokens.tolist() == expected.tolist(), f"use_cache={use_cache}"
 
 
+#: Not linearised, and why.
+CURVED = {"gemma4_kvshared": "keys and values of an earlier block", "openai_gpt": "has no KV cache"}
+#: TransformerLens 3.9's own cached pass is another one.
+TWO_PATHS = [(name, "bridge") for name in ("falcon_alibi_seq", "mpt", "bloom", "openai_gpt")]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", [param(name) for name in NAMES])
+def test_the_linearised_path_is_that_of_the_model(name, host):
+    """The chain of the blocks' Jacobians is the derivative of the whole model, by central differences in float64."""
+    adapter, truth = host_of(loaded(name, host)), truth_of(name)
+    if name in CURVED:
+        with pytest.raises(NotImplementedError, match=CURVED[name]):
+            adapter.nominal(IDS[0].tolist())
+        return
+    if (name, host) in TWO_PATHS:
+        try:
+            nominal = adapter.nominal(IDS[0].tolist())
+        except RuntimeError as error:
+            assert "with a KV cache" in str(error)  # noqa: PT017 (TransformerLens 4 is right)
+            return
+    nominal = adapter.nominal(IDS[0].tolist())
+    expected, last = truth.read(IDS), len(truth.blocks) - 1
+    close(nominal.states[1], expected[1, "resid_pre"][0, -1], "the state before block 1")
+    chain = torch.eye(32)
+    for layer in range(1, last + 1):
+        chain = nominal.jacobian(layer) @ chain
+    v = torch.linspace(-1, 1, 32)
+    ends = []
+    for step in (5e-3, -5e-3):
+
+        def act(layer, point, x, step=step):
+            if (layer, point) == (1, "resid_pre"):
+                nudge = torch.zeros_like(x)
+                nudge[0, -1] = step * v
+                return x + nudge
+            if (layer, point) == (last, "resid_post"):
+                ends.append(x[0, -1])
+            return x
+
+        with truth.hooks(act):
+            truth.run(IDS)
+    close(chain @ v, (ends[0] - ends[1]) / 1e-2, "the Jacobian times a vector", 2e-2)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_steered_is_refused_by_name(name):
     nnsight = pytest.importorskip("nnsight")
@@ -210,3 +256,43 @@ def test_blocks_that_no_table_knows_have_their_ends_and_the_rest_by_name():
     for point in ("attn_out", "resid_mid", "mlp_out"):
         with sl.steer(model, sl.Controller([sl.Loop(sl.Add(u), sl.Site(1, point), where="all")])):
             close(logits_of(model, IDS), truth_of("llama").added(u, 1, point, IDS), point)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_mixed", "gpt_oss_square"])
+def test_a_mixture_of_experts_has_a_fingerprint_alike_on_both_hosts(name):
+    bridge, traced = (host_of(loaded(name, host)).fingerprint() for host in HOSTS)
+    assert bridge["probe"]
+    assert bridge["probe"] == traced["probe"]
+
+
+def test_a_controller_comes_with_its_model_to_eight_bits():
+    """PyTorch's own int8 linear maps in place of all."""
+    pairs = sl.Pairs([[3, 17, 25], [5, 11, 60]], [[29, 41, 22], [71, 80, 2]])
+    plain = build("llama")
+    model = wrap("nnsight", "tests/llama", plain, tokenizer(), processed=False, prepend_bos=False)
+    controller = sl.caa(model, pairs, layers=[1])
+    eight = torch.ao.quantization.quantize_dynamic(build("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    small = wrap("nnsight", "tests/llama", eight, tokenizer(), processed=False, prepend_bos=False)
+    base = logits_of(small, IDS)
+    with pytest.warns(UserWarning, match="quantised"), sl.steer(small, controller):
+        assert (logits_of(small, IDS) - base).abs().max() > 0.1
+    with pytest.raises(NotImplementedError, match="quantised"):
+        host_of(small).learner()
+    with pytest.raises(NotImplementedError, match="quantised"):
+        host_of(small).neuron_writes(1)
+
+
+def test_roles_that_are_wrong_are_found_out_and_told():
+    """The branch's norm forgotten: what is named as the branch is not what is added."""
+    plain = build("glm4")
+
+    class Misnamed(type(plain.model.layers[0])):
+        pass
+
+    for block in plain.model.layers:
+        block.__class__ = Misnamed
+    model = wrap("nnsight", "tests/misnamed", plain, tokenizer(), processed=False, prepend_bos=False)
+    sl.roles(model, attn_out="self_attn", mlp_out="mlp")
+    host_of(model).states(IDS.tolist(), [sl.Site(1, "resid_post")])
+    with pytest.raises(ValueError, match=r"in block 1, a Misnamed, resid_pre \+ attn_out .* cannot be trusted"):
+        host_of(model).states(IDS.tolist(), [sl.Site(1, "attn_out")])

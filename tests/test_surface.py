@@ -7,6 +7,7 @@ import torch
 
 import steerlens as sl
 from steerlens.models import tiny
+from steerlens.testing import Case
 
 PROMPT = torch.tensor([[3, 17, 25, 29]])
 
@@ -177,3 +178,30 @@ def test_reprs_say_what_a_thing_is(record, model):
     with sl.steer(model, controller) as run:
         assert repr(run) == f"Run({controller!r} on TransformerBridge, attached; {run.record!r})"
     assert "removed" in repr(run)
+
+
+@pytest.mark.parametrize("method", ["caa", "lqr", "sadi", "ablation", "pid"])
+@pytest.mark.parametrize("where", ["last", "all"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_controller_as_hooks_steers_one_pass_as_steer_does(method, where, family):
+    case = Case(method, "bridge", family=family)
+    model, controller = case.model, case.controller.at(where)
+    tokens = torch.tensor([case.prompt, case.prompt[::-1]])
+    with sl.steer(model, controller):
+        expected = model(tokens)
+    if "resid_mid" in {site.point for site in controller.sites}:
+        with pytest.raises(ValueError, match="ignores what a hook writes"):
+            controller.fwd_hooks()
+        controller = sl.Controller(loop for loop in controller if loop.act.point != "resid_mid")
+        with sl.steer(model, controller):
+            expected = model(tokens)
+    hooks = controller.fwd_hooks()
+    for _ in range(2):  # the same functions serve any number of passes
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=hooks), expected)
+    assert not torch.equal(model(tokens), expected)
+
+
+def test_hooks_refuse_what_needs_another_pass():
+    case = Case("tda", "bridge")
+    with pytest.raises(ValueError, match="needs a second pass over the prompt"):
+        case.controller.fwd_hooks()

@@ -25,11 +25,16 @@ from steerlens.hosts import host_of
 from steerlens.hosts.blocks import hf
 from steerlens.testing import Case, discover_methods
 
+#: Rooms that hold no parts, and whose modules may need libraries that are not installed.
+ELSEWHERE = tuple(f"steerlens.{room}" for room in ("models", "cli", "testing", "hosts", "evaluate"))
+
 
 def parts():
     """Every law, setpoint and other part of steerlens, also those inside the methods' files."""
     for module in pkgutil.walk_packages(steerlens.__path__, "steerlens."):
-        if not module.name.startswith(("steerlens.models", "steerlens.cli", "steerlens.testing", "steerlens.hosts")):
+        if not module.name.startswith(
+            ("steerlens.models", "steerlens.cli", "steerlens.testing", "steerlens.hosts", "steerlens.evaluate")
+        ):
             importlib.import_module(module.name)
 
     def below(kind):
@@ -168,11 +173,11 @@ def steer_once(arrived, torch):
     run = arrived["pass"]
 
     class Apart(arrived["companion"]):
-        def states(self, sites):
+        def states(self, sites, *, goes_on):
             return {site: torch.ones(1, 3, *shapes[site.point]) for site in sites}
 
         def tangents(self, sites, direction, *, goes_on):
-            return self.states(sites)
+            return self.states(sites, goes_on=goes_on)
 
     run.begin((1, 3), companion=lambda kept: Apart())
     for site in run.sites:

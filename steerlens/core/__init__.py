@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from steerlens.core.aside import Companion
-from steerlens.core.check import check_loops, check_record
+from steerlens.core.check import check_lengths, check_loops, check_record
 from steerlens.core.controller import Controller
 from steerlens.core.law import Law, Loop, Setpoint, Signals
 from steerlens.core.now import Now
@@ -39,6 +39,7 @@ __all__ = [
     "Site",
     "SiteSignals",
     "Summary",
+    "check_lengths",
     "check_loops",
     "check_record",
     "check_where",

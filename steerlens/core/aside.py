@@ -19,8 +19,12 @@ from steerlens.core.sites import Site
 class Companion:
     """Abstract: runs the model beside a steered forward pass, on the same tokens and unsteered. A host makes it."""
 
-    def states(self, sites: Ordered[Site]) -> dict[Site, Tensor]:
-        """The unsteered states of the pass that begins, `[batch pos ...]` each."""
+    def states(self, sites: Ordered[Site], *, goes_on: bool) -> dict[Site, Tensor]:
+        """The unsteered states of the pass that begins, `[batch pos ...]` each.
+
+        Args:
+            goes_on: The prompt continues in later passes: keep what they need.
+        """
         raise NotImplementedError
 
     def tangents(self, sites: Ordered[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
@@ -84,9 +88,7 @@ class Aside:
             clean = [*clean, *self._late]
         missing = [summary for summary in clean if id(summary) not in sequence.pooled]
         if missing and positions.past < positions.end:
-            states = _required(beside).states(sorted({summary.site for summary in missing}))
-            for summary in missing:
-                sequence.pooled[id(summary)] = summary.of(states[summary.site], positions.select(summary.where))
+            self._read_apart(_required(beside), missing)
         for index, (direction, loops) in enumerate(zip(self._directions, self._bent, strict=True)):
             goes_on = any(not (isinstance(loop.where, str) and loop.where in PROMPT_ONLY) for loop in loops)
             goes_on = goes_on or not positions.complete
@@ -94,6 +96,22 @@ class Aside:
                 sites = sorted({loop.act for loop in loops})
                 found = _required(beside).tangents(sites, direction, goes_on=goes_on)
                 sequence.tangents.update({(index, site): value for site, value in found.items()})
+
+    def _read_apart(self, beside: Companion, summaries: list[Summary]) -> None:
+        """Have the unsteered states of this pass, and pool them once the prompt is complete."""
+        sequence, positions = self.sequence, self.sequence.positions
+        found = beside.states(sorted({summary.site for summary in summaries}), goes_on=not positions.complete)
+        for site, x in found.items():
+            sequence.states.setdefault((site, "apart"), []).append(x)
+        if not positions.complete:
+            return
+        whole = positions.whole()
+        for summary in summaries:
+            pieces = sequence.states[summary.site, "apart"]
+            x = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+            sequence.pooled[id(summary)] = summary.of(x, whole.select(summary.where))
+        for site in found:
+            del sequence.states[site, "apart"]
 
     def _index(self, direction: Direction) -> int:
         """Number of a direction; loops of a loaded controller share its tensors, not the object."""

@@ -189,3 +189,23 @@ def _check_names(names: Any, what: str, attribute: str = "signals") -> None:
             raise ValueError(f"{what} has a signal {name!r}, which every loop has; give it another name")
     if len(set(names)) < len(names):
         raise ValueError(f"{what} declares a signal twice: {', '.join(names)}")
+
+
+def check_lengths(lengths: Any) -> int | list[int]:
+    """Prompt lengths, see `Run.scoring`, as a number or a list of numbers.
+
+    Raises:
+        TypeError: lengths that are not whole numbers.
+        ValueError: none, or one below 1.
+    """
+    if isinstance(lengths, Tensor):
+        lengths = lengths.tolist()
+    if isinstance(lengths, int) and not isinstance(lengths, bool):
+        rows = [lengths]
+    elif isinstance(lengths, (list, tuple)) and all(isinstance(row, int) for row in lengths):
+        rows = lengths = list(lengths)
+    else:
+        raise TypeError(f"prompt_lengths={lengths!r}; give a number of tokens, or one for each row of the batch")
+    if not rows or min(rows) < 1:
+        raise ValueError(f"prompt_lengths={lengths!r}; a prompt has at least one token")
+    return lengths

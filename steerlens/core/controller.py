@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.core.hooks import Hook, forward_hooks
 from steerlens.core.law import Loop, finite
 from steerlens.core.part import Part, tensors_of
 from steerlens.core.positions import check_where
@@ -85,6 +86,18 @@ class Controller:
             return moved[id(tensor)]
 
         return self._each(lambda loop: loop.change(move))
+
+    def fwd_hooks(self) -> list[tuple[str, Hook]]:
+        """The controller as hooks of TransformerLens: `model.run_with_hooks(tokens, fwd_hooks=controller.fwd_hooks())`.
+
+        Equal to `steer` for one forward pass over whole texts: every row begins at its first column and has no pads,
+        there is no KV cache, and nothing is recorded. `"last"` then is the last column. For everything else, `generate`
+        and batches with padding among it, use `steer`.
+
+        Raises:
+            ValueError: a loop acts at `resid_mid`, or has a gate, a summary or a tangent; hooks cannot serve it.
+        """
+        return forward_hooks(self.loops)
 
     @property
     def sites(self) -> list[Site]:

@@ -15,7 +15,7 @@ from steerlens.evaluate.scoring import scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
-from steerlens.hosts.base import pad
+from steerlens.hosts.batches import pad
 from steerlens.steering import steer
 
 #: Token ids of a prompt and of what follows it.

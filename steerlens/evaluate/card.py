@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from steerlens.evaluate.evaluation import Evaluation
+#: What no evaluation of this kind measures.
+ELSEWHERE = "knowledge (MMLU and the like), a judge's opinion, longer texts, other languages"
 
 
-def evaluation_card(found: Evaluation) -> str:
+def evaluation_card(found: Any) -> str:
     """The title, what was compared, the table, slopes, what is a proxy and what was not measured, and the protocol."""
-    from steerlens.evaluate.evaluation import ELSEWHERE
-
     protocol = found.protocol
     about = found.meters[found.effect]
     proxies = [name for name, own in found.meters.items() if own["proxy"]]
@@ -46,7 +44,7 @@ def evaluation_card(found: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _table(found: Evaluation) -> str:
+def _table(found: Any) -> str:
     rows = found.table().reset_index().to_dict("records")
     names = [name for name in rows[0] if name not in ("low", "high")]
     several = len({own.seed for own in found.measured if own.arm == "random"})
@@ -71,7 +69,7 @@ def _cell(name: str, row: dict[str, Any], several: int) -> str:
     return f"{value:.3g}"
 
 
-def _slopes(found: Evaluation) -> list[str]:
+def _slopes(found: Any) -> list[str]:
     lines = []
     for arm in dict.fromkeys(name for name, _ in found.arms):
         if sum(name == arm for name, _ in found.arms) > 1:

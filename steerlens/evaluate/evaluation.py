@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steerlens.diagnose.result import frame
 from steerlens.evaluate.bootstrap import interval, mean_interval
+from steerlens.evaluate.card import evaluation_card
 from steerlens.evaluate.meter import Values, item_means, pooled
 from steerlens.plots import load_plotly
 
@@ -19,8 +20,6 @@ DOSE = "dose"
 UNSTEERED_NAME, RANDOM_NAME = "unsteered", "random"
 #: Share of the items that counts as the worst.
 WORST = 0.1
-#: What no evaluation measures unless a meter for it is given.
-ELSEWHERE = "knowledge (MMLU and the like), a judge's opinion, longer texts, other languages"
 
 
 @dataclass(frozen=True)
@@ -231,8 +230,6 @@ class Evaluation:
 
     def card(self) -> str:
         """The tables and the protocol as Markdown, for an appendix."""
-        from steerlens.evaluate.card import evaluation_card
-
         return evaluation_card(self)
 
     def __repr__(self) -> str:

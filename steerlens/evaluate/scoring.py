@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerlens.core import Controller
 from steerlens.hosts import host_of
-from steerlens.hosts.base import pad
+from steerlens.hosts.batches import pad
 from steerlens.steering import steer
 
 #: From the number of a row and its scored logits `[completion+1 vocab]` to what is kept of them.

@@ -6,7 +6,8 @@ import importlib
 import sys
 from typing import Any
 
-from steerlens.hosts.base import Attachment, Host, UntrustedError
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.base import Host, UntrustedError
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.batches import pad
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.dimensions import Dimensions
@@ -26,41 +28,6 @@ Found = TypeVar("Found")
 
 class UntrustedError(NotImplementedError):
     """A server keeps requests apart from the weights."""
-
-
-class Attachment:
-    """A pass that is attached to a model; `detach` takes it off and leaves nothing behind.
-
-    Attributes:
-        run: The pass.
-        owner: What the user holds.
-    """
-
-    run: Pass
-    owner: Any = None
-
-    def ready(self) -> None:
-        """A forward pass begins."""
-
-    def strip(self, find: Callable[[Any], Any]) -> None:
-        """Take what is of it off a deep copy of the model; `find` gives the copy of a part, or None."""
-
-    @property
-    def payload_bytes(self) -> int | None:
-        """Size of the latest request to a server, on hosts that send any."""
-        return None
-
-    def detach(self) -> None:
-        """Remove every hook and edit, also if an interrupt comes in between; calling it twice is harmless."""
-        try:
-            self._take_off()
-        except BaseException:
-            self._take_off()
-            raise
-
-    def _take_off(self) -> None:
-        """Remove what is there of it; what a first call has left undone, a second one finishes."""
-        raise NotImplementedError
 
 
 class Host(Dimensions):
@@ -215,7 +182,7 @@ class Host(Dimensions):
 
     def _rows(self, tokens: Any, weights: Any, sites: Sequence[Site], batch: int) -> list[list[Tensor]]:
         """What `_read` gives for each text, by site."""
-        self.check(sites)
+        self.trust(sites)
         longest_first = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
         rows: dict[int, list[Tensor]] = {}
         for start in range(0, len(tokens), batch):
@@ -275,7 +242,7 @@ class Host(Dimensions):
         Returns:
             `{site: [text ...]}` in float32 (float64 for a float64 model), on the CPU.
         """
-        self.check(sites)
+        self.trust(sites)
         ordered = sorted(sites)
         ids, mask, pooled = pad(tokens, weights, self.device)
         with turn_of(self.block), self.unsteered():
@@ -284,16 +251,3 @@ class Host(Dimensions):
             site: gradient.reshape(len(ids), *self.shape(site)).cpu()
             for site, gradient in zip(ordered, found, strict=True)
         }
-
-
-def pad(tokens: Any, weights: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask and pooling weights of some texts, `[text pos]` each, padded on the right."""
-    longest = max(len(row) for row in tokens)
-    ids = torch.zeros(len(tokens), longest, dtype=torch.long)
-    mask = torch.zeros(len(tokens), longest, dtype=torch.long)
-    pooled = torch.zeros(len(tokens), longest, dtype=torch.float64)
-    for row, (text, weight) in enumerate(zip(tokens, weights, strict=True)):
-        ids[row, : len(text)] = torch.as_tensor(text)
-        mask[row, : len(text)] = 1
-        pooled[row, : len(text)] = torch.as_tensor(weight, dtype=torch.float64)
-    return ids.to(device), mask.to(device), pooled.to(device)

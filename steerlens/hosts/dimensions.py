@@ -21,6 +21,8 @@ class Dimensions:
     Attributes:
         model: The user's object.
         n_layers, d_model, n_heads, d_head, d_mlp, d_vocab: Its dimensions; `n_heads` counts query heads.
+        name: What the model was loaded as; empty where that is not known.
+        quantised: Whether its matrices are held in fewer bits than they compute in.
         processed: Whether the weights were folded or centred, which changes the basis of the residual stream.
     """
 
@@ -32,6 +34,8 @@ class Dimensions:
     d_mlp: int | None
     d_vocab: int
     processed: bool = False
+    name: str = ""
+    quantised: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +75,8 @@ class Dimensions:
             NotImplementedError: the weights are not here, or the block has no such matrix.
         """
         weight = self._out_weight(layer)
+        if self.quantised:
+            raise NotImplementedError("the output weights of the MLP are quantised; fit on full precision")
         if weight is None or weight.device.type == "meta":
             raise NotImplementedError("the output weights of the MLP are not here; build the model with its weights")
         return weight.detach() if weight.shape[0] == self.d_mlp else weight.detach().T
@@ -81,15 +87,24 @@ class Dimensions:
 
     def probe(self) -> list[float] | None:
         """A few weights of the last block that fine-tuning changes and folding does not; None if they are not here."""
-        weight = self._out_weight(self.n_layers - 1)
+        weight = self._probed()
         if weight is None or weight.device.type == "meta":
             return None
         # whichever way round it is stored
         row = weight[0, :8] if weight.shape[0] == self.d_model else weight[:8, 0]
         return [round(float(value), 6) for value in row.detach().float()]
 
+    def _probed(self) -> Tensor | None:
+        """The matrix of which `probe` tells a few numbers; None if none is there in floating point."""
+        return self._out_weight(self.n_layers - 1)
+
     def need_parameters(self) -> None:
         """Raises NotImplementedError where the parameters are not those of the published model."""
+        if self.quantised:
+            raise NotImplementedError(
+                "the weights of this model are quantised, so that no small step of its parameters exists; use the "
+                "model at full precision"
+            )
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Shape of the state at a site, without batch and position."""
@@ -115,6 +130,11 @@ class Dimensions:
                 raise ValueError(
                     f"no '{site}' in this {type(self.model).__name__}: block {site.layer} {reason}; it has {points}"
                 )
+
+    def trust(self, sites: Iterable[Site]) -> None:
+        """As `check`, and once per model a short pass: raises ValueError also for points that it speaks against."""
+        sites = list(sites)
+        self.check(sites)
         doubts = self.doubts(sites)
         if doubts is not None:
             raise ValueError(doubts)
@@ -128,6 +148,7 @@ class Dimensions:
             "d_vocab": self.d_vocab,
             "processed": self.processed,
             "probe": self.probe(),
+            "name": self.name,
         }
 
     def differences(self, fingerprint: dict[str, Any]) -> list[str]:
@@ -140,9 +161,23 @@ class Dimensions:
             was, now = ("raw", "processed") if self.processed else ("processed", "raw")
             found.append(f"this model has {now} weights, it was fitted on {was} ones (folded norms, centred writes)")
         theirs, ours = fingerprint.get("probe"), mine["probe"]
-        if not found and theirs and ours and not _close(theirs, ours):
+        if not found and theirs and ours and not _close(theirs, ours) and not self._rounds(fingerprint):
             found.append("the weights differ (same architecture, other training)")
         return found
+
+    def remark(self, fingerprint: dict[str, Any]) -> str | None:
+        """What a user should know of a controller that may be attached; None where there is nothing."""
+        theirs, ours = fingerprint.get("probe"), self.probe()
+        if not self.quantised or not theirs or (ours and _close(theirs, ours)):
+            return None
+        return (
+            "the weights of this model are quantised and the controller was fitted on others, at full precision for "
+            "all that is known: its gains are those of that model"
+        )
+
+    def _rounds(self, fingerprint: dict[str, Any]) -> bool:
+        """Whether this is the quantised form of the model of a fingerprint, by name."""
+        return self.quantised and bool(self.name) and self.name == fingerprint.get("name")
 
 
 def _close(a: Sequence[float], b: Sequence[float]) -> bool:

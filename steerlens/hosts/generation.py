@@ -30,7 +30,7 @@ def hf_pass(steered: Steered, beside: Callable[..., Any], inner: Callable[..., A
         identity = begin(call.pop("shape"), companion=beside(args, kwargs, call["past"]), **call)
         output = inner(*args, **kwargs)
         if call["cache"] is None:
-            made = getattr(output, "past_key_values", None)
+            made = hf.made_cache(output)
             if made is not None:
                 steered.bind(identity, made)
         return output

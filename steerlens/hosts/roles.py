@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from steerlens.hosts.layouts import LAYOUTS
 
@@ -92,6 +92,23 @@ class Layout:
         if point == "mlp_post" and self.mixture:
             return "is a mixture of experts and has no mlp_post"
         return f"is a {self.kind} and has no {point}"
+
+
+def output_matrix(block: Any, layout: Layout) -> Any:
+    """A matrix by which a block can be told: the MLP's output, else attention's; None unless in floating point."""
+    for point in ("mlp_post", "z"):
+        if point in layout.paths:
+            weight = getattr(unwrapped(submodule(block, layout.paths[point][0])), "weight", None)
+            if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2:
+                return weight
+    return None
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a Hugging Face model, or PyTorch, holds its matrices in fewer bits."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) or getattr(model, "is_quantized", False):
+        return True
+    return any(type(part).__module__.startswith(("torch.ao.nn.quantized", "bitsandbytes")) for part in model.modules())
 
 
 def input_width(matrix: Any) -> int | None:

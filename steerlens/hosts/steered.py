@@ -16,7 +16,7 @@ from torch import Tensor
 from steerlens.hosts.caches import Generation, Identity, Mark
 
 if TYPE_CHECKING:
-    from steerlens.hosts.base import Attachment
+    from steerlens.hosts.attachment import Attachment
 
 #: Attribute of a model that is steered.
 _NAME = "_steerlens"
@@ -190,6 +190,11 @@ class Steered:
             # of a static cache; to look at it would wait for the device
             known = next(iter(identity.held.values()), None)
             past = int(past) if known is None or not known.positions.seen else known.positions.seen
+            if past < 0:
+                raise RuntimeError(
+                    "the recurrent cache of this pass was filled before the model was steered, and does not count its "
+                    "tokens; begin with an empty one"
+                )
         end = None
         if generation is not None and own:
             if generation.end is None:

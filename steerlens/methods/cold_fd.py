@@ -15,7 +15,7 @@ from steerlens.fit.method import method
 from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
 from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.hosts import Host
-from steerlens.hosts.base import pad
+from steerlens.hosts.batches import pad
 from steerlens.laws.learning import Drift
 
 #: Step of a central difference as a fraction of the parameters' norm: truncation and float32 rounding both stay

@@ -141,6 +141,9 @@ def _stepwise(case: Case, prompt: list[int], text: list[int]) -> Tensor:
         assert again == text
         with torch.no_grad():
             steps = [case.model.unembed(x[None, None])[0, 0] for x in caught]
+        cap = getattr(case.model.cfg, "output_logits_soft_cap", None) or 0.0
+        if cap > 0:  # which Gemma applies behind the unembedding
+            steps = [cap * (step / cap).tanh() for step in steps]
     targets = text[len(prompt) :]
     found = [step.detach().float().log_softmax(-1)[token] for step, token in zip(steps, targets, strict=True)]
     return torch.stack(found)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from steerlens.core import Direction, Site
-from steerlens.hosts.base import pad
+from steerlens.hosts.batches import pad
 from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, everywhere, named_parameters
 from steerlens.hosts.blocks.turns import turn_of

@@ -184,18 +184,18 @@ class Capture:
 
         Args:
             freeze: Given the layer and one argument of its block, returns what to pass instead: a cache that does not
-                grow for the cache, anything else unchanged.
+                grow for the cache, or a `Thaw`; anything else unchanged.
         """
         if len(self.calls) != len(self.modules):
             raise RuntimeError(f"the model ran {len(self.calls)} of its {len(self.modules)} blocks in one pass")
-        states = [state_of(args, kwargs).detach()[0, -1] for args, kwargs in self.calls]
         blocks = [self._block(layer, freeze) for layer in range(len(self.modules))]
-        return Nominal(
-            blocks,
-            [*states, self.final.detach()[0, -1]],
-            room=self._room(states[0].shape[-1]),
-            turn=turn_of(self.modules[0]),
-        )
+        states = self.states()
+        room = self._room(states[0].shape[-1])
+        return Nominal(blocks, states, room=room, turn=turn_of(self.modules[0]))
+
+    def states(self) -> list[Tensor]:
+        """The last token's state before each block and after the last, `[d]` each."""
+        return [*(state_of(args, kwargs).detach()[0, -1] for args, kwargs in self.calls), self.final.detach()[0, -1]]
 
     def _room(self, d: int) -> int:
         """Floats of a gradient in the MLP or in attention, measured on the families' eager attention."""
@@ -211,11 +211,24 @@ class Capture:
 
         def block(x: Tensor) -> Tensor:
             state = x[:, None]
-            if "hidden_states" in kwargs:
-                return first(module(*args, **{**kwargs, "hidden_states": state}))[:, 0]
-            return first(module(state, *args[1:], **kwargs))[:, 0]
+            given = [value.make() if isinstance(value, Thaw) else value for value in args]
+            named = {name: value.make() if isinstance(value, Thaw) else value for name, value in kwargs.items()}
+            if "hidden_states" in named:
+                return first(module(*given, **{**named, "hidden_states": state}))[:, 0]
+            return first(module(state, *given[1:], **named))[:, 0]
 
         return block
+
+
+class Thaw:
+    """Stands for an argument that a block changes, and gets anew at each call.
+
+    Args:
+        make: Makes it.
+    """
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make = make
 
 
 def first(output: Any) -> Tensor:

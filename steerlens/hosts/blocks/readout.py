@@ -48,7 +48,8 @@ class Readout(TorchFunctionMode):
             first = function is torch.addmm
             self.hidden, weight = args[first : first + 2]
             self.weight = (weight.T if first else weight).detach()
-            self.out = out = out.detach().requires_grad_()
+            self.out = out.detach().requires_grad_()
+            out = self.out.clone()  # some blocks add to it in place, which a leaf forbids
         return out
 
     def adds_to(self, y: Tensor) -> bool:

@@ -52,9 +52,17 @@ class BaseCompanion(Companion):
         self.past = past
         self.kept = kept
 
-    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The unsteered states of a prompt."""
-        require_whole(self.past)
+    def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
+        """The unsteered states of a prompt; with a KV cache of their own if it comes in pieces."""
+        if self.past or goes_on:
+            if self.past == 0:
+                self.kept["states"] = Tracks()
+            tracks = self.kept.get("states")
+            if tracks is None or tracks.length != self.past:
+                require_whole(self.past)
+            assert tracks is not None
+            with self.aside(), torch.inference_mode(False), torch.no_grad():
+                return self._run(sites, {}, tracks.sides[0])
         with self.aside(), torch.no_grad():
             return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False), self._rows)
 
@@ -241,7 +249,8 @@ def gather(spots: dict[Site, Spot], forward: Callable[[], Any], rows: int = 1) -
         # TransformerBridge shows heads split in some families and in one piece in others
         value = value if value.ndim > 2 else value.unflatten(0, (rows, -1))
         value = value.flatten(2).unflatten(-1, (heads, -1)) if heads else value
-        found[site] = value if scale == 1 else value * scale
+        # a copy, as some blocks add to a branch in place
+        found[site] = value.clone() if scale == 1 else value * scale
         if len(found) == len(spots):
             raise _EnoughError
 

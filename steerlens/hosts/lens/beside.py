@@ -50,7 +50,7 @@ class BlocksCompanion(Companion):
         self.options = options | {"attention_mask": mask, "past_kv_cache_entry": None}
         self.past = past
 
-    def states(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
         """The unsteered states of a prompt."""
         require_whole(self.past)
         model = self.host.model

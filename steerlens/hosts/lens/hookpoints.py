@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from steerlens.core import Display, Pass, Site
-from steerlens.hosts.base import Attachment, Host
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.base import Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
 from steerlens.hosts.steered import Steered
@@ -111,6 +112,17 @@ class LensHost(Host):
     def writes_mid(self) -> bool:
         """Whether writing `hook_resid_mid` changes the residual stream."""
         raise NotImplementedError
+
+    def _shows_pads(self, tokens: Any, steered: Steered) -> bool:
+        """Whether a batch of tokens without a mask is padded, on the right, with a token that is nothing but a pad."""
+        tokenizer = self.tokenizer
+        if tokenizer is None or steered.generation is not None or not isinstance(tokens, Tensor):
+            return False
+        if tokens.ndim != 2 or tokens.is_floating_point() or len(tokens) < 2 or tokens.shape[1] < 2:
+            return False
+        pad = tokenizer.pad_token_id
+        special = (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return pad not in special and getattr(tokenizer, "padding_side", "right") == "right"
 
     def head_writes(self, layer: int) -> Tensor:
         """Of attention, `[head d_head d]`, as TransformerLens names it."""

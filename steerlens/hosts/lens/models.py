@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import get_attention_mask
+from transformer_lens.utilities import Slice, get_attention_mask
 
-from steerlens.core import Record, Site
+from steerlens.core import Site
 from steerlens.hosts.base import Host
 from steerlens.hosts.blocks import hf
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
-from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather
+from steerlens.hosts.blocks.selfcheck import doubts_about
 from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.caches import Generation
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
-from steerlens.hosts.roles import Layout, refuse_other_kinds
+from steerlens.hosts.roles import Layout, is_quantised, output_matrix, refuse_other_kinds
 from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
 
 try:
@@ -44,20 +45,6 @@ def claim(model: Any) -> Host | None:
     return None
 
 
-def activation_cache(record: Record, model: Any, n_layers: int) -> Any:
-    """A TransformerLens `ActivationCache` that holds a record's signals under their hook names.
-
-    Args:
-        model: Where it is no TransformerLens model, the cache knows the number of layers in its place, no more: what it
-            stacks over layers works, what it projects on weights does not.
-    """
-    from transformer_lens import ActivationCache
-
-    if not hasattr(model, "cfg"):
-        model = SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers))
-    return ActivationCache(dict(record), model)
-
-
 class BridgeHost(LensHost):
     """TransformerBridge: a Hugging Face model whose modules are wrapped in place."""
 
@@ -70,6 +57,8 @@ class BridgeHost(LensHost):
         self.layouts = [Layout(block, inner.config.get_text_config()) for block in model.blocks]
         for layout in self.layouts:
             layout.check(type(inner).__name__)
+        self.name = str(getattr(inner.config, "_name_or_path", None) or "")
+        self.quantised = is_quantised(inner)
 
     def missing(self, site: Site) -> str | None:
         """Why there is no such hook point, or none that is what its name says."""
@@ -80,6 +69,15 @@ class BridgeHost(LensHost):
         if reason is None and site.point == "mlp_post" and not layout.known and layout.mixture:
             reason = "is a mixture of experts and has no mlp_post"
         return reason or super().missing(site)
+
+    def doubts(self, sites: Sequence[Site]) -> str | None:
+        """What speaks against the points."""
+
+        def read(ids: Tensor, wanted: list[Site]) -> dict[Site, Tensor]:
+            with self._aside(), torch.inference_mode(False), torch.no_grad():
+                return gather(self._spots(wanted), lambda: self._base(input_ids=ids.to(self.device), use_cache=False))
+
+        return doubts_about(self.model, self.layouts, sites, read, self.missing)
 
     def _width(self, site: Site) -> int | None:
         return self.layouts[site.layer].widths.get(site.point)
@@ -148,7 +146,8 @@ class BridgeHost(LensHost):
     def _list_of_prompts(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The Bridge pads a list on the right without a mask, since no real token sees the pads behind it."""
         given = args[0] if args else kwargs.get("input")
-        if not isinstance(given, list) or len(given) < 2 or kwargs.get("attention_mask") is not None:
+        listed = isinstance(given, list) and len(given) > 1
+        if kwargs.get("attention_mask") is not None or not (listed or self._shows_pads(given, steered)):
             return inner(*args, **kwargs)
         side = str(kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", "right"))
         with steered.padding(lambda tokens: padding_mask(self.tokenizer, tokens, self.prepends_bos, side)):
@@ -156,6 +155,7 @@ class BridgeHost(LensHost):
 
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
+        self.need_parameters()
         return Learner(self.model.original_model, self._aside, self._spots)
 
     @contextmanager
@@ -172,6 +172,10 @@ class BridgeHost(LensHost):
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
         return self.resting(lambda: hf.nominal(self._base, list(self.model.blocks), tokens))
+
+    def _probed(self) -> Tensor | None:
+        found = self._out_weight(self.n_layers - 1)
+        return output_matrix(self.model.blocks[-1], self.layouts[-1]) if found is None else found
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:
@@ -241,6 +245,7 @@ class HookedHost(LensHost):
         return [
             Wrapped(self.model, "forward", partial(self._pass, steered)),
             Wrapped(self.model, "input_to_embed", partial(self._embedded, steered)),
+            Wrapped(self.model, "get_caching_hooks", _caching),
             Wrapped(self.model, "generate", partial(_generate, steered)),
             Wrapped(self.model, "generate_stream", steered.stream),
         ]
@@ -258,6 +263,8 @@ class HookedHost(LensHost):
                 layer = range(self.n_layers)[start]
                 self._begin(call, given, tokens=given, mask=mask, positions=positions, layer=layer)
                 return inner(given, *rest, **kwargs)
+            if self._shows_pads(given, steered) and kwargs.get("attention_mask") is None:
+                call["pads"] = padding_mask(self.tokenizer, given, self.prepends_bos, "right")
             if isinstance(given, (str, list)):
                 # None: as the model and its tokenizer are configured
                 prepend, side = kwargs.get("prepend_bos"), kwargs.get("padding_side")
@@ -349,6 +356,27 @@ def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs:
     """TransformerLens's own loop: its first pass is the whole prompt."""
     with steered.generating(Generation()):
         return inner(*args, **kwargs)
+
+
+def _caching(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """HookedTransformer counts the axis of positions from the end, where a signal of one number a token has none.
+
+    A hook point that knows its axes would make this unnecessary.
+    """
+    given = inspect.signature(inner).bind(*args, **kwargs)
+    given.apply_defaults()
+    options = given.arguments
+    cache, forward, backward = inner(*args, **kwargs)
+    part = Slice.unwrap(options["pos_slice"])
+
+    def save(tensor: Tensor, hook: Any, ending: str = "") -> None:
+        value = part.apply(tensor.detach().to(options["device"]), dim=1)
+        cache[hook.name + ending] = value[0] if options["remove_batch_dim"] else value
+
+    def ours(hooks: list[Any], ending: str) -> list[Any]:
+        return [(name, partial(save, ending=ending) if ".hook_steer_" in name else hook) for name, hook in hooks]
+
+    return cache, ours(forward, ""), ours(backward, "_grad")
 
 
 def padding_mask(tokenizer: Any, tokens: Tensor, prepends_bos: bool, side: str) -> Tensor:

@@ -14,7 +14,7 @@ from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.blocks.hf import nominal
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
-from steerlens.hosts.roles import Layout, skeleton, submodule
+from steerlens.hosts.roles import Layout, is_quantised, output_matrix, skeleton, submodule
 from steerlens.hosts.traced.edit import Tap
 
 
@@ -38,6 +38,8 @@ class Anatomy(Dimensions):
         self.d_head = self._everywhere("z") // max(self.n_heads, 1)
         self.d_mlp = self._everywhere("mlp_post") or None
         self.d_vocab = config.vocab_size
+        self.name = str(getattr(getattr(module, "config", None), "_name_or_path", None) or "")
+        self.quantised = is_quantised(module)
 
     def _everywhere(self, point: str) -> int:
         """The width of a point in the first block that has it; 0 where none has."""
@@ -88,6 +90,9 @@ class Anatomy(Dimensions):
         known = layout.paths.get(site.point)
         return None if known is None else submodule(self.layers[site.layer]._module, known[0])
 
+    def _probed(self) -> Tensor | None:
+        return output_matrix(self.layers[-1]._module, self.layouts[-1])
+
     def _out_weight(self, layer: int) -> Tensor | None:
         return getattr(self.part(Site(layer, "mlp_post")), "weight", None)
 
@@ -115,7 +120,8 @@ class Anatomy(Dimensions):
         for before, tap in pairwise(taps):
             left, here = before.read, tap.read
             follows = (left.point, here.point, here.layer) == ("resid_post", "resid_pre", left.layer + 1)
-            if follows and before.role == tap.role == Tap.PLAIN:
+            # only a sensor may take the state from the visit before it: what it would write there goes nowhere
+            if follows and before.role == tap.role == Tap.PLAIN and tap.steers not in run.names:
                 before.then, before.way = tap, (before.envoy, self.layers[here.layer], tap.envoy)
         return taps
 

@@ -198,9 +198,10 @@ class Passes:
 
     def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
         """Begin a pass of a run; `call` as `call_shape` gives it."""
+        past = int(call["past"])
         run.begin(
             call["shape"],
-            past=int(call["past"]),
+            past=run.positions.seen if past < 0 else past,
             mask=call["mask"],
             device=call["device"],
             sequence=run.sequence if step else None,

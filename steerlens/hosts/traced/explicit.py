@@ -8,7 +8,7 @@ from typing import Any
 import nnsight
 from nnsight.intervention.interleaver import Mediator
 
-from steerlens.core import Controller, Pass, Record
+from steerlens.core import Controller, Pass, Record, check_lengths
 from steerlens.hosts.traced.anatomy import Anatomy
 from steerlens.hosts.traced.edit import Passes, follow, steers
 
@@ -26,7 +26,7 @@ class Applied:
 
     def to_cache(self) -> Any:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
-        from steerlens.hosts.lens.models import activation_cache
+        from steerlens.hosts.lens.record import activation_cache
 
         return activation_cache(self.record, None, self._n_layers)
 
@@ -41,7 +41,14 @@ class Applied:
 
 
 def apply_here(
-    prepare: Callable[..., Controller], model: Any, controller: Controller, *, record: Any = "scalars", **options: Any
+    prepare: Callable[..., Controller],
+    model: Any,
+    controller: Controller,
+    *,
+    record: Any = "scalars",
+    prompt_lengths: Any = None,
+    follows: Callable[[Pass], tuple[Passes, Callable[[], None]]] | None = None,
+    **options: Any,
 ) -> Applied:
     """Steer every forward pass of the block that is running; arguments as in `steerlens.apply`.
 
@@ -50,6 +57,7 @@ def apply_here(
 
     Args:
         prepare: Checks the controller against the model, and gives it the options.
+        follows: Where the weights are, gives what begins the passes of a run, and what to call at their end.
     """
     try:
         block = Mediator.current("apply()")
@@ -65,11 +73,14 @@ def apply_here(
         )
     anatomy = Anatomy(model)
     run = Pass(prepare(anatomy, controller, record=record, **options).loops, record=record)
+    if prompt_lengths is not None:
+        run.scored = [(0, check_lengths(prompt_lengths))]
+    passes, end = (Passes(), _nothing) if follows is None else follows(run)
     # what the edits of a `with steer` have added to attention's outputs, if there are any, see `Tap.visit`
     edits = [edit for edit in model._edits if steers(edit)]
     carried = edits[0].lcls["carried"] if edits else {}
     worker = Mediator(
-        compile("follow(base, first, taps, apart, run, carried, passes)", "<steerlens.apply>", "exec"),
+        compile(_BODY, "<steerlens.apply>", "exec"),
         {},
         {
             "follow": follow,
@@ -79,7 +90,8 @@ def apply_here(
             "apart": [anatomy.tap(site) for site in run.aside.apart],
             "run": run,
             "carried": carried,
-            "passes": Passes(),
+            "passes": passes,
+            "end": end,
         },
     )
     worker.batch_group = block.batch_group
@@ -89,3 +101,15 @@ def apply_here(
     # started by the block, it would hand its requests to the block; those are for the model
     worker.worker.parent = block.worker.parent
     return nnsight.save(Applied(run.log, anatomy.n_layers))
+
+
+_BODY = """
+try:
+    follow(base, first, taps, apart, run, carried, passes)
+finally:
+    end()
+"""
+
+
+def _nothing() -> None:
+    pass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from steerlens.core import Pass
+from steerlens.hosts.attachment import Attachment
 from steerlens.hosts.blocks import hf
 from steerlens.hosts.generation import hf_generations
 from steerlens.hosts.steered import Steered
@@ -21,12 +24,35 @@ class KnownPasses(Passes):
 
     def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
         """See `Passes.begin`."""
-        identity, known, fresh = self.steered.present
+        identity, known, fresh, rows = self.steered.present
+        if rows != call["shape"][0]:  # of one invoke of several, which share caches and calls
+            Passes.begin(self, run, call, step, **options)
+            return
         sequence = identity.of(run, fresh=fresh)
         run.begin(call["shape"], device=call["device"], sequence=sequence, **known, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Passes, ()
+
+
+class _Application(Attachment):
+    """A run of `apply`, attached for as long as its trace lasts."""
+
+    def __init__(self, run: Pass):
+        self.run = run
+
+
+def applying(host: Any, run: Pass) -> tuple[Passes, Callable[[], None]]:
+    """What begins the passes of a run of `apply` where the weights are, and what to call at their end."""
+    if host.away:
+        return Passes(), _nothing
+    attachment = _Application(run)
+    steered = Steered.attach(host.model, attachment, host.wraps)
+    return KnownPasses(steered), partial(steered.leave, attachment)
+
+
+def _nothing() -> None:
+    pass
 
 
 def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered) -> list[Any]:
@@ -39,11 +65,11 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
         if interleaver.interleaving:
             call = hf.call_shape(args, kwargs)
             shape, _ = call.pop("shape"), call.pop("device")
-            steered.present = steered.identify(shape, **call)
+            steered.present = (*steered.identify(shape, **call), shape[0])
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        made = getattr(output, "past_key_values", None)
-        if interleaver.interleaving and made is not None and kwargs.get("past_key_values") is None:
+        made = hf.made_cache(output)
+        if interleaver.interleaving and made is not None and all(kwargs.get(name) is None for name in hf.CACHES):
             steered.bind(steered.present[0], made)
 
     handles = [

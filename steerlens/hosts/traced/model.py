@@ -15,11 +15,13 @@ from nnsight.modeling.mixins.remotable import Remotable
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
-from steerlens.hosts.base import Attachment, Found, Host, UntrustedError
+from steerlens.hosts.attachment import Attachment
+from steerlens.hosts.base import Found, Host, UntrustedError
 from steerlens.hosts.blocks.graph import pool
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Nominal
-from steerlens.hosts.blocks.second_pass import Spot
+from steerlens.hosts.blocks.second_pass import Spot, gather
+from steerlens.hosts.blocks.selfcheck import doubts_about
 from steerlens.hosts.steered import Steered, unsteered
 from steerlens.hosts.traced import known
 from steerlens.hosts.traced.anatomy import UNTRUSTED, Anatomy, call_beside, gradients_at
@@ -100,6 +102,18 @@ class TracedHost(Anatomy, Host):
             tokens = tracer.result.save()
         return tokens  # noqa: RET504 (bound by the trace)
 
+    def doubts(self, sites: Sequence[Site]) -> str | None:
+        """What speaks against the points, if the weights are here."""
+        if self.away or self.remote:
+            return None
+
+        def read(ids: Tensor, wanted: list[Site]) -> dict[Site, Tensor]:
+            module = self.model._module
+            with StoodDown(self.base), torch.inference_mode(False), torch.no_grad():
+                return gather(self._spots(wanted), lambda: module(input_ids=ids.to(self.device), use_cache=False))
+
+        return doubts_about(self.model, self.layouts, sites, read, self.missing)
+
     def entrance(self) -> nn.Module:
         """The first block."""
         return self.layers[0]._module
@@ -118,6 +132,7 @@ class TracedHost(Anatomy, Host):
     def learner(self) -> Learner:
         """The Hugging Face model inside."""
         self.need_weights("differentiating the parameters")
+        self.need_parameters()
         return Learner(self.model._module, lambda: StoodDown(self.base), self._spots)
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:

@@ -94,6 +94,8 @@ class _Generate(_OfClass):
         function = type(model).generate.__wrapped__.__get__(model)
         if model.interleaver.interleaving:
             return function(*args, **kwargs)
+        if kwargs.get("remote"):
+            _refuse(kwargs, any(run.record is not None for run, _ in self.forms.runs))
         tracer = model.trace(*args, fn=function, **kwargs)
         try:
             tracer.capture()  # looks for a `with` two frames up: in the caller of this method
@@ -104,6 +106,25 @@ class _Generate(_OfClass):
         if not kwargs.get("remote"):
             return model.interleave(function, *args, **kwargs)
         return _generate_in_a_block(model, args, kwargs)
+
+
+#: Options of `generate` with which the first pass is not the whole prompt, or a later one is no decoding step.
+_UNTOLD = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "past_key_values", "guidance_scale")
+
+
+def _refuse(options: dict[str, Any], records: bool) -> None:
+    """Raises NotImplementedError for a generation whose passes a server does not tell apart."""
+    config = options.get("generation_config")
+
+    def asked(name: str) -> Any:
+        value = options.get(name)
+        return getattr(config, name, None) if value is None else value
+
+    for name in _UNTOLD:
+        if asked(name) not in (None, 1):
+            raise NotImplementedError(f"{name} cannot be steered on a server, where caches are not seen; leave it out")
+    if records and (asked("num_beams") or 1) > 1:
+        raise NotImplementedError("a beam search cannot be recorded on a server; steer it with record=None")
 
 
 def _is_body(node: Any, frame: FrameType) -> bool:
