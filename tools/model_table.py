@@ -27,8 +27,8 @@ What stands here is held against plain PyTorch hooks by `make test-models`: read
 generation with and without a KV cache, and the Jacobians of the blocks (`lqr`) against differences of the whole model.
 `resid_pre` and `resid_post`, and every method that needs no more, work on any list of blocks; the rest of an unknown
 model is named with `steerlens.roles`. A point that is missing is refused by name when a method is fitted or attached.
-Booting a multimodal TransformerBridge makes TransformerLens install torchvision into your environment, which may replace
-your torch; the text model inside, or nnsight, needs none.
+Booting a multimodal TransformerBridge makes TransformerLens install torchvision into your environment, which may
+replace your torch; nnsight needs none.
 
 all: {all}. Points in parentheses exist in some blocks only.
 The last column is nnsight's. On a TransformerBridge `lqr` is refused if the library's pass with a KV cache is not its
