@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,3 +297,13 @@ def test_roles_that_are_wrong_are_found_out_and_told():
     host_of(model).states(IDS.tolist(), [sl.Site(1, "resid_post")])
     with pytest.raises(ValueError, match=r"in block 1, a Misnamed, resid_pre \+ attn_out .* cannot be trusted"):
         host_of(model).states(IDS.tolist(), [sl.Site(1, "attn_out")])
+
+
+def test_the_command_prints_the_page_of_models():
+    from typer.testing import CliRunner
+
+    from steerlens.cli.__main__ import app
+
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert CliRunner().invoke(app, ["models"]).output.strip() == page.strip()
+    assert {line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")} >= set(ARCHS)

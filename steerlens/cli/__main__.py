@@ -45,6 +45,14 @@ def list_methods(
 
 
 @app.command()
+def models() -> None:
+    """Which points of which architectures work on which library, as tested."""
+    from importlib.resources import files
+
+    typer.echo(files("steerlens").joinpath("data/models.md").read_text(encoding="utf-8"))
+
+
+@app.command()
 def cite(names: list[str] = typer.Argument(None, help="Methods; default all.")) -> None:  # noqa: B008
     """Print the source of each method that you used."""
     from steerlens import methods
