@@ -94,6 +94,10 @@ class Steered:
         self._generations: dict[int, list[Generation]] = {}
         self._padding: dict[int, Callable[[Tensor], Tensor]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a model that is sent to a server goes without what is attached to it here; its edits travel by themselves
+        return type(None), ()
+
     @classmethod
     def of(cls, model: Any) -> Steered | None:
         """What is attached to a model, None if nothing is."""
@@ -348,3 +352,6 @@ class PlainCopy:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
