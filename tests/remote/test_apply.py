@@ -68,11 +68,11 @@ def test_under_steer_and_as_a_cache(client, local):
         with client.trace(IDS, remote=True):
             applied = sl.apply(client, other)
             found = client.output.logits.save()
-    assert torch.equal(found, logits)
-    assert same(run.record, outer.record)
-    assert same(applied.record, inner.record)
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+    assert same(run.record, outer.record, rounding=1e-5)
+    assert same(applied.record, inner.record, rounding=1e-5)
     pytest.importorskip("transformer_lens")
-    assert same(dict(applied.to_cache().items()), dict(inner.to_cache().items()))
+    assert same(dict(applied.to_cache().items()), dict(inner.to_cache().items()), rounding=1e-5)
 
 
 def test_what_a_server_cannot_do_is_told_in_its_last_line(client, local):
