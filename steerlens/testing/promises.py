@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Now, Signals, map_tensors, tensors_of
+from steerlens.core import Controller, Law, Now, Signals, Site, map_tensors, tensors_of
 from steerlens.hosts import host_of
 from steerlens.testing.case import (
     OTHER,
