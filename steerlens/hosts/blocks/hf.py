@@ -28,12 +28,16 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     mask = kwargs.get("attention_mask")
     if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
         mask = args[1]
-    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    # no loop: every token comes by
+    cache = kwargs.get(CACHES[0])
+    if cache is None:
+        cache = kwargs.get(CACHES[1])
     past = length_of(cache)
     return {
         "shape": (tokens.shape[0], tokens.shape[1]),
         "past": past if isinstance(past, Tensor) else int(past),
-        "mask": plain_mask(mask),
+        # asked here, because every token comes by
+        "mask": mask if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2) else plain_mask(mask),
         "device": tokens.device,
         "cache": cache,
         "tokens": tokens,
@@ -48,8 +52,11 @@ def length_of(cache: Any) -> Any:
     """How many tokens a cache holds, a number or a tensor; a tensor of -1 if only recurrent states hold them."""
     if cache is None:
         return 0
-    states = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "has_previous_state")]
-    if states and len(states) == len(cache.layers) and not any(hasattr(layer, "keys") for layer in states):
+    layers = getattr(cache, "layers", None)
+    if not layers or not hasattr(layers[0], "has_previous_state"):
+        return cache.get_seq_length()
+    states = [layer for layer in layers if hasattr(layer, "has_previous_state")]
+    if len(states) == len(cache.layers) and not any(hasattr(layer, "keys") for layer in states):
         held = any(any(layer.has_previous_state.values()) for layer in states)
         return torch.tensor(-1) if held else 0
     return cache.get_seq_length()

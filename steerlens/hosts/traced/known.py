@@ -68,9 +68,11 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
             steered.present = (*steered.identify(shape, **call), shape[0])
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        made = hf.made_cache(output)
-        if interleaver.interleaving and made is not None and all(kwargs.get(name) is None for name in hf.CACHES):
-            steered.bind(steered.present[0], made)
+        usual, recurrent = hf.CACHES
+        if interleaver.interleaving and kwargs.get(usual) is None and kwargs.get(recurrent) is None:
+            made = hf.made_cache(output)
+            if made is not None:
+                steered.bind(steered.present[0], made)
 
     handles = [
         base.register_forward_pre_hook(enter, with_kwargs=True),
