@@ -209,6 +209,7 @@ def check_composes_in_order(case: Case) -> None:
 def check_gradients_flow(case: Case) -> None:
     """15. Gradients flow through a steered pass, to the controller's tensors where they are asked for."""
     leaves: list[Tensor] = []
+    ids = torch.tensor([case.prompt])  # found by steering, so not inside a run
 
     def track(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
@@ -218,7 +219,7 @@ def check_gradients_flow(case: Case) -> None:
 
     loops = [loop.replace(law=map_tensors(loop.law, track)) for loop in case.controller.loops]
     with torch.enable_grad(), case.steer(controller=Controller(loops, case.controller.recipe)):
-        logits = case.logits(torch.tensor([case.prompt]))
+        logits = case.logits(ids)
         loss = logits[0, -1].square().mean()
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
     reached = any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
@@ -293,8 +294,9 @@ def _user_hook(case: Case) -> Iterator[list[int]]:
 
 
 def _raise_inside(case: Case) -> None:
+    ids = torch.tensor([case.prompt])
     with case.steer():
-        case.logits(torch.tensor([case.prompt]))
+        case.logits(ids)
         raise RuntimeError("an error in the body")
 
 

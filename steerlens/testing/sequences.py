@@ -84,7 +84,7 @@ def check_threads(case: Case) -> None:
     """19. Threads that fit and steer, a model each, give the serial numbers."""
     if case.family != "llama":
         return  # what threads share does not depend on the family, and a fit in two threads takes its time twice
-    cases = [Case(case.method, case.host, model=tiny(case.family, host=case.host, seed=seed)) for seed in range(2)]
+    cases = [case.other(model=tiny(case.family, host=case.host, seed=seed)) for seed in range(2)]
     ids = torch.tensor([case.prompt])
 
     def work(mine: Case) -> list[Tensor]:
