@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller, Law, Now, Signals, Site, map_tensors, tensors_of
+from steerlens.core import Controller, Law, Now, Signals, map_tensors, tensors_of
 from steerlens.hosts import host_of
 from steerlens.testing.case import (
     OTHER,
@@ -233,11 +233,11 @@ def check_runs_on_a_server(case: Case, server: Case, *, exact: bool = True) -> N
     Args:
         case: The method on a local nnsight model.
         server: The same model without weights, with `remote=`.
-        exact: Equal to the last bit, or to rounding for a control before block 0, which a server adds at other places;
+        exact: Equal to the last bit, or to rounding for a control before a block, which a server adds at other places;
             otherwise tokens are not compared, and records to bfloat16's accuracy.
     """
     share = 0.0 if exact else 0.1
-    if exact and any(loop.act == Site(0, "resid_pre") for loop in case.controller.loops):
+    if exact and any(loop.act.point == "resid_pre" for loop in case.controller.loops):
         share = 1e-5
     ids = torch.tensor([case.prompt, case.prompt[::-1]])
     for where in (None, "all"):

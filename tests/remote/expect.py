@@ -16,7 +16,7 @@ def clean(model):
 def same(record, expected, *, rounding=0.0):
     """Whether two records are equal to the last bit, or up to a share of their largest number.
 
-    Before block 0 a server adds a control to what its first norm reads and once more to what attention puts out, where
+    Before a block a server adds a control to what its first norm reads and once more to what attention puts out, where
     a local model adds it to the block's own input: the sums are rounded in another order.
     """
     return set(record) == set(expected) and all(

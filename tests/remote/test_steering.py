@@ -141,9 +141,9 @@ def test_a_remote_record_becomes_a_cache(client, local):
 
 def test_nested_runs(client, local):
     case = local("ablation")
-    with sl.steer(case.model, case.controller), sl.steer(case.model, case.controller * 0.5) as run:
+    with sl.steer(case.model, case.controller * 0.5), sl.steer(case.model, case.controller * 0.25) as run:
         tokens, expected = case.generate(IDS, 4), run.record.copy()
-    with sl.steer(client, case.controller), sl.steer(client, case.controller * 0.5) as run:
+    with sl.steer(client, case.controller * 0.5), sl.steer(client, case.controller * 0.25) as run:
         assert torch.equal(Case("ablation", "nnsight", model=client, remote=True).generate(IDS, 4), tokens)
         assert same(run.record, expected, rounding=1e-5)
     assert clean(client)

@@ -112,7 +112,7 @@ class Anatomy(Dimensions):
             pre, branch = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
             if site.point == "resid_mid" and site in run.names:
                 taps += [self.tap(pre, Tap.BEFORE), self.tap(branch, Tap.MID, site)]
-            elif site == Site(0, "resid_pre") and self.away and site in run.names:
+            elif site.point == "resid_pre" and self._by_norm(site) and site in run.names:
                 taps += [self.tap(pre, Tap.ENTER, site), self.tap(branch, Tap.CARRY)]
             else:
                 taps.append(self.tap(site, Tap.PLAIN, site))
@@ -125,13 +125,24 @@ class Anatomy(Dimensions):
                 before.then, before.way = tap, (before.envoy, self.layers[here.layer], tap.envoy)
         return taps
 
+    def _by_norm(self, site: Site) -> bool:
+        """Whether `resid_pre` is where the block's first norm reads it: on a server, where it can be.
+
+        The output of the block before is a place of its own site already: there the controls of one run at both sites
+        would come before those of the next run at either.
+        """
+        layout = self.layouts[site.layer]
+        return self.away and layout.norm is not None and not layout.parallel
+
     def tap(self, read: Site, role: int = Tap.PLAIN, steers: Site | None = None) -> Tap:
         """One location; arguments as in `Tap`."""
         layout, layer = self.layouts[read.layer], read.layer
         path, side = layout.paths[read.point]
         if read.point == "resid_pre" and self.away:
             # the block's own input holds the KV cache, see `Tap`
-            layer, path, side = (layer - 1, "", "output") if layer else (0, layout.norm or "", "input")
+            layer, path, side = (
+                (layer, layout.norm or "", "input") if self._by_norm(read) else (layer - 1, "", "output")
+            )
         scale = layout.scale if read.point in ("attn_out", "mlp_out") else 1.0
         heads = self.n_heads if read.point == "z" else 0
         return Tap(envoy_at(self.layers[layer], path), side, read, role, steers, heads, scale)

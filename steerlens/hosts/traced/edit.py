@@ -124,7 +124,7 @@ class Tap:
         steered = run.at(self.steers, x)  # type: ignore[arg-type]
         return (raw if steered is x else self.replaced(raw, steered)), steered
 
-    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[int, Tensor]) -> None:
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
         """Sense, act, or keep something for a later tap of the same block.
 
         Args:
@@ -143,7 +143,7 @@ class Tap:
         self.rows = run.positions.batch
         x = self.state(raw)
         if self.role == Tap.BEFORE:
-            kept["before"] = x
+            carried["before", self.read.layer] = x
         elif self.role == Tap.CARRY:
             u = kept.pop("entered")
             self.write(self.replaced(raw, x + u))
@@ -153,10 +153,13 @@ class Tap:
             u = run.at(self.steers, x, carrier=zero)  # type: ignore[arg-type]
             if u is not zero:
                 kept["entered"] = u
+                # an edit that came earlier acts between the branches later, on the state as all have left it
+                if ("before", self.read.layer) in carried:
+                    carried["before", self.read.layer] = x + u
                 self.write(self.replaced(raw, x + u))
         else:  # MID
             twice = carried.get(self.read.layer)
-            state = kept.pop("before") + (x if twice is None else x - twice)
+            state = carried["before", self.read.layer] + (x if twice is None else x - twice)
             steered = run.at(self.steers, state, carrier=x)  # type: ignore[arg-type]
             if steered is not x:
                 self.write(self.replaced(raw, steered))
@@ -211,7 +214,7 @@ class Passes:
 
 
 def follow(
-    base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[int, Tensor], passes: Passes
+    base: Any, first: Any, taps: list[Tap], apart: list[Tap], run: Pass, carried: dict[Any, Tensor], passes: Passes
 ) -> None:
     """The body of the edit: visit the taps in every forward pass of one trace or generation.
 
