@@ -57,21 +57,16 @@ def gains_of(
         bases: Directions of the setpoint before each block and after the last, `[m d]` each.
         keep: One of `KEEP`; the factors are those of `solver="output"`.
     """
-    found: dict[int, Tensor] = {}
-    factors: dict[int, tuple[Tensor, Tensor]] = {}
-    features: dict[int, list[tuple[int, int]]] = {}
-    matrices: dict[int, Tensor] = {}
+    gains = Gains(plant.states.cpu(), plant.n_texts)
     for t, gain in solve(solver, plant, weights, controlled, bases, device=device, progress=progress):
         like = bases[t]
-        found[t] = gain.rows(like).to(like).cpu()
+        gains.rows[t] = gain.rows(like).to(like).cpu()
         if keep == "factors" and isinstance(gain, FactoredGain):
-            factors[t] = gain.inputs.cpu(), gain.outputs.cpu()
-            features[t] = gain.features
+            gains.factors[t] = gain.inputs.cpu(), gain.outputs.cpu()
+            gains.features[t] = gain.features
         elif keep == "matrices":
-            matrices[t] = gain.matrix().to(like).cpu()
+            gains.matrices[t] = gain.matrix().to(like).cpu()
         del gain  # before the next one is computed
-    gains = Gains(plant.states.cpu(), plant.n_texts)
-    gains.rows, gains.factors, gains.features, gains.matrices = found, factors, features, matrices
     return gains
 
 
