@@ -7,10 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from steerlens import methods as known_methods
 from steerlens.core import Controller
+from steerlens.core.types import PositionName
 from steerlens.evaluate import Meter, likelihood, propensity
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import exported
@@ -126,7 +127,7 @@ class Fit:
     def __call__(self, **more: Any) -> Controller:
         """Fit it, and move it to the positions asked for."""
         controller = self._function(self._model, self._data, **(self._options | more))
-        return controller if self.where is None else controller.at(self.where)
+        return controller if self.where is None else controller.at(cast(PositionName, self.where))
 
 
 def fits_of(specs: Sequence[str], model: Any, data: Pairs, where: str) -> dict[str, Fit]:
