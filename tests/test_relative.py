@@ -160,7 +160,7 @@ def test_level_zero_is_off_to_the_last_bit(host, method):
 
 @pytest.mark.parametrize("name", HUGGING)
 def test_level_zero_is_off_in_a_beam_search(name):
-    case, controller = fitted(name, level=0.0)
+    _, controller = fitted(name, level=0.0)
     library, ids = Library(name), torch.tensor([TEXT])
     plain = library.generate(ids, torch.ones_like(ids), 5, num_beams=3).sequences
     with sl.steer(library.model, controller):
@@ -170,7 +170,7 @@ def test_level_zero_is_off_in_a_beam_search(name):
 @pytest.mark.parametrize("kind", ["beams", "padded"])
 @pytest.mark.parametrize("name", HUGGING)
 def test_references_are_the_same_with_a_cache_and_without(name, kind):
-    case, controller = fitted(name)
+    _, controller = fitted(name)
     library = Library(name)
     texts = [TEXT[:4], TEXT] if kind == "padded" else [TEXT]
     ids = torch.tensor([[PAD] * (len(TEXT) - len(text)) + text if kind == "padded" else text for text in texts])

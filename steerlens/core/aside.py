@@ -37,7 +37,7 @@ class Companion:
 
 
 class Aside:
-    """Summaries, decisions, references and tangents of one sequence, asked of a companion where the pass itself cannot tell.
+    """Summaries, decisions, references, tangents of one sequence; a companion is asked for what the pass cannot tell.
 
     Args:
         loops: Of the pass.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from steerlens.core.law import Law, Signals
 from steerlens.core.now import Now
-from steerlens.laws.feedback import FactoredFeedback, Feedback, Pid, Preview
 
 
 class Relative(Law):
@@ -25,7 +26,9 @@ class Relative(Law):
     distance to the setpoint, which for one direction is `|beta + reference - projection|`.
     """
 
-    def __init__(self, law: Feedback | FactoredFeedback | Pid | Preview):
+    law: Any
+
+    def __init__(self, law: Law):
         self.law = law
         self.validate()
 

@@ -80,9 +80,9 @@ def lqr(
             component of all mean differences, keeping its length there, see `steerlens.laws.setpoints.Angle`.
         origin: Where levels are counted from: `"zero"` (the paper), `"negative"` (the negative texts' mean, so that
             level 1 asks for the positive texts' mean), `"midpoint"` of the two means, or `"own"`: the unsteered state
-            of the same token, `beta_t = s mu_t + <v_t, x_t unsteered>`, see `steerlens.laws.relative.Relative`. A second
-            pass of the model, unsteered and up to the last steered layer, then runs beside every steered one, with a KV
-            cache of its own; its states are data, through which no gradient flows.
+            of the same token, `beta_t = s mu_t + <v_t, x_t unsteered>`, see `steerlens.laws.relative.Relative`. Then a
+            second pass of the model, unsteered and up to the last steered layer, accompanies every steered one, with a
+            KV cache of its own. No gradient flows through its states.
         angle_rad: Of the angular setpoint, in radians: 0 (default) points to the positive texts, pi away from them.
         combine: `"joint"` holds all concepts' levels at once; `"independent"` adds up single errors, as the authors
             do, so that overlapping directions pull twice.

@@ -234,8 +234,8 @@ def require_whole(past: int) -> None:
     """Raises RuntimeError where a prompt does not begin in this pass."""
     if past:
         raise RuntimeError(
-            f"a loop needs the unsteered state of the whole text, but {past} of its tokens went through the model before "
-            "it was steered, or at positions that `where` leaves out; begin with an empty KV cache"
+            f"a loop needs the unsteered state of the whole text, but {past} of its tokens went through the model "
+            "before it was steered, or at positions that `where` leaves out; begin with an empty KV cache"
         )
 
 

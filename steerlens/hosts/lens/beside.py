@@ -70,10 +70,11 @@ class BlocksCompanion(Companion):
             like = self.state.new_zeros(len(self.state), 0, *_heads(self.host.model.cfg))
             blocks = range(self.layer, self.host.n_layers)
             self.kept["states"] = Entries({block: KeptEntry(like, like) for block in blocks})
-        entries = self.kept.get("states")
+        entries: Entries | None = self.kept.get("states")
         if entries is None or entries.length != self.past:
             require_whole(self.past)
-        return dict(entries.blocks)
+        assert entries is not None
+        return entries.blocks
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Raises NotImplementedError."""
