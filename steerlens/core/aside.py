@@ -37,7 +37,7 @@ class Companion:
 
 
 class Aside:
-    """Summaries, decisions and tangents of one sequence, asked of a companion where the pass itself cannot tell.
+    """Summaries, decisions and tangents of one sequence; a companion computes those that the pass lacks.
 
     Args:
         loops: Of the pass.
@@ -167,7 +167,7 @@ def _after_prompt(loop: Loop) -> bool:
 def _required(companion: Companion | None) -> Companion:
     if companion is None:
         raise RuntimeError(
-            "a loop needs a second forward pass beside the steered one, which cannot be run here: a server runs it "
-            "for trusted requests only"
+            "a loop needs a second forward pass in addition to the steered one, which cannot be run here: a server "
+            "runs it for trusted requests only"
         )
     return companion

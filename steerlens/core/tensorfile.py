@@ -91,14 +91,14 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
 
     Raises:
         OSError: it cannot be read.
-        ValueError: not such a file, or one that was damaged or altered; the message says what was found.
+        ValueError: not such a file, or one that was damaged or altered; the message names what was found.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         table, start = _table(file, size)
         metadata = table.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are not texts")
+            raise ValueError("its metadata are not strings")
         text = metadata.get(HEADER)
         if text is None:
             text, held = _of_format_2(metadata, kind)
@@ -229,7 +229,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _replace(path: Path, pieces: Iterator[Any]) -> None:
-    """Write beside the file and put the whole in its place."""
+    """Write a temporary file next to it, and replace it when that is complete."""
     target = Path(os.path.realpath(path))  # a link stays a link
     if target.exists() and not target.is_file():
         raise OSError(f"{path} exists and is no regular file")
