@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
-from steerlens.evaluate.scoring import scored_logits
+from steerlens.evaluate.scoring import log_probabilities, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
@@ -132,22 +132,33 @@ class Bench:
             reduce=reduce,
         )
 
-    def against_unsteered(
-        self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row], reduce: Callable[[Tensor, Tensor], Any]
-    ) -> list[Any]:
-        """What a function gives for log-probabilities `[completion vocab]` of the unsteered model and of the arm.
+    def likelihoods(self, arm: Arm, rows: Sequence[Row]) -> list[Tensor]:
+        """Log probability of each token of each completion, `[completion]` each, nats; on a server computed there."""
+        if self.host.remote:
+            from steerlens.evaluate.served import likelihoods
+
+            return likelihoods(self.host, arm.controller, rows, strength=arm.strength, batch=self.batch)
+        return self.logits(arm, rows, lambda index, logits: log_probabilities(logits, rows[index][1]))
+
+    def divergences(self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row]) -> list[list[float]]:
+        """KL from the unsteered model at each token of each completion, nats; on a server computed there.
 
         Args:
             rows: The arm's rows.
             plain: The same completions after the prompts of the unsteered model.
         """
+        if self.host.remote:
+            from steerlens.evaluate.served import kl_of_rows
+
+            return kl_of_rows(self.host, arm.controller, rows, plain, strength=arm.strength, batch=self.batch)
         found: list[Any] = []
         for start in range(0, len(rows), self.batch):
             part = slice(start, start + self.batch)
             reference = self._reference(plain[part])
 
-            def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> Any:
-                return reduce(reference[index].to(logits.device), logits[:-1].log_softmax(-1))
+            def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> list[float]:
+                p, q = reference[index].to(logits.device), logits[:-1].log_softmax(-1)
+                return (p.exp() * (p - q)).double().sum(-1).tolist()
 
             found += self.logits(arm, rows[part], both)
         return found
@@ -208,7 +219,7 @@ class Bench:
         ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], self.host.device)
         with torch.no_grad(), steer(self.host, arm.controller, strength=arm.strength, record=("u_norm",)) as run:
             with run.scoring(lengths):
-                self.host.logits(ids, mask)
+                self._pass_over(ids, mask)
             names = {site: (held.total or held.own[0])["u_norm"] for site, held in run.signals.items()}
             norms = {site: run.record[name].double().cpu() for site, name in names.items()}
         states = self.host.states(whole, sites, batch=self.batch)
@@ -223,6 +234,15 @@ class Bench:
             means[index, length - 1 : len(row)].nan_to_num().tolist()
             for index, (row, length) in enumerate(zip(whole, lengths, strict=True))
         ]
+
+    def _pass_over(self, ids: Tensor, mask: Tensor) -> None:
+        """A forward pass for what is recorded in it."""
+        if self.host.remote:
+            from steerlens.evaluate.served import pass_over
+
+            pass_over(self.host, ids, mask)
+        else:
+            self.host.logits(ids, mask)
 
     def check_zero(self, controller: Controller) -> None:
         """Raises RuntimeError unless strength 0 gives the unsteered model's logits, bit for bit."""
