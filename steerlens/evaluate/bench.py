@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
-from steerlens.evaluate.scoring import log_probabilities, scored_logits
+from steerlens.evaluate.scoring import Kept, Reduce, log_probabilities, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
@@ -120,7 +120,7 @@ class Bench:
         """Token ids of a prompt that is to be continued."""
         return prompt_ids(with_instruction(text, arm.instruction, self.host), self.host, self.prepend_bos)
 
-    def logits(self, arm: Arm, rows: Sequence[Row], reduce: Callable[[int, Tensor], Any]) -> list[Any]:
+    def logits(self, arm: Arm, rows: Sequence[Row], reduce: Reduce[Kept]) -> list[Kept]:
         """What a function gives for each row's index and scored logits `[completion+1 vocab]`, see `scored_logits`."""
         return scored_logits(
             self.host,
@@ -151,7 +151,7 @@ class Bench:
             from steerlens.evaluate.served import kl_of_rows
 
             return kl_of_rows(self.host, arm.controller, rows, plain, strength=arm.strength, batch=self.batch)
-        found: list[Any] = []
+        found: list[list[float]] = []
         for start in range(0, len(rows), self.batch):
             part = slice(start, start + self.batch)
             reference = self._reference(plain[part])

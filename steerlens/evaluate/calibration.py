@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from steerlens.core import Controller
-from steerlens.core.types import Figure, Frame
+from steerlens.core.types import Figure, Frame, Json
 from steerlens.diagnose.result import curves, frame
 from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
 from steerlens.evaluate.bootstrap import draws, ends
@@ -64,7 +64,7 @@ class Calibration:
         title = f"{self.budget}: {self.met} at strength {self.strength:.3g}"
         return curves({"value": (strengths, torch.tensor(values))}, title=title, x="strength", y=self.budget)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Json:
         """All but the controller, as plain JSON."""
         names = ("strength", "interval", "curve", "met", "value", "budget", "note")
         return {name: getattr(self, name) for name in names}
