@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
 from steerlens.hosts.batches import pad
 from steerlens.hosts.types import Model
-from steerlens.steering import steer
+from steerlens.steering import apply, steer
 
 #: Token ids of a prompt and of what follows it.
 Row = tuple[list[int], list[int]]
@@ -135,9 +136,9 @@ class Bench:
     def likelihoods(self, arm: Arm, rows: Sequence[Row]) -> list[Tensor]:
         """Log probability of each token of each completion, `[completion]` each, nats; on a server computed there."""
         if self.host.remote:
-            from steerlens.evaluate.served import likelihoods
+            from steerlens.hosts.traced.served import likelihoods
 
-            return likelihoods(self.host, arm.controller, rows, strength=arm.strength, batch=self.batch)
+            return likelihoods(self.host, _steering(arm), rows, self.batch)
         return self.logits(arm, rows, lambda index, logits: log_probabilities(logits, rows[index][1]))
 
     def divergences(self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row]) -> list[list[float]]:
@@ -148,9 +149,9 @@ class Bench:
             plain: The same completions after the prompts of the unsteered model.
         """
         if self.host.remote:
-            from steerlens.evaluate.served import kl_of_rows
+            from steerlens.hosts.traced.served import kl_of_rows
 
-            return kl_of_rows(self.host, arm.controller, rows, plain, strength=arm.strength, batch=self.batch)
+            return kl_of_rows(self.host, _steering(arm), rows, plain, self.batch)
         found: list[list[float]] = []
         for start in range(0, len(rows), self.batch):
             part = slice(start, start + self.batch)
@@ -238,7 +239,7 @@ class Bench:
     def _pass_over(self, ids: Tensor, mask: Tensor) -> None:
         """A forward pass for what is recorded in it."""
         if self.host.remote:
-            from steerlens.evaluate.served import pass_over
+            from steerlens.hosts.traced.served import pass_over
 
             pass_over(self.host, ids, mask)
         else:
@@ -264,6 +265,13 @@ class Bench:
         other = Bench.__new__(Bench)
         other.__dict__.update(self.__dict__ | {"prompts": list(prompts)})
         return other
+
+
+def _steering(arm: Arm) -> Callable[..., Any] | None:
+    """An arm's controller for a block that is sent."""
+    if arm.controller is None:
+        return None
+    return partial(apply, controller=arm.controller, strength=arm.strength, record=None)
 
 
 def _is_chat(text: Any) -> bool:

@@ -5,25 +5,29 @@ A batch of 16 rows of 40 tokens has 126 MB of logits for a vocabulary of 49,152,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import nnsight
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller
-from steerlens.evaluate.bench import Row
 from steerlens.hosts.batches import pad
 from steerlens.hosts.traced.remote import backend
 from steerlens.hosts.traced.scored import chosen, divergences
-from steerlens.steering import apply
+
+#: Token ids of a prompt and of what follows it.
+Row = tuple[list[int], list[int]]
+#: Called in a block as `steer(model, prompt_lengths=...)`; must be fit to be sent.
+SteerHere = Callable[..., Any]
 
 
-def likelihoods(
-    host: Any, controller: Controller | None, rows: Sequence[Row], *, strength: float, batch: int
-) -> list[Tensor]:
-    """Log probability of each token of each completion, `[completion]` each, nats."""
+def likelihoods(host: Any, steer: SteerHere | None, rows: Sequence[Row], batch: int) -> list[Tensor]:
+    """Log probability of each token of each completion, `[completion]` each, nats.
+
+    Args:
+        steer: `steerlens.apply` with a controller; None: unsteered.
+    """
     model, found = host.model, []
     for part in _batches(rows, batch):
         ids, mask = _padded(host, part)
@@ -34,8 +38,8 @@ def likelihoods(
                 {"input_ids": ids, "attention_mask": mask}, backend=backend(model, host.remote, host.timeout_s)
             ),
         ):
-            if controller is not None:
-                apply(model, controller, strength=strength, record=None, prompt_lengths=lengths)
+            if steer is not None:
+                steer(model, prompt_lengths=lengths)
             levels = nnsight.save(chosen(model.output.logits, ids).cpu())
         found += [
             levels[index, len(prompt) - 1 : len(prompt) - 1 + len(completion)]
@@ -45,13 +49,7 @@ def likelihoods(
 
 
 def kl_of_rows(
-    host: Any,
-    controller: Controller | None,
-    rows: Sequence[Row],
-    plain: Sequence[Row],
-    *,
-    strength: float,
-    batch: int,
+    host: Any, steer: SteerHere | None, rows: Sequence[Row], plain: Sequence[Row], batch: int
 ) -> list[list[float]]:
     """KL from the unsteered model at each token of each completion, both models in one request.
 
@@ -71,8 +69,8 @@ def kl_of_rows(
             with tracer.invoke({"input_ids": plain_ids, "attention_mask": plain_mask}):
                 p = model.output.logits
             with tracer.invoke({"input_ids": steered_ids, "attention_mask": steered_mask}):
-                if controller is not None:
-                    apply(model, controller, strength=strength, record=None, prompt_lengths=lengths)
+                if steer is not None:
+                    steer(model, prompt_lengths=lengths)
                 q = model.output.logits  # awaited before p is named: only then has the first invoke its own
                 values = nnsight.save(divergences(p, q, plain_starts, starts, counts))
         found += [value.tolist() for value in values]
