@@ -40,6 +40,9 @@ def prompt(instruction: str) -> Prompt:
 
     Args:
         instruction: A line before each prompt that is a string, the system message of a chat.
+
+    Raises:
+        ValueError: it is empty.
     """
     if not instruction.strip():
         raise ValueError("the instruction is empty; say what the model is asked to do")

@@ -57,6 +57,9 @@ def propensity(items: Pairs | Sequence[tuple[Text, str, str]], *, per: str = "to
             completions.
         per: `"token"`: means over the completion's tokens; `"text"`: sums.
         instruction: What a prompt baseline asks for, if the evaluation names none.
+
+    Raises:
+        ValueError: an unknown `per`, or sides of different number.
     """
     if per not in PER:
         raise ValueError(f"per={per!r}; it is one of {', '.join(PER)}")
@@ -165,6 +168,9 @@ def mc(
         items: `(question, right answers, wrong answers)`.
         form: `"mc1"`, `"mc2"` or `"margin"`; the margin moves long before a choice does.
         instruction: What a prompt baseline asks for, if the evaluation names none.
+
+    Raises:
+        ValueError: an unknown form, or an item without right or without wrong answers.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}; it is one of {', '.join(FORMS)}")

@@ -93,13 +93,21 @@ def fluency(prompts: Sequence[Text] | None = None) -> Meter:
     """How likely the texts are to the unsteered model, as a ratio: NLL of unsteered texts over NLL of these.
 
     1 is as the model itself writes, less is worse. The items hold the NLL, see `nll`.
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
     """
     plain = nll(prompts)
     return Meter("fluency", plain.function, "ratio of NLL", -1, "text", items=plain.items, relative=True, proxy=True)
 
 
 def repetition(prompts: Sequence[Text] | None = None, *, n: int = 3) -> Meter:
-    """Share of a text's n-grams of tokens that it holds already, 0 to 1."""
+    """Share of a text's n-grams of tokens that it holds already, 0 to 1.
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
+        n: Tokens in an n-gram.
+    """
 
     def share(tokens: Sequence[int]) -> float:
         grams = _grams(tokens, n)
@@ -109,7 +117,12 @@ def repetition(prompts: Sequence[Text] | None = None, *, n: int = 3) -> Meter:
 
 
 def distinct(prompts: Sequence[Text] | None = None, *, n: int = 2) -> Meter:
-    """Distinct n-grams of tokens over all of a text, 0 to 1 (distinct-n)."""
+    """Distinct n-grams of tokens over all of a text, 0 to 1 (distinct-n).
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
+        n: Tokens in an n-gram.
+    """
 
     def share(tokens: Sequence[int]) -> float:
         grams = _grams(tokens, n)
