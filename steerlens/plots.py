@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Record
+from steerlens.core.types import Figure
 
 _PANELS = (
     ("error", "distance to the setpoint", "activation units"),
@@ -15,7 +16,7 @@ _PANELS = (
 )
 
 
-def plot_record(record: Record, *, row: int = 0, tokens: list[str] | None = None) -> Any:
+def plot_record(record: Record, *, row: int = 0, tokens: list[str] | None = None) -> Figure:
     """Tracking error and control norm by layer and token, as heat maps on a logarithmic colour scale.
 
     Args:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from steerlens.core import (
     Controller,
@@ -26,18 +24,23 @@ from steerlens.core import (
     name_signals,
 )
 from steerlens.core.tables import VIEWS
+from steerlens.core.types import Cache, Figure, PromptLengths, RecordSpec, Where
 from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.steered import Steered
+from steerlens.hosts.types import Model
 from steerlens.plots import plot_record
+
+if TYPE_CHECKING:
+    from steerlens.hosts.traced.explicit import Applied
 
 
 def steer(
-    model: Any,
+    model: Model,
     controller: Controller,
     *,
-    where: Any = None,
+    where: Where | None = None,
     strength: float = 1.0,
-    record: Any = "scalars",
+    record: RecordSpec = "scalars",
     trust: bool = False,
     payload_limit: int = 16 * 2**20,
     timeout_s: float = 3600.0,
@@ -71,7 +74,7 @@ def steer(
             more than the model's dtype can hold. Nothing has been attached then.
     """
     host = host_of(model)
-    options = {"where": where, "strength": strength, "record": record, "trust": trust}
+    options: dict[str, Any] = {"where": where, "strength": strength, "record": record, "trust": trust}
     controller = _prepare(host, controller, dtype=host.dtype, **options)
     if any(_same(other.controller, controller) for other in runs(host)):
         warnings.warn(
@@ -82,13 +85,13 @@ def steer(
     return Run(host, controller, record, payload_limit, timeout_s)
 
 
-def runs(model: Any) -> list[Run]:
+def runs(model: Model) -> list[Run]:
     """The runs that steer a model, in the order in which they act."""
     steered = Steered.of(host_of(model).model)
     return [] if steered is None else [each.owner for each in steered.attached if each.owner is not None]
 
 
-def clear(model: Any) -> None:
+def clear(model: Model) -> None:
     """Remove everything that steers a model."""
     steered = Steered.of(host_of(model).model)
     for attachment in reversed([] if steered is None else steered.attached):
@@ -125,15 +128,15 @@ class Apply:
 
     def __call__(
         self,
-        model: Any,
+        model: Model,
         controller: Controller,
         *,
-        where: Any = None,
+        where: Where | None = None,
         strength: float = 1.0,
-        record: Any = "scalars",
+        record: RecordSpec = "scalars",
         trust: bool = False,
-        prompt_lengths: Any = None,
-    ) -> Any:
+        prompt_lengths: PromptLengths | None = None,
+    ) -> Applied:
         """See the class."""
         host = host_of(model)
         if host.library != "nnsight":
@@ -144,7 +147,7 @@ class Apply:
         from steerlens.hosts.traced.explicit import apply_here
         from steerlens.hosts.traced.known import applying
 
-        options = {"where": where, "strength": strength, "record": record, "trust": trust}
+        options: dict[str, Any] = {"where": where, "strength": strength, "record": record, "trust": trust}
         options |= {"prompt_lengths": prompt_lengths, "follows": partial(applying, host)}
         return apply_here(_prepare, host.model, controller, **options)
 
@@ -170,7 +173,7 @@ class Run:
             replaced when the next sequence begins; `run.record.copy()` keeps it.
     """
 
-    def __init__(self, host: Host, controller: Controller, record: Any, payload_limit: int, timeout_s: float):
+    def __init__(self, host: Host, controller: Controller, record: RecordSpec, payload_limit: int, timeout_s: float):
         self.controller = controller
         self._host = host
         self._removed = False
@@ -194,7 +197,7 @@ class Run:
         return self._attachment.payload_bytes
 
     @contextmanager
-    def scoring(self, prompt_lengths: int | Ordered[int] | Tensor) -> Iterator[None]:
+    def scoring(self, prompt_lengths: PromptLengths) -> Iterator[None]:
         """Say where the prompts end in the forward passes inside, which are given more than a prompt:
 
             with run.scoring([7, 5]):
@@ -223,11 +226,11 @@ class Run:
         self._attachment.detach()
         self._removed = True
 
-    def to_cache(self) -> Any:
+    def to_cache(self) -> Cache:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
         return self.record.to_cache(self._host.model)
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Tracking error and control norm by layer and token, a plotly figure."""
         return self.record.plot()
 
@@ -251,9 +254,9 @@ def _prepare(
     model: Dimensions,
     controller: Controller,
     *,
-    where: Any = None,
+    where: Where | None = None,
     strength: float = 1.0,
-    record: Any = "scalars",
+    record: RecordSpec = "scalars",
     trust: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Controller:
@@ -312,7 +315,7 @@ def _free_name(host: Host, controller: Controller) -> str:
     return name
 
 
-def _cache(record: Record, model: Any) -> Any:
+def _cache(record: Record, model: Model | None) -> Cache:
     """See `Record.to_cache`."""
     from steerlens.hosts.lens.record import activation_cache
 

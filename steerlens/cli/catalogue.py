@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from steerlens import methods
+from steerlens.cli.writing import text_between, write_text
 from steerlens.core.sites import POINTS
 from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS
 from steerlens.fit.method import Method, exported
@@ -50,11 +51,8 @@ def write_table(path: Path) -> None:
     Raises:
         ValueError: the file lacks a marker.
     """
-    text = path.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        raise ValueError(f"{path} lacks the markers {START} and {END}")
-    before, rest = text.split(START, 1)
-    path.write_text(f"{before}{START}\n{method_table()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    before, behind = text_between(path, START, END)
+    write_text(path, f"{before}\n{method_table()}\n{behind}")
 
 
 def _row(method: Method, cost: dict | None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steerlens.cli.writing import check_writable
+from steerlens.cli.writing import check_writable, write_text
 from steerlens.control.linearization import linearize
 from steerlens.core import Controller, Record
 from steerlens.evaluate import Generation, calibrate, generate_texts, kl
@@ -122,7 +122,7 @@ def _recorded(model: Any, controller: Controller, text: Generation) -> tuple[Rec
 
 def write_figure(figure: Any, path: Path) -> Sequence[Path]:
     """Write an HTML page, and a PNG where plotly finds a browser to draw it with; returns what was written."""
-    figure.write_html(path, include_plotlyjs=True)
+    write_text(path, figure.to_html(include_plotlyjs=True))
     image = path.with_suffix(".png")
     try:
         figure.write_image(image, scale=2)

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,9 +96,8 @@ def _requirements() -> tuple[list[str], list[str]]:
     """What is installed and does not go together, and what is missing, from steerlens's own list of requirements."""
     from packaging.version import Version
 
-    clashes, missing = [], []
-    if sys.version_info < (3, 11):
-        clashes.append(f"Python {platform.python_version()} is too old; steerlens needs 3.11")
+    clashes: list[str] = []
+    missing: list[str] = []
     for extra, own in _by_extra().items():
         # an extra is in use if the package that it is about is there
         if extra and version(next(iter(own))) is None:

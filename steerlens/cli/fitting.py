@@ -6,7 +6,7 @@ import io
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from steerlens.cli.task import load_model
 from steerlens.cli.writing import check_writable
 from steerlens.core import Controller
 from steerlens.evaluate import generate_texts
-from steerlens.fit.contrast import READINGS, Pairs
+from steerlens.fit.contrast import READINGS, Pairs, Read
 
 MODEL = typer.Option("smollm2", help="smollm2, gemma3, tiny, a folder, or a name that TransformerBridge knows.")
 AS_JSON = typer.Option(False, "--json", help="Print the answer as JSON.")
@@ -115,9 +115,9 @@ def generate_command(
         typer.echo(line)
 
 
-def _reading(word: str | None) -> str | int | None:
+def _reading(word: str | None) -> Read | None:
     if word is None or word in READINGS:
-        return word
+        return cast(Read | None, word)
     try:
         return int(word)
     except ValueError:

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections import abc
@@ -51,7 +52,6 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
         for name, parameter in inspect.signature(method.function).parameters.items()
         if name not in ("model", "data", "progress")
     }
-    hints = typing.get_type_hints(inspect.unwrap(method.function))
     found: dict[str, Any] = {}
     for part in parts:
         name, equals, text = part.partition("=")
@@ -65,8 +65,9 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
         found[name] = value = _value(name, text.strip())
         if name in ("layers", "gate_layers") and value == "all":
             continue
-        if not _fits(value, hints.get(name, Any)):
-            raise ValueError(f"{method.name}: {name}={text} is {_kind(value)}; {name} takes {_words(hints[name])}")
+        hint = _hint(method, name)
+        if not _fits(value, hint):
+            raise ValueError(f"{method.name}: {name}={text} is {_kind(value)}; {name} takes {_words(hint)}")
     return found
 
 
@@ -75,6 +76,16 @@ def on_model(options: dict[str, Any], model: Any) -> dict[str, Any]:
     every = list(range(host_of(model).n_layers))
     layers = ("layers", "gate_layers")
     return {name: every if name in layers and value == "all" else value for name, value in options.items()}
+
+
+def _hint(method: Method, name: str) -> Any:
+    """What an option is annotated with; Any where that needs a library which is not imported."""
+    function = inspect.unwrap(method.function)
+    alone = types.SimpleNamespace(__annotations__={name: function.__annotations__[name]})
+    try:
+        return typing.get_type_hints(alone, vars(sys.modules[function.__module__]))[name]
+    except NameError:
+        return Any
 
 
 def _value(name: str, text: str) -> Any:
@@ -87,6 +98,9 @@ def _value(name: str, text: str) -> Any:
         if int(last) < int(first):
             raise ValueError(f"{name}={text} is an empty range; the smaller layer comes first")
         return list(range(int(first), int(last) + 1))
+    if name == "where" and re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+        start, _, stop = text.partition(":")
+        return slice(int(start) if start else None, int(stop) if stop else None)
     if re.fullmatch(r"-?\d+(,-?\d+)+", text):
         return [int(number) for number in text.split(",")]
     try:
@@ -102,6 +116,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in inner)
+    if origin is typing.Literal:
+        return value in inner
     if origin in (abc.Sequence, list, tuple):
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
     kind = origin or hint
@@ -119,11 +135,20 @@ def _kind(value: Any) -> str:
 
 
 def _words(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+        slice: "2:5",
+    }
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(each) for each in inner)
+        return " or ".join(filter(None, map(_words, inner)))
+    if origin is typing.Literal:
+        return ", ".join(inner)
     if origin in (abc.Sequence, list, tuple):
         plural = {int: "whole numbers", float: "numbers"}.get(inner[0], "texts")
         return f"{plural}, such as {'0,3 or 0-3' if inner[0] is int else '[0.5, 1]'}"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    return "null" if hint is type(None) else names.get(hint, "")  # a tensor or a function cannot be typed

@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from steerlens.cli.options import known_method, on_model, read_options, split_options
 from steerlens.core import Controller
+from steerlens.core.types import PositionName
 from steerlens.evaluate import Meter, likelihood, propensity
 from steerlens.fit.contrast import Pairs
+from steerlens.fit.method import Method
 from steerlens.fit.shipped import shipped, shipped_texts
 
 #: The four methods of the first papers, and the baselines of the literature.
@@ -102,6 +104,14 @@ def load_model(name: str) -> Any:
         ) from None
 
 
+def check_fit(spec: str) -> Method:
+    """The method of a text such as `caa:layers=all`; raises ValueError as `Fit` does, before a model is there."""
+    name, _, rest = spec.partition(":")
+    method = known_method(name)
+    read_options(method, split_options(rest))
+    return method
+
+
 class Fit:
     """A method to be fitted, from its name and options: `caa`, `caa:layers=all,strength=2`.
 
@@ -123,7 +133,7 @@ class Fit:
     def __call__(self, **more: Any) -> Controller:
         """Fit it, and move it to the positions asked for."""
         controller = self._function(self._model, self._data, **(self._options | more))
-        return controller if self.where is None else controller.at(self.where)
+        return controller if self.where is None else controller.at(cast(PositionName, self.where))
 
 
 def fits_of(specs: Sequence[str], model: Any, data: Pairs, where: str) -> dict[str, Fit]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core.tensorfile import check_fingerprint, read, write
+from steerlens.core.types import Json
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
+from steerlens.hosts.types import Model
 
 
 class Plant:
@@ -59,7 +60,7 @@ class Linearization(Plant):
         n_texts: How many texts were averaged.
     """
 
-    def __init__(self, jacobians: Tensor, states: Tensor, model: dict[str, Any], n_texts: int):
+    def __init__(self, jacobians: Tensor, states: Tensor, model: Json, n_texts: int):
         self.jacobians = jacobians
         self.states = states
         self.model = model
@@ -126,7 +127,7 @@ class Linearization(Plant):
 
 
 def linearize(
-    model: Any, texts: Sequence[Text], *, prepend_bos: bool | None = None, progress: bool = True
+    model: Model, texts: Sequence[Text], *, prepend_bos: bool | None = None, progress: bool = True
 ) -> Linearization:
     """Jacobians of every block for the last token of each text, averaged over the texts.
 

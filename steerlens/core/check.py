@@ -23,7 +23,7 @@ RECORDS = (None, "scalars", "all")
 Shape = Callable[[Site], tuple[int, ...]]
 
 
-def check_record(record: Any, loops: Sequence[Loop]) -> None:
+def check_record(record: object, loops: Sequence[Loop]) -> None:
     """Raises ValueError unless `record` is one of `RECORDS` or names signals that these loops have."""
     if isinstance(record, (tuple, list, set, frozenset)) and all(isinstance(name, str) for name in record):
         known = list(dict.fromkeys([*COMMON, *(name for loop in loops for name in loop.signals)]))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from steerlens.core.law import Loop, finite
 from steerlens.core.part import Part, tensors_of
 from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
+from steerlens.core.types import Device, Json, Where
 
 
 class Controller:
@@ -28,7 +28,7 @@ class Controller:
         recipe: Provenance as plain JSON: method, version, arguments, model fingerprint, hash of the data.
     """
 
-    def __init__(self, loops: Iterable[Loop], recipe: dict[str, Any] | None = None):
+    def __init__(self, loops: Iterable[Loop], recipe: Json | None = None):
         self.loops = tuple(loops)
         self.recipe = dict(recipe or {})
         for loop in self.loops:
@@ -62,7 +62,7 @@ class Controller:
     def __len__(self) -> int:
         return len(self.loops)
 
-    def at(self, where: Any) -> Controller:
+    def at(self, where: Where) -> Controller:
         """The same loops at other token positions; the forms of `where` are those of `Loop`."""
         check_where(where)
         return self._each(lambda loop: loop.replace(where=where))
@@ -75,7 +75,7 @@ class Controller:
             raise ValueError(f"no loop acts at layers {sorted(missing)}; this controller acts at {self.layers}")
         return Controller([loop for loop in self.loops if loop.act.layer in kept], self.recipe)
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Controller:
+    def to(self, device: Device = None, dtype: torch.dtype | None = None) -> Controller:
         """The same loops with their tensors on another device or, for floating ones, in another dtype."""
 
         moved: dict[int, Tensor] = {}  # loops share a direction of the size of the model
@@ -110,7 +110,7 @@ class Controller:
         return sorted({site.layer for site in self.sites})
 
     @property
-    def fingerprints(self) -> list[tuple[str, dict[str, Any]]]:
+    def fingerprints(self) -> list[tuple[str, Json]]:
         """The method and the model fingerprint of each summand that was fitted on a model."""
         return _fingerprints(self.recipe)
 
@@ -160,7 +160,7 @@ class Controller:
 
         return cls(*read_controller(path, laws))
 
-    def _each(self, change: Any) -> Controller:
+    def _each(self, change: Callable[[Loop], Loop]) -> Controller:
         return Controller([change(loop) for loop in self.loops], self.recipe)
 
 
@@ -170,6 +170,6 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
 
 
-def _fingerprints(recipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _fingerprints(recipe: Json) -> list[tuple[str, Json]]:
     own = [(str(recipe.get("method", "controller")), recipe["model"])] if recipe.get("model") else []
     return own + [found for part in recipe.get("parts", ()) for found in _fingerprints(part)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from steerlens.core.now import Now
 from steerlens.core.part import Part, map_tensors
 from steerlens.core.sites import Site
+from steerlens.core.types import Place, Where
 
 if TYPE_CHECKING:
     from steerlens.core.prompt import Direction, Gate, Schedule, Summary
@@ -161,10 +162,10 @@ class Loop:
     def __init__(
         self,
         law: Law,
-        act: Site | str | int,
-        sense: Site | str | int | None = None,
+        act: Place,
+        sense: Place | None = None,
         *,
-        where: Any = "last",
+        where: Where = "last",
         strength: float = 1.0,
         name: str = "loop",
         group: int = 0,
@@ -218,7 +219,7 @@ class Loop:
         """Everything in it that holds tensors."""
         return [part for part in (self.law, *self.gates, *self.schedules, self.summary, self.tangent) if part]
 
-    def change(self, tensors: Any) -> Loop:
+    def change(self, tensors: Callable[[Tensor], Tensor]) -> Loop:
         """A copy with a function applied to every tensor."""
         names = ("law", "gates", "schedules", "summary", "tangent")
         return self.replace(**{name: map_tensors(getattr(self, name), tensors) for name in names})

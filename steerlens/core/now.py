@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
+
+from steerlens.core.types import Memory
 
 
 class Now:
@@ -21,14 +21,14 @@ class Now:
 
     def __init__(
         self,
-        layers: dict[str, Any] | None = None,
-        sequence: dict[str, Any] | None = None,
+        layers: Memory | None = None,
+        sequence: Memory | None = None,
         *,
         summary: Tensor | None = None,
         tangent: Tensor | None = None,
     ):
-        self.layers: dict[str, Any] = {} if layers is None else layers
-        self.sequence: dict[str, Any] = {} if sequence is None else sequence
+        self.layers: Memory = {} if layers is None else layers
+        self.sequence: Memory = {} if sequence is None else sequence
         self._summary = summary
         self._tangent = tangent
 

@@ -20,6 +20,7 @@ from steerlens.core.sequence import Sequence
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import Site
 from steerlens.core.stops import Action, Placed, Shown, stops_of, wide_of
+from steerlens.core.types import RecordSpec
 
 
 class Display:
@@ -48,7 +49,7 @@ class Pass:
         run: Put into the signals' names, to keep two controllers attached at once apart.
     """
 
-    def __init__(self, loops: Ordered[Loop], *, record: Any = "scalars", run: str = ""):
+    def __init__(self, loops: Ordered[Loop], *, record: RecordSpec = "scalars", run: str = ""):
         self.loops = list(loops)
         self.record = record
         self.names: dict[Site, SiteSignals] = name_signals(self.loops, run)

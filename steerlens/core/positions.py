@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.core.types import Where
+
 NAMES = ("last", "last_prompt", "generated", "prompt", "all")
 #: Names of positions that no pass after the first of a sequence has.
 PROMPT_ONLY = ("prompt", "last_prompt")
@@ -15,7 +17,7 @@ _FROM_LAST = ("last", "last_prompt", "generated")
 _END = 1 << 60
 
 
-def check_where(where: Any) -> None:
+def check_where(where: object) -> None:
     """Raises ValueError or TypeError unless `where` is one of the forms that `Loop` documents."""
     if isinstance(where, str):
         if where not in NAMES:
@@ -191,7 +193,7 @@ class Positions:
         whole.past, whole.length, whole.index = 0, self.seen, self._index
         return whole
 
-    def select(self, where: Any) -> slice | Tensor | None:
+    def select(self, where: Where) -> slice | Tensor | None:
         """The columns to touch: None (nothing), a slice of this pass's tokens, or a bool mask `[batch length]`."""
         if isinstance(where, (str, slice)):
             if where in PROMPT_ONLY and self.past >= self.end:

@@ -11,6 +11,7 @@ from torch import Tensor
 from steerlens.core.part import Part
 from steerlens.core.positions import check_where
 from steerlens.core.sites import Site
+from steerlens.core.types import Where
 
 POOLS = ("mean", "rms")
 
@@ -32,9 +33,9 @@ class Summary(Part):
 
     place: str
     pool: str
-    where: Any
+    where: Where
 
-    def __init__(self, site: Site | str, pool: str = "mean", where: Any = "prompt"):
+    def __init__(self, site: Site | str, pool: str = "mean", where: Where = "prompt"):
         # a part holds plain values only
         self.place = str(site)
         self.pool = pool

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steerlens.core.tables import described, find
+from steerlens.core.types import Cache, Figure, Frame
+
+#: What a sequence has recorded, see `blank`.
+Store: TypeAlias = dict[str, Any]
 
 
-def blank() -> dict[str, Any]:
+def blank() -> Store:
     """What a sequence without columns has recorded: plain values, so that a server can send them back.
 
     `pieces`: for each signal the values of each pass, as (first column, number of moves before it, `[batch pos ...]`).
@@ -21,7 +25,7 @@ def blank() -> dict[str, Any]:
     return {"pieces": {}, "moves": [], "length": 0}
 
 
-def cut(store: dict[str, Any], column: int) -> None:
+def cut(store: Store, column: int) -> None:
     """Drop the columns from this one on: they are computed anew, or were rejected."""
     if column >= store["length"]:
         return
@@ -35,7 +39,7 @@ def cut(store: dict[str, Any], column: int) -> None:
         ]
 
 
-def take(store: dict[str, Any], beams: Tensor, end: int) -> None:
+def take(store: Store, beams: Tensor, end: int) -> None:
     """Give a beam search's record the rows of what it returns.
 
     Args:
@@ -68,9 +72,9 @@ class Record(Mapping):
     """
 
     def __init__(self) -> None:
-        self.held: dict[str, Any] = {"now": blank()}
+        self.held: Store = {"now": blank()}
 
-    def show(self, store: dict[str, Any]) -> None:
+    def show(self, store: Store) -> None:
         """Be the record of another sequence."""
         self.held["now"] = store
 
@@ -124,7 +128,7 @@ class Record(Mapping):
         """One signal over all layers that have it, `[layer batch pos ...]`."""
         return torch.stack([value.cpu() for value in self.layers(signal).values()])
 
-    def frame(self) -> Any:
+    def frame(self) -> Frame:
         """The signals of one number per token as a pandas DataFrame in long form: one line for each number.
 
         Columns: `row` of the batch, `token` (column of the sequence), `layer`, `signal` (`error`, `u_norm`, ...) and
@@ -138,7 +142,7 @@ class Record(Mapping):
 
         return frame(self)
 
-    def plot(self, *, row: int = 0, tokens: list[str] | None = None) -> Any:
+    def plot(self, *, row: int = 0, tokens: list[str] | None = None) -> Figure:
         """Tracking error and control norm by layer and token, a plotly figure.
 
         Args:
@@ -153,7 +157,7 @@ class Record(Mapping):
 
         return VIEWS["plot"](self, row=row, tokens=tokens)
 
-    def to_cache(self, model: Any = None) -> Any:
+    def to_cache(self, model: object = None) -> Cache:
         """A TransformerLens `ActivationCache` with the same names, for `stack_activation` and the like.
 
         Args:

@@ -12,6 +12,7 @@ from steerlens.core.law import Loop
 from steerlens.core.part import Part, map_tensors
 from steerlens.core.signals import SiteSignals
 from steerlens.core.sites import Site
+from steerlens.core.types import RecordSpec, Where
 
 #: A signal: name, hook name, and whether the record keeps it.
 Shown = tuple[str, str, bool]
@@ -107,7 +108,7 @@ class Stop:
 
 
 def stops_of(
-    loops: Sequence[Loop], names: dict[Site, SiteSignals], summarised: set[Site], record: Any
+    loops: Sequence[Loop], names: dict[Site, SiteSignals], summarised: set[Site], record: RecordSpec
 ) -> tuple[dict[tuple[int, int], Stop], list[Any]]:
     """What to do at each site, by its order in the forward pass, and the token positions that its actions name.
 
@@ -132,7 +133,7 @@ def stops_of(
     return stops, wheres
 
 
-def _shown(names: dict[str, str], record: Any, vectors: Sequence[str]) -> list[Shown]:
+def _shown(names: dict[str, str], record: RecordSpec, vectors: Sequence[str]) -> list[Shown]:
     """Signals of one loop, or of all at a site; `names`: by signal, as in `SiteSignals`."""
     if record in (None, "all"):
         kept = set(names) if record else set()
@@ -143,7 +144,7 @@ def _shown(names: dict[str, str], record: Any, vectors: Sequence[str]) -> list[S
     return [(signal, name, signal in kept) for signal, name in names.items()]
 
 
-def _index(wheres: list[Any], where: Any) -> int:
+def _index(wheres: list[Any], where: Where) -> int:
     """Index of an equal entry, appended where there is none; masks and callables are equal only to themselves."""
     for index, other in enumerate(wheres):
         if where is other or (isinstance(where, (str, slice)) and type(where) is type(other) and where == other):

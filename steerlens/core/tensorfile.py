@@ -78,7 +78,7 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
         for name in order:
             yield _bytes(plain[name])
 
-    _replace(Path(path), pieces())
+    replace_file(Path(path), pieces())
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -228,8 +228,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _replace(path: Path, pieces: Iterator[Any]) -> None:
-    """Write beside the file and put the whole in its place."""
+def replace_file(path: Path, pieces: Iterator[Any]) -> None:
+    """Write a file's bytes beside it and put the whole in its place; raises OSError as `write` does."""
     target = Path(os.path.realpath(path))  # a link stays a link
     if target.exists() and not target.is_file():
         raise OSError(f"{path} exists and is no regular file")

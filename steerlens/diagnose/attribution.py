@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.given import Weighted, given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
 from steerlens.diagnose.result import frame
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Host, host_of
+from steerlens.hosts.types import Model
 from steerlens.plots import load_plotly
 
 BY = ("layer", "loop")
@@ -73,12 +74,12 @@ class Attribution:
         pairs = torch.stack([self.effects.flatten(), self.estimates.flatten()])
         return float(torch.corrcoef(pairs)[0, 1]) if pairs.shape[1] > 1 else float("nan")
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """One row a part, a pandas DataFrame."""
         columns = {"part": self.labels, "layer": self.layers, "exact": self.effect, "gradient": self.estimate}
         return frame(columns, "part")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Exact effect and its estimate side by side, a plotly figure."""
         objects, _ = load_plotly()
         figure = objects.Figure()
@@ -106,7 +107,7 @@ class Attribution:
 
 
 def attribute(
-    model: Any,
+    model: Model,
     controller: Controller,
     metric: Metrics,
     prompts: Sequence[Text],

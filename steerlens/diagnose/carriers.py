@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Site
+from steerlens.core.types import Autoencoder, Layers
 from steerlens.diagnose.attribution import listed
 from steerlens.diagnose.components import Components
 from steerlens.diagnose.given import given, run
@@ -16,19 +17,22 @@ from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, me
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.reading import every_layer
 from steerlens.hosts import Host, host_of
+from steerlens.hosts.types import Model
+
+Kind: TypeAlias = Literal["head", "neuron", "attn", "mlp"]
 
 #: Kind of a component -> the point whose state it is a slice of.
-_POINTS = {"head": "z", "neuron": "mlp_post", "attn": "attn_out", "mlp": "mlp_out"}
+_POINTS: dict[str, str] = {"head": "z", "neuron": "mlp_post", "attn": "attn_out", "mlp": "mlp_out"}
 
 
 def carriers(
-    model: Any,
+    model: Model,
     controller: Controller,
     metric: Metrics,
     prompts: Sequence[Text],
     *,
-    components: Any = "head",
-    layers: int | Sequence[int] | None = None,
+    components: Kind | Autoencoder = "head",
+    layers: Layers = None,
     check: int = 0,
     batch: int = 16,
     trust: bool = False,
@@ -122,7 +126,7 @@ class _View:
 class _SaeView(_View):
     """The features of an SAE."""
 
-    def __init__(self, sae: Any, site: Site):
+    def __init__(self, sae: Autoencoder, site: Site):
         super().__init__("feature", [site])
         self.sae = sae
 
@@ -150,7 +154,7 @@ class _SaeView(_View):
         return self.sae.decode(a)
 
 
-def _view(host: Host, controller: Controller, components: Any, layers: Any) -> _View:
+def _view(host: Host, controller: Controller, components: str | Autoencoder, layers: Layers) -> _View:
     if not controller.loops:
         raise ValueError("the controller has no loops; nothing steers")
     if isinstance(components, str):

@@ -12,6 +12,7 @@ from torch import Tensor
 from steerlens.control.linearization import Linearization
 from steerlens.control.riccati import CostToGo
 from steerlens.core import Controller, Loop, Setpoint, map_tensors
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.bound import Lyapunov
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.tracking import Tracking
@@ -43,12 +44,12 @@ class ClosedLoop:
     predicted: Tensor
     realised: Tensor
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """One row a block, a pandas DataFrame."""
         names = ("gain", "applied", "open_norm", "closed_norm", "contraction", "predicted", "realised")
         return frame({"layer": range(len(self.gain)), **{name: getattr(self, name) for name in names}}, "layer")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Norms of the gain, of the blocks alone and of the blocks in closed loop."""
         names = {
             "gain": "gain |K|",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import frame
 from steerlens.plots import load_plotly
 
@@ -66,7 +67,7 @@ class Components:
         """Indices of the parts with the largest values, either sign, largest first."""
         return self.value.abs().argsort(descending=True, stable=True)[:count].tolist()
 
-    def table(self, count: int = 10) -> Any:
+    def table(self, count: int = 10) -> Frame:
         """The largest parts, one row each, a pandas DataFrame."""
         chosen = self.top(count)
         columns: dict[str, Any] = {"part": [self.labels[index] for index in chosen], "value": self.value[chosen]}
@@ -74,7 +75,7 @@ class Components:
             columns["patched"] = self.exact[chosen]
         return frame(columns, "part")
 
-    def plot(self, count: int = 20) -> Any:
+    def plot(self, count: int = 20) -> Figure:
         """Heads: a map of layer by head. One part a layer and kind: bars by layer. Else bars of the largest parts."""
         objects, _ = load_plotly()
         figure = objects.Figure()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +15,14 @@ from steerlens.diagnose.given import given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Host, host_of
+from steerlens.hosts.types import Model
 
 #: A part of the stream: kind, layer, unit.
 _Part = tuple[str, int, int]
 
 
 def direct(
-    model: Any,
+    model: Model,
     controller: Controller,
     metric: Metrics,
     prompts: Sequence[Text],

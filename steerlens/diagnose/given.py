@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from steerlens.core import Controller, Law, Loop, Now, Signals, Site
+from steerlens.core.types import RecordSpec
 from steerlens.hosts import Host
 from steerlens.steering import steer
 
@@ -69,7 +69,7 @@ def given(u: Tensor, site: Site) -> Loop:
 
 
 def run(
-    host: Host, controller: Controller, ids: Tensor, *, record: Any = None, trust: bool = False
+    host: Host, controller: Controller, ids: Tensor, *, record: RecordSpec = None, trust: bool = False
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """One pass of a model under a controller: its logits `[batch pos vocab]`, and what each loop recorded."""
     if not controller.loops:

@@ -12,10 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from steerlens.control.linearization import Linearization
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_model, exact_dtype
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Nominal, host_of
+from steerlens.hosts.types import Model
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Linearity:
     similarity: Tensor
     baseline: float
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """One row a block, a pandas DataFrame: `similarity`, and `block` and `path` errors for each size.
 
         The `path` error in row t is that of the state after block t.
@@ -52,7 +54,7 @@ class Linearity:
             columns[f"path {size:g}"] = torch.cat([blank, self.path[row]])
         return frame(columns, "layer")
 
-    def plot(self, kind: str = "path") -> Any:
+    def plot(self, kind: str = "path") -> Figure:
         """Relative error by layer, a line a size (`"path"` or `"block"`), or `"similarity"` with its baseline.
 
         Raises:
@@ -79,7 +81,7 @@ class Linearity:
 
 
 def linearity(
-    model: Any,
+    model: Model,
     texts: Sequence[Text],
     *,
     sizes: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steerlens.hosts import host_of
+from steerlens.hosts.types import Model
 
 #: From the logits of one prompt, `[1 pos vocab]`, to one number.
 Metric = Callable[[Tensor], Tensor]
@@ -31,7 +32,11 @@ class LogitDifference:
         return self.name
 
 
-def logit_difference(model: Any, a: Any, b: Any) -> LogitDifference:
+#: A token, as an id or as a string that is one token, or several.
+Tokens: TypeAlias = int | str | Sequence[int | str]
+
+
+def logit_difference(model: Model, a: Tokens, b: Tokens) -> LogitDifference:
     """The metric "logit of `a` minus logit of `b`" for the token after a prompt, in logits (natural log units).
 
     Args:
@@ -80,14 +85,14 @@ def measure(metric: Metric, logits: Tensor) -> Tensor:
     return torch.stack([value.reshape(()) for value in values])
 
 
-def _ids(side: Any, tokenizer: Any) -> list[int]:
-    tokens = side if isinstance(side, (list, tuple)) else [side]
+def _ids(side: Tokens, tokenizer: Any) -> list[int]:
+    tokens = [side] if isinstance(side, (int, str)) else list(side)
     if not tokens:
         raise ValueError("an empty list names no token")
     return [_one(token, tokenizer) for token in tokens]
 
 
-def _one(token: Any, tokenizer: Any) -> int:
+def _one(token: int | str, tokenizer: Any) -> int:
     if isinstance(token, int):
         return token
     if tokenizer is None:
@@ -99,5 +104,5 @@ def _one(token: Any, tokenizer: Any) -> int:
     return int(ids[0])
 
 
-def _words(side: Any) -> str:
+def _words(side: Tokens) -> str:
     return repr(side) if not isinstance(side, (list, tuple)) else " ".join(map(repr, side))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Site, name_signals
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_followed, roll
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Nominal
+from steerlens.hosts.types import Model
 from steerlens.sae import Target
 from steerlens.sae.feature import checked
 
@@ -53,7 +54,7 @@ class Reach:
         """Distance of what was reached from what was asked, `[prompt feature]`."""
         return (self.at_least - self.reached).clamp(min=0) + (self.reached - self.at_most).clamp(min=0)
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """One row a prompt and feature, a pandas DataFrame."""
         prompts, m = self.before.shape
 
@@ -70,7 +71,7 @@ class Reach:
         }
         return frame(columns, "prompt")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Asked, predicted and reached readings by prompt; lines are named by feature where there are several."""
         rows = range(len(self.before))
         lines, dashed = {}, []
@@ -90,7 +91,7 @@ class Reach:
 
 
 def reach(
-    model: Any,
+    model: Model,
     controller: Controller,
     target: Target,
     prompts: Sequence[Text],

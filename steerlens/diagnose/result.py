@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from steerlens.core.types import Figure, Frame
 from steerlens.plots import load_plotly
 
 Curves = Mapping[str, tuple[Sequence[int], Tensor]]
 
 
-def frame(columns: Mapping[str, Any], index: str) -> Any:
+def frame(columns: Mapping[str, Any], index: str) -> Frame:
     """A pandas DataFrame of equally long columns, indexed by one of them.
 
     Raises:
@@ -26,7 +27,7 @@ def frame(columns: Mapping[str, Any], index: str) -> Any:
     return pandas.DataFrame(plain).set_index(index)
 
 
-def curves(lines: Curves, *, title: str, x: str, y: str, log: bool = False, dashed: Sequence[str] = ()) -> Any:
+def curves(lines: Curves, *, title: str, x: str, y: str, log: bool = False, dashed: Sequence[str] = ()) -> Figure:
     """A plotly figure of lines, one a name, with labelled axes; NaN leaves a gap.
 
     Raises:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.control.linearization import Linearization
 from steerlens.core import Controller, Record, Setpoint, map_tensors
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.bound import Lyapunov, tracking_bound
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import Rollout, affine, check_followed, close, exact_dtype, plant_of, roll
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Nominal, host_of
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Feedback
 
 
@@ -52,13 +53,13 @@ class Tracking:
     state_error: Tensor
     rollout: Rollout
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """One row a controlled layer, a pandas DataFrame."""
         names = ("unsteered", "predicted", "actual", "recorded", "bound")
         columns = {name: getattr(self, name) for name in names}
         return frame({"layer": self.layers, **columns, "state_error": self.state_error[list(self.layers)]}, "layer")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Distance to the setpoint by layer: unsteered, predicted, actual, and the bound around the prediction."""
         lines = {name: (self.layers, getattr(self, name)) for name in ("unsteered", "predicted", "actual")}
         if not self.bound.isnan().all():
@@ -74,7 +75,7 @@ class Tracking:
 
 
 def tracking(
-    model: Any,
+    model: Model,
     text: Text,
     *,
     controller: Controller,

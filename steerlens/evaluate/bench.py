@@ -16,6 +16,7 @@ from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, wit
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
 from steerlens.hosts.batches import pad
+from steerlens.hosts.types import Model
 from steerlens.steering import steer
 
 #: Token ids of a prompt and of what follows it.
@@ -82,7 +83,7 @@ class Bench:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         prompts: Sequence[Text],
         *,
         batch: int = 16,

@@ -11,11 +11,13 @@ import torch
 from tqdm.auto import tqdm
 
 from steerlens.core import Controller
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import curves, frame
 from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
 from steerlens.evaluate.bootstrap import draws, ends
 from steerlens.evaluate.meter import Budget, Values, pooled
 from steerlens.fit.contrast import Text
+from steerlens.hosts.types import Model
 
 MET, NEVER, NOTHING = "met", "never", "by doing nothing"
 #: A value below this share of the budget is nothing.
@@ -47,12 +49,12 @@ class Calibration:
     budget: str
     note: str = ""
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """The curve as a pandas DataFrame."""
         strengths, values = zip(*self.curve, strict=True)
         return frame({"strength": strengths, "value": values}, "strength")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """The meter's value against the strength."""
         strengths, values = zip(*self.curve, strict=True)
         title = f"{self.budget}: {self.met} at strength {self.strength:.3g}"
@@ -72,7 +74,7 @@ class Calibration:
 
 
 def calibrate(
-    model: Any,
+    model: Model,
     controller: Controller,
     prompts: Sequence[Text],
     *,

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerlens.fit.contrast import Pairs
+from steerlens.fit.contrast import Pairs, Read
 
 #: A question, right answers (the best first) and wrong answers: an item of `mc`.
 Choice = tuple[str, list[str], list[str]]
@@ -70,7 +70,7 @@ def caa(path: str | Path, *, template: str = "{question}\n\nAnswer:") -> list[Qu
     ]
 
 
-def axbench(path: str | Path, *, read: str | int = "completion") -> dict[str, Pairs]:
+def axbench(path: str | Path, *, read: Read = "completion") -> dict[str, Pairs]:
     """AxBench's concepts: for each its examples against the examples of no concept, as prompt and completion.
 
     Reads rows with `input`, `output`, `output_concept` and `category` (`"positive"` or `"negative"`), as the authors'
@@ -123,7 +123,7 @@ def toxicity_prompts(path: str | Path, *, challenging: bool = False) -> list[str
     return found
 
 
-def pairs_of(items: Iterable[Question], *, read: str | int = "completion") -> Pairs:
+def pairs_of(items: Iterable[Question], *, read: Read = "completion") -> Pairs:
     """Contrast pairs from items `(prompt, wanted, unwanted)`.
 
     Args:

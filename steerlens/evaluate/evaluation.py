@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import frame
 from steerlens.evaluate.bootstrap import interval, mean_interval
 from steerlens.evaluate.card import evaluation_card
@@ -87,7 +88,7 @@ class Evaluation:
             if (own.arm, own.strength, own.meter) == (arm, strength, meter):
                 yield own
 
-    def table(self, *, level: float = 0.95) -> Any:
+    def table(self, *, level: float = 0.95) -> Frame:
         """One row an arm and strength, a pandas DataFrame.
 
         Columns: `effect`, the mean change against the unsteered model, with its interval `low`, `high` (a bootstrap
@@ -208,7 +209,7 @@ class Evaluation:
         damage = pooled(self.values(name, strength, meter)[1::2], at)
         return Choice(name, strength, float(held.mean()), mean_interval(held, level=level), damage)
 
-    def plot(self, against: str | None = None) -> Any:
+    def plot(self, against: str | None = None) -> Figure:
         """Effect against a meter of damage, one curve a method with intervals of the effect; the random band is grey.
 
         Args:

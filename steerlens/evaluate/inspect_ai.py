@@ -40,6 +40,7 @@ from steerlens.core import Controller
 from steerlens.evaluate.named import open_controller, open_host
 from steerlens.evaluate.scoring import scored_logits
 from steerlens.evaluate.texts import prompt_ids
+from steerlens.hosts.types import Model as Steerable
 from steerlens.steering import steer
 
 #: Options that the model honours.
@@ -273,7 +274,7 @@ class SteeredAPI(ModelAPI):
 
 
 def as_inspect_model(
-    model: Any,
+    model: Steerable,
     controller: Controller | str | Path | None = None,
     *,
     strength: float = 1.0,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.diagnose.metrics import Tokens
 from steerlens.diagnose.metrics import logit_difference as difference_of
 from steerlens.evaluate.bench import Arm, Bench, Row
 from steerlens.evaluate.meter import Meter, Values
@@ -63,7 +64,7 @@ def propensity(items: Pairs | Sequence[tuple[Text, str, str]], *, per: str = "to
     if isinstance(items, Pairs):
         if len(items.positive) != len(items.negative):
             raise ValueError(f"{len(items.positive)} positive and {len(items.negative)} negative texts; give pairs")
-        sides = list(zip(items.positive, items.negative, strict=True))
+        sides: list[tuple[Any, Any]] = list(zip(items.positive, items.negative, strict=True))
     else:
         sides = [((prompt, wanted), (prompt, unwanted)) for prompt, wanted, unwanted in items]
 
@@ -130,7 +131,7 @@ def neutral_loss(texts: Sequence[Text] | None = None) -> Meter:
     return Meter("neutral loss", measure, "nats/token", -1, items=_tuple(texts))
 
 
-def logit_difference(prompts: Sequence[Text] | None, a: Any, b: Any, *, instruction: str = "") -> Meter:
+def logit_difference(prompts: Sequence[Text] | None, a: Tokens, b: Tokens, *, instruction: str = "") -> Meter:
     """The logit of `a` minus that of `b` for the token after a prompt, in logits.
 
     Args:

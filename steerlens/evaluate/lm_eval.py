@@ -31,6 +31,7 @@ from steerlens.core import Controller
 from steerlens.evaluate.named import open_controller, open_host
 from steerlens.evaluate.scoring import log_probabilities, scored_logits
 from steerlens.evaluate.texts import generate_texts
+from steerlens.hosts.types import Model
 
 #: A request as strings, and its context and continuation as token ids.
 Encoded = tuple[tuple[str, str], list[int], list[int]]
@@ -62,7 +63,7 @@ class SteeredLM(TemplateLM):
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         controller: Controller | str | Path | None = None,
         *,
         strength: float = 1.0,

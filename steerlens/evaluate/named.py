@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from steerlens.core import Controller
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.lens.named import bridge
 from steerlens.hosts.traced.named import language_model
+from steerlens.hosts.types import Model
 
 LIBRARIES = ("transformer_lens", "nnsight")
 
 
-def open_host(model: Any, library: str = "transformer_lens") -> Host:
+def open_host(model: Model, library: str = "transformer_lens") -> Host:
     """The host of a model; a model that is given by name is loaded first.
 
     Args:

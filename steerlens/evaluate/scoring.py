@@ -11,6 +11,7 @@ from torch import Tensor
 from steerlens.core import Controller
 from steerlens.hosts import host_of
 from steerlens.hosts.batches import pad
+from steerlens.hosts.types import Model
 from steerlens.steering import steer
 
 #: From the number of a row and its scored logits `[completion+1 vocab]` to what is kept of them.
@@ -18,7 +19,7 @@ Reduce = Callable[[int, Tensor], Any]
 
 
 def scored_logits(
-    model: Any,
+    model: Model,
     controller: Controller | None,
     rows: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Site
+from steerlens.core.types import Figure, Frame, Layers
 from steerlens.diagnose.result import curves, frame
 from steerlens.evaluate.bootstrap import draws, ends
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.reading import check_contrast, every_layer
 from steerlens.hosts import host_of
+from steerlens.hosts.types import Model
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Separation:
     d: Tensor
     size: Tensor
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """One row a site, a pandas DataFrame."""
         columns = {name: getattr(self, name) for name in ("auc", "low", "high", "d", "size")}
         places = {"layer": [site.layer for site in self.sites], "point": [site.point for site in self.sites]}
@@ -49,7 +50,7 @@ class Separation:
         """The site with the largest difference in standard deviations."""
         return self.sites[int(self.d.nan_to_num(-1.0).argmax())]
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """AUC by layer, one line a point."""
         lines = {}
         for point in dict.fromkeys(site.point for site in self.sites):
@@ -59,10 +60,10 @@ class Separation:
 
 
 def separation(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     points: Sequence[str] = ("resid_post",),
     folds: int = 2,
     level: float = 0.95,

@@ -18,6 +18,7 @@ from steerlens.evaluate.session import Entry, Session, protocol_of
 from steerlens.evaluate.written import fluency
 from steerlens.fit.contrast import Text
 from steerlens.hosts import host_of
+from steerlens.hosts.types import Model
 
 #: Baselines by name, in the order of a table.
 BASELINES = (UNSTEERED_NAME, RANDOM_NAME, "prompt")
@@ -26,7 +27,7 @@ Method = Controller | Prompt | Callable[[], Controller]
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     controller: Controller,
     effect: Meter,
     *,
@@ -97,7 +98,7 @@ def evaluate(
 
 
 def compare(
-    model: Any,
+    model: Model,
     methods: Mapping[str, Method],
     effect: Meter,
     *,
@@ -194,7 +195,7 @@ def compare(
 
 
 def sweep(
-    model: Any,
+    model: Model,
     make: Callable[[int, float], Controller],
     effect: Meter,
     *,
@@ -281,7 +282,7 @@ def _meters(effect: Meter, damage: Sequence[Meter]) -> list[Meter]:
     return meters
 
 
-def _bench(model: Any, effect: Meter, prompts: Sequence[Text] | None, **options: Any) -> Bench:
+def _bench(model: Model, effect: Meter, prompts: Sequence[Text] | None, **options: Any) -> Bench:
     known = effect.prompts if prompts is None else prompts
     if not known:
         raise ValueError(f"the items of {effect.name!r} have no prompts; give prompts=[...], for KL and texts")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from steerlens.core import Controller
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Host, host_of
+from steerlens.hosts.types import Model
 from steerlens.steering import steer
 
 
@@ -30,7 +31,7 @@ class Generation:
 
 
 def generate_texts(
-    model: Any,
+    model: Model,
     controller: Controller | None,
     prompts: Sequence[Text],
     *,
@@ -100,7 +101,7 @@ def with_instruction(text: Text, instruction: str, host: Host) -> Text:
     if isinstance(text, str):
         return f"{instruction}\n{text}"
     if isinstance(text, tuple):
-        return with_instruction(text[0], instruction, host), text[1]
+        return cast(Text, (with_instruction(text[0], instruction, host), text[1]))
     if isinstance(text, list) and isinstance(text[0], dict):
         if text[0]["role"] == "system":
             merged = {"role": "system", "content": f"{instruction}\n{text[0]['content']}"}

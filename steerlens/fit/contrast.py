@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +14,13 @@ from torch import Tensor
 from steerlens.fit.pairs_file import read_texts
 from steerlens.hosts import Host
 
-Text = Any  # str | (prompt, completion), strings or ids | [{"role": ..., "content": ...}, ...] | token ids
+#: A string, (prompt, completion) as strings or as token ids, chat messages with role and content, or token ids.
+Text: TypeAlias = str | tuple[str, str] | tuple[list[int], list[int]] | list[dict[str, str]] | list[int] | Tensor
 
-READINGS = ("last", "mean", "completion")
+#: Which activation of a text is taken, see `Pairs`.
+Read: TypeAlias = Literal["last", "mean", "completion"] | int
+
+READINGS: tuple[str, ...] = get_args(get_args(Read)[0])
 
 
 class Reading:
@@ -55,7 +59,7 @@ class Pairs:
         positive: Sequence[Text],
         negative: Sequence[Text],
         *,
-        read: str | int = "last",
+        read: Read = "last",
         prepend_bos: bool | None = None,
         generation_prompt: bool = True,
     ):
@@ -82,7 +86,7 @@ class Pairs:
         positive: str | None = None,
         negative: str | None = None,
         prompt: str | None = None,
-        read: str | int | None = None,
+        read: Read | None = None,
         prepend_bos: bool | None = None,
     ) -> Pairs:
         """Pairs from a table in a file: csv (with commas, semicolons or tabs), or JSON lines, one pair a row.
@@ -106,7 +110,7 @@ class Pairs:
         """
         sides = read_texts(path, positive=positive, negative=negative, prompt=prompt)
         completed = all(isinstance(text, tuple) for side in sides for text in side)
-        by_default = "completion" if completed else "mean"
+        by_default: Read = "completion" if completed else "mean"
         return cls(*sides, read=by_default if read is None else read, prepend_bos=prepend_bos)
 
     def __len__(self) -> int:
@@ -160,18 +164,19 @@ def tokenize(
         return ids, len(ids)
     if isinstance(text, tuple):
         prompt, completion = text
-        if isinstance(prompt, list):
-            return [int(token) for token in prompt + completion], len(prompt)
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            return [int(token) for token in [*prompt, *completion]], len(prompt)
         head = _encode(prompt, host, prepend_bos)
         whole = _encode(prompt + completion, host, prepend_bos)
         return whole, _common(head, whole)
     if isinstance(text, Tensor) or _is_id(text[0]):
-        ids = [int(token) for token in text]
+        ids = [int(token) for token in cast(list[int], text)]
         pad = getattr(tokenizer, "pad_token_id", None)
         if len(ids) > 1 and pad is not None and (ids[-1] == ids[-2] == pad or ids[0] == ids[1] == pad):
             raise ValueError(f"token ids {ids[:4]}...{ids[-4:]} carry padding ({pad}); give each text without its pads")
         return ids, len(ids)
     template = _need(tokenizer).apply_chat_template
+    text = cast(list[dict[str, str]], text)
     answered = text[-1]["role"] == "assistant"
     begun = generation_prompt and not answered
     ids = template(text, tokenize=True, add_generation_prompt=begun, return_dict=True)["input_ids"]
@@ -199,7 +204,7 @@ def _common(head: list[int], whole: list[int]) -> int:
     return length
 
 
-def _weights(length: int, prompt: int, where: str | int, what: str) -> list[float]:
+def _weights(length: int, prompt: int, where: Read, what: str) -> list[float]:
     if isinstance(where, int):
         position = where if where >= 0 else length + where
         if not 0 <= position < length:
@@ -216,7 +221,7 @@ def _weights(length: int, prompt: int, where: str | int, what: str) -> list[floa
     return [1.0 / len(chosen) if position in chosen else 0.0 for position in range(length)]
 
 
-def _check_text(text: Text, what: str, where: str | int) -> None:
+def _check_text(text: Text, what: str, where: Read) -> None:
     if isinstance(text, str):
         empty = not text
     elif isinstance(text, tuple):
@@ -224,7 +229,7 @@ def _check_text(text: Text, what: str, where: str | int) -> None:
         ids = all(isinstance(part, list) and all(map(_is_id, part)) for part in text)
         if len(text) != 2 or not (strings or ids):
             raise ValueError(f"{what} is {text!r}; a tuple is (prompt, completion), two strings or two lists of ids")
-        empty = not text[0] + text[1]
+        empty = not text[0] and not text[1]
     elif isinstance(text, Tensor):
         if text.ndim != 1:
             raise ValueError(f"{what} is a tensor of shape {tuple(text.shape)}; give token ids of one text, [pos]")

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Site
+from steerlens.core.types import Layers
 from steerlens.fit.contrast import Pairs
 from steerlens.hosts import Host
 
 
-def every_layer(host: Host, layers: int | Sequence[int] | None) -> list[int]:
+def every_layer(host: Host, layers: Layers) -> list[int]:
     """Layers as a sorted list, all of them for None; negative ones count from the last.
 
     Raises:
@@ -40,7 +41,7 @@ def every_layer(host: Host, layers: int | Sequence[int] | None) -> list[int]:
     return sorted(counted)
 
 
-def pick_layers(host: Host, layers: int | Sequence[int] | None, point: str, *, default: str) -> list[Site]:
+def pick_layers(host: Host, layers: Layers, point: str, *, default: str) -> list[Site]:
     """Sites of a method that acts at one point of some layers; `default` is "all", "middle" or "fifth" of the depth."""
     if layers is None and default != "all":
         layers = host.n_layers // 2 if default == "middle" else host.n_layers // 5
@@ -85,7 +86,7 @@ def mean_norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.flatten(1), dim=-1).mean())
 
 
-def check_finite(values: Tensor, where: Any, host: Host) -> None:
+def check_finite(values: Tensor, where: Site | str, host: Host) -> None:
     """Raises ValueError unless all activations read from a model are finite."""
     if not torch.isfinite(values).all():
         raise ValueError(f"an activation at {where} is not finite; is the model's dtype {host.dtype} too narrow?")

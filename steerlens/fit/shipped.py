@@ -7,13 +7,13 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from steerlens.fit.contrast import Pairs
+from steerlens.fit.contrast import Pairs, Read
 
 #: Each set is cut in two: fit and choose on one half, report on the other.
 SPLITS = ("dev", "held_out")
 
 
-def shipped(name: str, *, split: str | None = None, read: str | int = "last", prepend_bos: bool | None = None) -> Pairs:
+def shipped(name: str, *, split: str | None = None, read: Read = "last", prepend_bos: bool | None = None) -> Pairs:
     """Contrast pairs that come with steerlens: `shipped("sentiment", split="dev")`.
 
     At least forty pairs each of sentiment, formality, certainty and compliance, as prompt and completion, and of four

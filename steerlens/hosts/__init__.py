@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
 
 from steerlens.hosts.attachment import Attachment
 from steerlens.hosts.base import Host, UntrustedError
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
+from steerlens.hosts.types import Model
 
 __all__ = ["Attachment", "Dimensions", "Host", "Nominal", "UntrustedError", "host_of", "remote"]
 
@@ -17,7 +17,7 @@ __all__ = ["Attachment", "Dimensions", "Host", "Nominal", "UntrustedError", "hos
 _HOSTS = {"transformer_lens": "steerlens.hosts.lens.models", "nnsight": "steerlens.hosts.traced.model"}
 
 
-def remote(model: Any, server: bool | str = True, *, timeout_s: float = 3600.0) -> Host:
+def remote(model: Model, server: bool | str = True, *, timeout_s: float = 3600.0) -> Host:
     """An nnsight model whose activations and gradients are taken on a server, for fitting: `caa(remote(lm), pairs)`.
 
     Pooled on the server: what comes back is one vector per text and site. Gradients need a server that trusts you.
@@ -36,7 +36,7 @@ def remote(model: Any, server: bool | str = True, *, timeout_s: float = 3600.0) 
     return type(host)(model, remote=server, timeout_s=timeout_s)  # type: ignore[call-arg]
 
 
-def host_of(model: Any) -> Host:
+def host_of(model: Model) -> Host:
     """The adapter for a model.
 
     Raises:

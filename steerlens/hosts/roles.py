@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steerlens.hosts.layouts import LAYOUTS
+from steerlens.hosts.types import Model
 
 #: By the name of a model's class: path of its blocks. By that of a block's: its entry. What the user has declared.
 BLOCKS: dict[str, str] = {}
@@ -124,7 +125,7 @@ def input_width(matrix: Any) -> int | None:
 
 
 def roles(
-    model: Any,
+    model: Model,
     *,
     blocks: str | None = None,
     attn_out: str | None = None,
@@ -270,7 +271,7 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _torch_model(model: Any) -> nn.Module:
+def _torch_model(model: Model) -> nn.Module:
     """The Hugging Face model in what a host library has made of it."""
     inner = getattr(model, "_module", None) or getattr(model, "original_model", None) or model
     if not isinstance(inner, nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Law, Loop, Now, Setpoint, Signals, Site
+from steerlens.core.types import Place, Where
 from steerlens.laws.feedback import Add, Project
 
 
@@ -39,7 +40,7 @@ def add(
     *,
     layer: int | Sequence[int],
     point: str = "resid_post",
-    where: Any = "last",
+    where: Where = "last",
     strength: float = 1.0,
 ) -> Controller:
     """A steering vector of your own, added to the residual stream or to what a point holds.
@@ -72,7 +73,7 @@ def project_out(
     *,
     layer: int | Sequence[int],
     point: str = "resid_post",
-    where: Any = "all",
+    where: Where = "all",
     strength: float = 1.0,
 ) -> Controller:
     """Remove a direction, or the span of several, from the state: directional ablation.
@@ -110,7 +111,7 @@ def project_out(
     return Controller(loops, {"method": "project_out", "arguments": {"point": point, "strength": float(strength)}})
 
 
-def observe(setpoint: Setpoint, site: Site | str | int, *, where: Any = "all", name: str = "observe") -> Controller:
+def observe(setpoint: Setpoint, site: Place, *, where: Where = "all", name: str = "observe") -> Controller:
     """Measure with a setpoint and do nothing: `u = 0`.
 
         with sl.steer(model, sl.caa(model, pairs) + sl.observe(sl.Level(direction, 3.0), 20)) as run: ...

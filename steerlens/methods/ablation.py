@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer, pick_layers, unit
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Project
 
 
@@ -18,14 +17,14 @@ from steerlens.laws.feedback import Project
     options={"origin": ("zero", "negative")},
 )
 def ablation(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
     read_layer: int | None = None,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     origin: str = "zero",
     strength: float = 1.0,
-    where: Any = "all",
+    where: Where = "all",
 ) -> Controller:
     """Remove one direction from the residual stream, at every layer.
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from steerlens.core import POINTS, Controller, Loop
+from steerlens.core.types import Layers
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import check_finite, pick_layers
 from steerlens.hosts import Host
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
 @method(card=Card(needs="pairs", points=POINTS))
 def actadd(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_pre",
     strength: float = 1.0,
 ) -> Controller:

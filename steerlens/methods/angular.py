@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.hosts.types import Model
 from steerlens.laws.rotation import Turn
 
 
 @method(card=Card(needs="sets", points=("resid_pre", "resid_mid")))
 def angular(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
     angle_rad: float = 0.0,
     read_layer: int | None = None,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     adaptive: bool = False,
     strength: float = 1.0,
-    where: Any = "all",
+    where: Where = "all",
 ) -> Controller:
     """Rotate the state within a plane to a given angle from the feature's direction, without changing its norm.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from steerlens.core import POINTS, Controller, Loop
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, pick_layers, unit
+from steerlens.hosts.types import Model
 from steerlens.laws.along import Amplify, Push
 from steerlens.laws.feedback import Add
 
@@ -19,15 +18,15 @@ FORMS = {"add": Add, "projection": Amplify, "piecewise": Push}
 
 @method(card=Card(needs="sets", points=POINTS), options={"form": tuple(FORMS)})
 def caa(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
     form: str = "add",
     normalize: bool = False,
-    where: Any = "last",
+    where: Where = "last",
 ) -> Controller:
     """Add the mean difference of the activations of two sets of texts.
 

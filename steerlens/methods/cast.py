@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import POINTS, Controller, Gate, Loop, Site, Summary
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import check_paired, contrast_states, every_layer
 from steerlens.gating import POOLS, prompt_states
 from steerlens.hosts import Host
+from steerlens.hosts.types import Model
 from steerlens.laws.conditions import Resemblance, resemblance
 from steerlens.laws.feedback import Add
 
 
 @method(card=Card(needs="pairs", points=POINTS), options={"pool": tuple(POOLS)})
 def cast(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
     condition: Pairs | None = None,
-    layers: int | Sequence[int] | None = None,
-    gate_layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
+    gate_layers: Layers = None,
     point: str = "resid_post",
     pool: str = "mean",
     threshold: float | None = None,
     strength: float = 1.0,
-    where: Any = "all",
+    where: Where = "all",
 ) -> Controller:
     """Add a behaviour vector, but only to prompts that resemble a condition.
 

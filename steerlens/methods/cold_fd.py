@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from steerlens.core import POINTS, Controller, Direction, Loop
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -16,6 +16,7 @@ from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, obje
 from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.hosts import Host
 from steerlens.hosts.batches import pad
+from steerlens.hosts.types import Model
 from steerlens.laws.learning import Drift
 
 #: Step of a central difference as a fraction of the parameters' norm: truncation and float32 rounding both stay
@@ -30,7 +31,7 @@ RELATIVE_STEP = 3e-6
     options={"estimator": ("auto", "jvp", "fd"), "embedding": ("tied", "untied", None), "scale": SCALES},
 )
 def cold_fd(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
     loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
@@ -40,10 +41,10 @@ def cold_fd(
     embedding: str | None = "tied",
     eta: float = 0.1,
     scale: str = "relative",
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    where: Any = "prompt",
+    where: Where = "prompt",
     batch: int = 4,
 ) -> Controller:
     """Move each activation as one step of gradient descent on a few examples would move it, to first order.

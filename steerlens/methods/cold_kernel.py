@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from steerlens.core import POINTS, Controller, Law, Loop, Now, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
 from steerlens.fit.objectives import SCALES, objective
 from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 from steerlens.laws.learning import Kernel
 
@@ -23,7 +24,7 @@ from steerlens.laws.learning import Kernel
     options={"pairs": ("sum", "rejected_only"), "kernel": ("unit", "linear"), "scale": SCALES},
 )
 def cold_kernel(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
     loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
@@ -33,10 +34,10 @@ def cold_kernel(
     kernel: str = "unit",
     eta: float = 0.1,
     scale: str = "relative",
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    where: Any = "prompt",
+    where: Where = "prompt",
     batch: int = 4,
 ) -> Controller:
     """Move the activations as one step of gradient descent on a few examples would, with a kernel for the parameters.

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site, map_tensors
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, every_layer
 from steerlens.flow.flows import angle
+from steerlens.hosts.types import Model
 from steerlens.laws.rotation import PseudoRotation, predict_angle
 
 
 @method(card=Card(needs="pairs", points=("resid_post",)))
 def hpr(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     n_layers: int = 5,
     alpha: float = 1.0,
     steps: int = 200,
@@ -34,7 +34,7 @@ def hpr(
     held_out: float = 0.2,
     seed: int = 0,
     strength: float = 1.0,
-    where: Any = "last",
+    where: Where = "last",
 ) -> Controller:
     """Rotate states that a probe classifies as negative towards and across its hyperplane, by an angle from a network.
 

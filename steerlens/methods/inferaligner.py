@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from steerlens.core import POINTS, Controller, Loop, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer, unit
 from steerlens.gating import gate
 from steerlens.hosts import host_of
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
 @method(card=Card(needs="sets", points=POINTS, also="ideally also an aligned model"))
 def inferaligner(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    aligned: Any = None,
+    aligned: Model | None = None,
     condition: Pairs | None = None,
-    layers: int | Sequence[int] | None = None,
-    gate_layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
+    gate_layers: Layers = None,
     point: str = "resid_post",
     strength: float = 4.0,
-    where: Any = "all",
+    where: Where = "all",
 ) -> Controller:
     """Add an aligned model's contrast vector, but only to prompts that the model itself classifies as positive.
 

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from steerlens.core import Controller, Loop
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.heads import head_accuracy, head_shift
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
 @method(card=Card(needs="sets", points=("z",)), options={"direction": ("mean", "probe")})
 def iti(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     n_elements: int | None = None,
     strength: float = 15.0,
     direction: str = "mean",
     held_out: float = 0.2,
     seed: int = 0,
-    where: Any = "last",
+    where: Where = "last",
 ) -> Controller:
     """Add a direction to the attention heads in which a linear probe separates the two sides best.
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
 from steerlens.core import POINTS, Controller, Loop
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.hosts.types import Model
 from steerlens.laws.affine import Stretch
 
 #: Keeps a coordinate that never varies in the negative texts at slope 0, as in the authors' code.
@@ -20,13 +19,13 @@ RIDGE = 1e-10
 
 @method(card=Card(needs="sets", points=POINTS))
 def linear_act(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    where: Any = "all",
+    where: Where = "all",
 ) -> Controller:
     """Move each coordinate's distribution over the negative texts onto that over the positive ones.
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from steerlens.control.gains import foresee, gains_for, react
 from steerlens.control.linearization import Linearization, check_plant, check_texts
 from steerlens.control.regulator import SOLVERS, Weights
 from steerlens.control.targets import AIMS, Aim, Targets
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
 from steerlens.hosts import Host
+from steerlens.hosts.types import Model
 
 
 @method(
@@ -23,7 +24,7 @@ from steerlens.hosts import Host
     options={**AIMS, "solver": tuple(SOLVERS)},
 )
 def lqr(
-    model: Any,
+    model: Model,
     data: Pairs | Sequence[Pairs],
     *,
     level: float | Sequence[float] = 1.0,
@@ -36,9 +37,9 @@ def lqr(
     qf: float = 0.1,
     solver: str = "dense",
     preview: bool = False,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     strength: float = 1.0,
-    where: Any = "last",
+    where: Where = "last",
     linearize_on: int | Sequence[Text] = 4,
     linearization: Linearization | None = None,
     full_gain: bool = False,

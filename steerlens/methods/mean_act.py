@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from steerlens.core import POINTS, Controller, Loop
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, pick_layers, unit
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
 @method(card=Card(needs="sets", points=POINTS))
 def mean_act(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    where: Any = "all",
+    where: Where = "all",
 ) -> Controller:
     """Move the negative texts' mean activation onto the positive texts'.
 

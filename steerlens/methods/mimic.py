@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.hosts.types import Model
 from steerlens.laws.affine import Transport
 
 
 @method(card=Card(needs="sets", points=VECTORS))
 def mimic(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
     ridge: float = 1e-2,
     gate: bool = False,
-    where: Any = "last",
+    where: Where = "last",
 ) -> Controller:
     """Map the mean and the covariance of the negative texts' activations to those of the positive texts'.
 

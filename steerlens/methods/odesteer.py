@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from steerlens.core import Controller, Loop, map_tensors
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
@@ -16,6 +16,7 @@ from steerlens.flow.barriers import cosine_barrier, exact_barrier, sketched_barr
 from steerlens.flow.fields import Field, Quadratic
 from steerlens.flow.flows import Flow, angle
 from steerlens.flow.sketch import TensorSketch
+from steerlens.hosts.types import Model
 
 
 @method(
@@ -23,10 +24,10 @@ from steerlens.flow.sketch import TensorSketch
     options={"mode": ("exact", "paper"), "kernel": ("polynomial", "fourier")},
 )
 def odesteer(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     angle_rad: float | None = None,
     distance: float | None = None,
@@ -43,7 +44,7 @@ def odesteer(
     sigma: str | float = "median",
     seed: int = 0,
     strength: float = 1.0,
-    where: Any = "last",
+    where: Where = "last",
 ) -> Controller:
     """Follow the unit gradient of the log-density ratio of the positive and the negative texts.
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from steerlens.control.targets import AIMS, Aim
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Pid
 
 
 @method(card=Card(needs="sets", points=("resid_post",), concepts=True), options=AIMS)
 def pid(
-    model: Any,
+    model: Model,
     data: Pairs | Sequence[Pairs],
     *,
     level: float | Sequence[float] = 1.0,
@@ -30,9 +31,9 @@ def pid(
     kd: float = 0.1,
     reset_every: int | None = 10,
     carry: bool = False,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     strength: float = 1.0,
-    where: Any = "last",
+    where: Where = "last",
 ) -> Controller:
     """Track a semantic setpoint with a PID controller whose time is the layer.
 

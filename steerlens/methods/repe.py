@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from steerlens.core import POINTS, Controller, Loop
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
 @method(card=Card(needs="pairs", points=POINTS))
 def repe(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    where: Any = "last",
+    where: Where = "last",
 ) -> Controller:
     """Add the first principal component of the differences within pairs.
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Law, Loop, Site, Summary
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.hosts.types import Model
 from steerlens.laws.scaling import Frozen, Scale
 
 #: Component -> points of the block where its elements are; the first is the default.
@@ -31,7 +30,7 @@ COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
     },
 )
 def sadi(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
     component: str = "head",
@@ -40,9 +39,9 @@ def sadi(
     select: str = "max",
     normalize: str | None = None,
     mode: str = "live",
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str | None = None,
-    where: Any = "last_prompt",
+    where: Where = "last_prompt",
 ) -> Controller:
     """Scale those heads, neurons or coordinates by which the activations of two sets of texts differ most.
 

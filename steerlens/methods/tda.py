@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site, Summary
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, every_layer
+from steerlens.hosts.types import Model
 from steerlens.laws.scaling import Dynamic
 
 
@@ -27,13 +26,13 @@ from steerlens.laws.scaling import Dynamic
     },
 )
 def tda(
-    model: Any,
+    model: Model,
     data: Pairs,
     *,
     error: float = 0.2,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     strength: float = 1.0,
-    where: Any = "generated",
+    where: Where = "generated",
 ) -> Controller:
     """Switch off the neurons that a prompt hardly used while it is continued.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from steerlens.control.linearization import Linearization, check_plant, check_te
 from steerlens.control.regulator import SOLVERS, Weights
 from steerlens.control.targets import Aim
 from steerlens.core import Controller, Law, Loop, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import check_finite, every_layer
 from steerlens.hosts import Host
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import FactoredFeedback, Feedback
 from steerlens.laws.setpoints import Point
 
@@ -27,7 +29,7 @@ from steerlens.laws.setpoints import Point
     options={"solver": ("dense", "output")},
 )
 def track(
-    model: Any,
+    model: Model,
     data: Pairs | Text | Sequence[Text],
     *,
     path: Tensor | None = None,
@@ -35,9 +37,9 @@ def track(
     r: float | Sequence[float] = 1.0,
     qf: float = 0.1,
     solver: str = "dense",
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     strength: float = 1.0,
-    where: Any = "last",
+    where: Where = "last",
     linearize_on: int = 4,
     linearization: Linearization | None = None,
     progress: bool = True,
@@ -123,13 +125,13 @@ def _law(setpoint: Point, gains: Gains, t: int) -> Law:
     return Feedback(setpoint, gains.matrices[t].T.to(like).contiguous())
 
 
-def _texts(data: Any, count: int) -> list[Text]:
+def _texts(data: Pairs | Text | Sequence[Text], count: int) -> list[Text]:
     if count < 1:
         raise ValueError(f"linearize_on={count}; at least one text is needed")
     if isinstance(data, Pairs):
         return data.positive[:count]
     single = isinstance(data, (str, tuple, Tensor)) or (data and isinstance(data[0], (int, dict)))
-    texts = [data] if single else list(data)
+    texts = cast(list[Text], [data] if single else list(data))
     if not texts:
         raise ValueError("no text to track; give at least one")
     return texts[:count]

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.types import Autoencoder, Json, Where
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.recipe import recipe
 from steerlens.hosts import Host, host_of
+from steerlens.hosts.types import Model
 from steerlens.laws import single
 from steerlens.laws.feedback import Feedback
 from steerlens.sae.reading import states_of
@@ -45,28 +47,28 @@ class Target:
     at_most: tuple[float, ...]
     origin: Origin
 
-    def check(self, model: Any) -> Host:
+    def check(self, model: Model) -> Host:
         """The model's host; raises ValueError where the autoencoder does not fit the model, see `Origin.check`."""
         host = host_of(model)
         self.origin.check(host, self.site)
         return host
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Json:
         """For a controller's recipe."""
         finite = [[b if math.isfinite(b) else None for b in bounds] for bounds in (self.at_least, self.at_most)]
         return {"features": list(self.indices), "at_least": finite[0], "at_most": finite[1], "site": str(self.site)}
 
 
 def feature(
-    sae: Any,
+    sae: Autoencoder,
     index: int | Sequence[int],
     *,
     level: float | Sequence[float] | None = None,
     at_least: float | Sequence[float] | None = None,
     at_most: float | Sequence[float] | None = None,
     quantile: float | None = None,
-    model: Any = None,
+    model: Model | None = None,
     texts: Sequence[Text] | None = None,
     along: str = "decoder",
     site: Site | str | None = None,
@@ -170,7 +172,7 @@ def _check_normalised(slices: Slices, indices: Sequence[int], lower: list[float]
             )
 
 
-def hold(model: Any, target: Target, *, where: Any = "last") -> Controller:
+def hold(model: Model, target: Target, *, where: Where = "last") -> Controller:
     """Hold features where the autoencoder reads them: feedback with the gain that needs one step.
 
         u = (z* - z(x)) d / <w_enc, d>
@@ -199,7 +201,7 @@ def hold(model: Any, target: Target, *, where: Any = "last") -> Controller:
     return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
 
 
-def observe(model: Any, target: Target, *, where: Any = "all") -> Controller:
+def observe(model: Model, target: Target, *, where: Where = "all") -> Controller:
     """Measure features and do nothing: `u = 0`. As `steerlens.observe`, after a check that the autoencoder fits.
 
     Composed after a controller, `hold(...) + observe(...)`, it measures what the controller has reached: signals of
@@ -218,7 +220,7 @@ def observe(model: Any, target: Target, *, where: Any = "all") -> Controller:
     return Controller(loops, recipe("observe", host, target.arguments))
 
 
-def checked(verb: str, model: Any, target: Any) -> Host:
+def checked(verb: str, model: Model, target: Any) -> Host:
     """The model's host; raises TypeError unless a target was given, and as `Target.check`."""
     if not isinstance(target, Target):
         raise TypeError(f"{verb}() takes a target, it got {target!r}; make one first: feature(sae, index, level=...)")
@@ -251,7 +253,12 @@ def _each(name: str, value: Any, count: int, default: float) -> list[float]:
 
 
 def _quantiles(
-    sae: Any, indices: list[int], quantile: float, model: Any, texts: Sequence[Text], site: Site | str | None
+    sae: Autoencoder,
+    indices: list[int],
+    quantile: float,
+    model: Model,
+    texts: Sequence[Text],
+    site: Site | str | None,
 ) -> list[float]:
     if not 0 < quantile < 1:
         raise ValueError(f"quantile={quantile}; it lies between 0 and 1")

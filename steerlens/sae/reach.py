@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +12,24 @@ from tqdm.auto import tqdm
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.types import Layers, Where
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.reading import every_layer
 from steerlens.fit.recipe import recipe
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Feedback
 from steerlens.sae.feature import Target, checked
 from steerlens.sae.setpoint import Feature
 
 
 def reach(
-    model: Any,
+    model: Model,
     target: Target,
     texts: Sequence[Text],
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     r: float | Sequence[float] = 1.0,
-    where: Any = "last",
+    where: Where = "last",
     limit: float | None = 1.0,
     linearization: Linearization | None = None,
     prepend_bos: bool | None = None,

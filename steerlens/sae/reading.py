@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Site
+from steerlens.core.types import Autoencoder, Frame
 from steerlens.fit.contrast import Pairs, Reading, Text, tokenize
 from steerlens.fit.reading import check_finite
 from steerlens.hosts import Host, host_of
+from steerlens.hosts.types import Model
 from steerlens.sae.slices import Origin, architecture, check_indices, site_of
 
 NEURONPEDIA = "https://www.neuronpedia.org"
@@ -32,7 +33,7 @@ def states_of(host: Host, tokens: Sequence[Sequence[int]], site: Site) -> list[T
     return found
 
 
-def rank_features(model: Any, sae: Any, pairs: Pairs, *, site: Site | str | None = None) -> Any:
+def rank_features(model: Model, sae: Autoencoder, pairs: Pairs, *, site: Site | str | None = None) -> Frame:
     """All features of an autoencoder by how well they tell the positive texts from the negative.
 
         effect = (mean a+ - mean a-) / sqrt((var a+ + var a-) / 2)
@@ -100,7 +101,7 @@ class Description:
     density: float
     link: str | None
 
-    def table(self) -> Any:
+    def table(self) -> Frame:
         """One row a context, a pandas DataFrame."""
         import pandas
 
@@ -113,8 +114,8 @@ class Description:
 
 
 def describe(
-    model: Any,
-    sae: Any,
+    model: Model,
+    sae: Autoencoder,
     index: int,
     texts: Sequence[Text],
     *,
@@ -159,7 +160,7 @@ def describe(
     return Description(row, tuple(found[:top]), on / max(total, 1), _link(sae, row))
 
 
-def _link(sae: Any, row: int) -> str | None:
+def _link(sae: Autoencoder, row: int) -> str | None:
     name = getattr(sae.cfg.metadata, "neuronpedia_id", None)
     return f"{NEURONPEDIA}/{name}/{row}" if name else None
 
@@ -170,12 +171,12 @@ def _words(host: Host, ids: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def _encode(sae: Any, x: Tensor) -> Tensor:
+def _encode(sae: Autoencoder, x: Tensor) -> Tensor:
     """Readings of all features, `[pos d] -> [pos feature]`, float64 on the CPU."""
     return sae.encode(x.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)).double().cpu()
 
 
-def _pooled(host: Host, sae: Any, side: Reading, site: Site) -> Tensor:
+def _pooled(host: Host, sae: Autoencoder, side: Reading, site: Site) -> Tensor:
     """Each text's readings, pooled as its weights say, `[text feature]`."""
     rows = []
     for weights, x in zip(side.weights, states_of(host, side.tokens, site), strict=True):

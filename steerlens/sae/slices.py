@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Site
+from steerlens.core.types import Autoencoder
 from steerlens.hosts import Host
 
 #: Architectures whose reading is a rectified pre-activation of the feature alone, and those where it also needs to be
@@ -37,7 +37,7 @@ class Slices:
     normalise: str
 
 
-def architecture(sae: Any) -> str:
+def architecture(sae: Autoencoder) -> str:
     """Name of the autoencoder's architecture.
 
     Raises:
@@ -53,7 +53,7 @@ def architecture(sae: Any) -> str:
     return kind
 
 
-def check_indices(sae: Any, index: int | Sequence[int]) -> list[int]:
+def check_indices(sae: Autoencoder, index: int | Sequence[int]) -> list[int]:
     """Feature indices as a list.
 
     Raises:
@@ -71,7 +71,7 @@ def check_indices(sae: Any, index: int | Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def cut(sae: Any, indices: Sequence[int]) -> Slices:
+def cut(sae: Autoencoder, indices: Sequence[int]) -> Slices:
     """Slices of an autoencoder, at least float32, on the CPU."""
     kind, cfg = architecture(sae), sae.cfg
     normalise = cfg.normalize_activations
@@ -108,7 +108,7 @@ def cut(sae: Any, indices: Sequence[int]) -> Slices:
     return Slices(centred.contiguous(), bias, threshold.clamp(min=0), decoder, normalise)
 
 
-def site_of(sae: Any, site: Site | str | None) -> Site:
+def site_of(sae: Autoencoder, site: Site | str | None) -> Site:
     """Where the autoencoder was trained: its metadata's hook name, or `site` where it has none.
 
     Raises:
@@ -150,7 +150,7 @@ class Origin:
     prepend_bos: bool | None
 
     @classmethod
-    def of(cls, sae: Any) -> Origin:
+    def of(cls, sae: Autoencoder) -> Origin:
         """From its metadata; sae-lens loads models with raw weights unless told otherwise."""
         options = getattr(sae.cfg.metadata, "model_from_pretrained_kwargs", None) or {}
         folded = any(options.get(name) for name in ("fold_ln", "center_writing_weights"))

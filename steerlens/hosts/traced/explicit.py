@@ -9,6 +9,7 @@ import nnsight
 from nnsight.intervention.interleaver import Mediator
 
 from steerlens.core import Controller, Pass, Record, check_lengths
+from steerlens.core.types import Cache, Figure, PromptLengths, RecordSpec
 from steerlens.hosts.traced.anatomy import Anatomy
 from steerlens.hosts.traced.edit import Passes, follow, steers
 
@@ -24,13 +25,13 @@ class Applied:
         self.record = record
         self._n_layers = n_layers
 
-    def to_cache(self) -> Any:
+    def to_cache(self) -> Cache:
         """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
         from steerlens.hosts.lens.record import activation_cache
 
         return activation_cache(self.record, None, self._n_layers)
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Tracking error and control norm by layer and token, a plotly figure."""
         from steerlens.plots import plot_record
 
@@ -45,8 +46,8 @@ def apply_here(
     model: Any,
     controller: Controller,
     *,
-    record: Any = "scalars",
-    prompt_lengths: Any = None,
+    record: RecordSpec = "scalars",
+    prompt_lengths: PromptLengths | None = None,
     follows: Callable[[Pass], tuple[Passes, Callable[[], None]]] | None = None,
     **options: Any,
 ) -> Applied:

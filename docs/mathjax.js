@@ -1,0 +1,5 @@
+// equations of the tutorials, $...$, as pymdownx.arithmatex leaves them
+window.MathJax = {
+  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]] },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
+};
