@@ -64,6 +64,7 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_user.py
 
 contracts: .venv/ready
 	$(BIN)/lint-imports

@@ -10,7 +10,7 @@ import torch
 from evaluating import controller, items, words
 
 import steerlens as sl
-from steerlens.evaluate import Arm, Bench, Meter
+from steerlens.evaluate import Arm, Bench, Meter, calibration
 
 
 def known(function, count=1, name="known"):
@@ -45,6 +45,39 @@ def test_the_search_is_short_and_meets_the_budget(tiny_model, curve, scale):
     assert found.value == pytest.approx(0.3, rel=0.04)
     assert found.value == pytest.approx(scale * curve(found.strength))
     assert len(found.curve) <= 8
+
+
+def test_with_many_prompts_only_the_last_evaluations_need_all(tiny_model):
+    """v_i = a_i s^2 / (1 + s): the search begins on a few items, and ends on all."""
+    a = numpy.random.default_rng(0).gamma(4, 0.25, size=200)
+    asked = []
+
+    def measure(bench, arm, own):
+        asked.append(len(own))
+        return [[50 * a[i] * arm.strength**2 / (1 + arm.strength)] for i in own]
+
+    meter = Meter("KL", measure, direction=-1, items=tuple(range(200)))
+    found = search(tiny_model("bridge"), meter, 0.3)
+    assert found.met == "met"
+    assert found.value == pytest.approx(50 * a.mean() * found.strength**2 / (1 + found.strength))
+    assert found.value == pytest.approx(0.3, rel=0.04)
+    assert asked.count(200) == len(found.curve) <= 3
+    assert max(n for n in asked if n < 200) <= 30
+
+
+def test_random_directions_share_the_strength_at_which_they_spend_the_budget_together(tiny_model):
+    """Direction k costs (k + 1) s^2: the mean over items dealt to directions 0, 1 and 2 in turn is 2 s^2."""
+    arms = [Arm("random", controller(), seed=number) for number in range(3)]
+    met = []
+
+    def measure(bench, arm, own):
+        met.append((arm.seed, own))
+        return [[(arm.seed + 1) * arm.strength**2] for _ in own]
+
+    meter = Meter("KL", measure, direction=-1, items=tuple(range(12)))
+    found = calibration.search(Bench(tiny_model("bridge"), ["w1"]), arms, meter <= 0.5, progress=False)
+    assert found.strength == pytest.approx(0.5, rel=0.03)
+    assert {seed: own for seed, own in met} == {k: tuple(range(k, 12, 3)) for k in range(3)}
 
 
 def test_a_jump_is_reported_with_the_strength_below_it(tiny_model):

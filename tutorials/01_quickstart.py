@@ -1,123 +1,116 @@
 # %% [markdown]
-# # Quickstart: hold a concept at a level, in closed loop
+# # 1. Quickstart: make a model write about the ocean
 #
-# You will fit a controller for SmolLM2-135M from sixteen sentences about the sea, steer with it, and look at what it
-# did at each layer and token. About a minute on two cores; no GPU, no network beyond PyPI.
-#
-# The method is A-LQR (arXiv 2604.19018): before each block it measures how far the residual stream is from where a
-# text about the sea would have it, and after the block it adds a correction. How large a correction is worth its cost
-# at which layer is answered once, when the controller is fitted, by a linear quadratic regulator over the layers.
+# **You will see** SmolLM2-135M continue twenty sentences, unsteered and steered towards the ocean by two methods, with a
+# count of how many continuations mention it; then what the controller did at each layer and token. **Time:** about a
+# minute on two cores; no GPU.
 
 # %%
-import torch
+import re
+
+import pandas as pd
 
 import steerlens as sl
+from steerlens.evaluate import generate_texts, kl
 from steerlens.models import smollm2
 
-torch.set_num_threads(2)
-model = smollm2()  # a TransformerBridge; host="nnsight" or host="hooked" give the other kinds
+model = smollm2()  # a TransformerBridge; your own model, or one of nnsight, takes its place
 
 # %% [markdown]
-# ## Contrast data
+# ## Texts that show what you want, and texts that do not
 #
-# `Pairs` holds texts that show what you want and texts that do not. By default the last token of each text is read.
+# The two sides are read as the mean activation over the tokens of each text. Often a text's last token is a full stop,
+# and a direction fitted there is that of the full stop.
 
 # %%
-pairs = sl.shipped("ocean")
-for text in pairs.positive[:3]:
-    print("+", text)
-for text in pairs.negative[:3]:
-    print("-", text)
+pairs = sl.shipped("ocean", split="dev", read="mean")
+print(*[f"+ {text}" for text in pairs.positive[:3]], *[f"- {text}" for text in pairs.negative[:3]], sep="\n")
 
 # %% [markdown]
-# ## Fit
+# ## Two methods
 #
-# `linearize` computes the Jacobian of every block for the last token of four of the texts. The regulator itself takes
-# seconds, so the linearization is kept and used for two levels. `level` is the setpoint in units of the distance
-# between the two classes.
+# **CAA** adds one vector at one layer, the difference of the two means:
+#
+# $$x \leftarrow x + s\,(\bar x_+ - \bar x_-)$$
+#
+# **A-LQR** is a feedback loop: before each block it measures how far the state $x_t$ is from a setpoint along the
+# direction $v_t$ of that layer, and after the block it adds a control in proportion, with a gain $K_t$ from a linear
+# quadratic regulator over all layers:
+#
+# $$u_t = K_t\,e_t, \qquad e_t = (\text{setpoint}_t - \langle v_t, x_t\rangle)\,v_t$$
 
 # %%
-plant = sl.linearize(model, pairs.positive[:4], progress=False)
-gentle = sl.lqr(model, pairs, level=1.0, linearization=plant)
-strong = sl.lqr(model, pairs, level=2.0, linearization=plant)
-strong
+controllers = {"CAA": sl.caa(model, pairs), "A-LQR": sl.lqr(model, pairs, progress=False)}
 
 # %% [markdown]
-# There is no loop at layer 0: all sentences end in a full stop, so before the first block they are all the same.
+# ## The same price for both
 #
-# ## Steer
+# How strong should each be? `calibrate` finds the strength at which a controller moves the distribution of the next
+# token by a given KL divergence from the unsteered model, on prompts that are not used below.
+
+# %%
+others, prompts = sl.shipped_texts("prompts", split="dev")[:8], sl.shipped_texts("prompts", split="held_out")[:20]
+for name, controller in controllers.items():
+    fit = sl.calibrate(model, controller, others, budget=kl(tokens=16) <= 0.5, progress=False)
+    controllers[name] = fit.controller
+    print(name, fit, sep=": ")
+
+# %% [markdown]
+# ## Steer, read, count
 #
-# Every call of the model inside the `with` block is steered, `generate` included.
+# A continuation counts if one of these words is in it: crude, but anybody can check it. Decoding is greedy.
+
+# %%
+words = r"\bsea|ocean|wave|ship|sail|boat|coast|beach|shore|fish|coral|tide|island|whale|water|marine|harbo"
+texts = {"unsteered": generate_texts(model, None, prompts, max_new_tokens=20)}
+for name, controller in controllers.items():
+    texts[name] = generate_texts(model, controller, prompts, max_new_tokens=20)
+for prompt, *written in list(zip(prompts, *texts.values(), strict=True))[:4]:
+    print(prompt, "...")
+    for name, text in zip(texts, written, strict=True):
+        print(f"    {name:10}", " ".join(text.text.split()))
+counts = {name: sum(bool(re.search(words, text.text, re.I)) for text in own) for name, own in texts.items()}
+pd.Series(counts, name=f"about the ocean, of {len(prompts)}").to_frame()
+
+# %% [markdown]
+# ## In your own code
+#
+# `generate_texts` saved some lines above. In general, every call of the model inside `with sl.steer(...)` is steered,
+# and nothing is left behind afterwards.
 
 # %%
 prompt = "My weekend was"
-
-
-def continuation() -> str:
-    return model.generate(prompt, max_new_tokens=24, do_sample=False, verbose=False)
-
-
-print("unsteered: ", continuation())
-with sl.steer(model, gentle):
-    print("level 1:", continuation())
-with sl.steer(model, strong) as run:
-    print("level 2:", continuation())
-print("afterwards:", continuation())
+plain = model.generate(prompt, max_new_tokens=20, do_sample=False, verbose=False)
+with sl.steer(model, controllers["A-LQR"]) as run:
+    steered = model.generate(prompt, max_new_tokens=20, do_sample=False, verbose=False)
+print(steered)
+print("unsteered again:", model.generate(prompt, max_new_tokens=20, do_sample=False, verbose=False) == plain)
 
 # %% [markdown]
-# The last line equals the first: nothing is left behind.
-#
 # ## What the loop did
 #
-# The run has recorded one number per layer and token: the distance to the setpoint and the size of the control. Blank
-# columns are prompt tokens, which this controller leaves alone: `where="last"` steers the last prompt token and every
-# token after it.
+# One number for each layer and token: the distance to the setpoint, and the size of the control. Blank columns are
+# tokens of the prompt, which are left alone: `where="last"`, the default, steers the last prompt token and each token
+# after it.
 
 # %%
-run.plot()
+run.record.plot(tokens=model.to_str_tokens(steered))
 
 # %% [markdown]
-# The error does not go to zero: control has a price (`r`), and the feature is pulled towards its setpoint, not nailed
-# to it. Late layers have larger errors and larger controls because the residual stream itself grows with depth.
-#
-# ## The controller's state in the activation cache
-#
-# While a run lasts, its signals are hook points like any other: `run_with_cache` caches them, `names_filter` selects
-# them, and a hook may change them. Here the control of layer 20 is set to zero while all other layers go on.
-
-# %%
-with sl.steer(model, strong):
-    logits, cache = model.run_with_cache(prompt)
-    without = model.run_with_hooks(prompt, fwd_hooks=[("blocks.20.hook_steer_u", lambda u, hook: 0 * u)])
-
-print("error at layer 20, by token:", [round(float(x), 1) for x in cache["steer_error", 20][0]])
-print("norm of u at layer 20:      ", [round(float(x), 1) for x in cache["steer_u", 20][0].norm(dim=-1)])
-print("largest change of a logit without it:", round(float((logits - without).abs().max().detach()), 2))
-
-# %% [markdown]
-# Tokens that were not steered show `nan`: the loop did not look there.
+# The error does not go to zero: control has a price, and the state is pulled towards its setpoint, not nailed to it.
 #
 # ## Keep it
 #
-# A controller is data: directions, levels, gains, and a recipe that says how it was made. It saves to one file, steers
-# the same model in nnsight too, and refuses a model other than the one it was fitted on.
+# A controller is data: it saves to one file, steers the same model in nnsight too, and refuses a model other than the
+# one that it was fitted on.
 
 # %%
-strong.save("ocean.safetensors")
-loaded = sl.Controller.load("ocean.safetensors")
-print(loaded)
-print(
-    {name: loaded.recipe["arguments"][name] for name in ("level", "q", "r", "qf", "origin")},
-    loaded.recipe["found"]["linearized_on"],
-)
+controllers["A-LQR"].save("ocean.safetensors")
+sl.Controller.load("ocean.safetensors")
 
 # %% [markdown]
-# ## What this notebook does not show
+# ## What was not shown
 #
-# That steering is *good*: one prompt and greedy decoding prove nothing about quality. Text about the sea is easy to
-# recognise in a model of this size, but at level 3 it begins to fall apart.
-
-# %%
-import os
-
-os.remove("ocean.safetensors")
+# That one method is better than the other: twenty prompts, one concept and a list of words cannot tell 10 from 12. Nor
+# that the text is still good: [tutorial 3](03_layer_and_strength.ipynb) measures what steering damages, and
+# [tutorial 4](04_closed_loop.ipynb) when feedback pays.

@@ -1,66 +1,114 @@
-"""Execute the tutorials, `NN_name.py` in percent format, and write the notebooks beside them.
+"""Execute the tutorials and reproductions, percent-format Python, and write the notebooks beside them.
 
-python tutorials/build.py           # write NN_name.ipynb with fresh outputs
-python tutorials/build.py --check   # execute, write nothing, fail on an error or a missing notebook
+python tutorials/build.py             # write every notebook with fresh outputs
+python tutorials/build.py --check     # check, execute, write nothing; fail on an error or a notebook that is not current
+python tutorials/build.py --text      # text and links only: keep the outputs, refuse changed code
+python tutorials/build.py 01_quickstart 02_hold_a_feature
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
 import nbformat
+from dress import ROOT, SOURCES, dressed
 from nbclient import NotebookClient
+from pictures import add_pictures
+from rules import broken_in_notebook, broken_in_source
 
-HERE = Path(__file__).parent
+#: A bar says nothing once it is full, and a reader's Jupyter has the widgets that tqdm misses here. Other warnings stay.
+QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="stems, as 01_quickstart; default all")
-    parser.add_argument("--check", action="store_true", help="execute only")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--text", action="store_true", help="execute nothing")
     parser.add_argument("--setup", default="", help="code to run first in each notebook, not kept in it")
+    parser.add_argument("--jobs", type=int, default=2, help="notebooks at once; each uses one core")
     arguments = parser.parse_args()
-    sources = [path for path in sorted(HERE.glob("[0-9][0-9]_*.py")) if wanted(path.stem, arguments.names)]
-    for source in sources:
+    unknown = set(arguments.names) - {source.stem for source in SOURCES}
+    if unknown:
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(source.stem for source in SOURCES)}")
+    chosen = [source for source in SOURCES if not arguments.names or source.stem in arguments.names]
+    broken = [line for source in chosen for line in broken_in_source(source)]
+    if not broken:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for lines in pool.map(lambda source: built(source, arguments), chosen):
+                broken += lines
+    print(*broken, sep="\n")
+    return bool(broken)
+
+
+def built(source: Path, arguments: argparse.Namespace) -> list[str]:
+    """Builds or checks one notebook; returns what is wrong."""
+    notebook, target = dressed(jupytext.read(source), source), source.with_suffix(".ipynb")
+    if arguments.text:
+        wrong = keep_outputs(notebook, target)
+        if wrong:
+            return wrong
+    else:
         start = time.monotonic()
-        notebook = jupytext.read(source)
-        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(arguments.setup))
-        resources = {"metadata": {"path": str(HERE)}}
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
-        del notebook.cells[0]
-        target = source.with_suffix(".ipynb")
-        if arguments.check:
-            if not target.exists() or sources_of(nbformat.read(target, 4)) != sources_of(notebook):
-                print(f"{target.name} is missing or older than {source.name}; run python tutorials/build.py")
-                return 1
-        else:
-            nbformat.write(tidy(notebook), target)
-        print(f"{source.name}: {time.monotonic() - start:.0f} s")
-    return 0
+        try:
+            execute(notebook, source.parent, arguments.setup)
+        except Exception as error:  # whatever a cell raises, the others are still built
+            return [f"{source.name}: {error}"]
+        print(f"{source.name}: {time.monotonic() - start:.0f} s", flush=True)
+    if arguments.check:
+        return stale(notebook, target) or broken_in_notebook(target)
+    add_pictures(notebook)
+    nbformat.write(tidy(notebook), target)
+    return broken_in_notebook(target)
 
 
-def wanted(stem: str, names: list[str]) -> bool:
-    """Whether to execute a tutorial; the remote one needs a server, so the remote tests ask for it by name."""
-    return stem in names if names else "remote" not in stem
+def execute(notebook: nbformat.NotebookNode, folder: Path, setup: str) -> None:
+    """Runs all cells, plotly's figures as data; pictures are made from these afterwards."""
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(setup))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PLOTLY_RENDERER": "plotly_mimetype", "PYTHONPATH": path} | QUIET
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.execute(env=environment)
+    del notebook.cells[0]
 
 
-def sources_of(notebook: nbformat.NotebookNode) -> list[str]:
-    """The cells without their outputs."""
-    return [cell.source.strip() for cell in notebook.cells]
+def keep_outputs(notebook: nbformat.NotebookNode, target: Path) -> list[str]:
+    """Takes the outputs of the notebook that was built before, if its code is the same."""
+    if not target.exists():
+        return [f"{target.name} is missing; build it without --text"]
+    code, old = (
+        [cell for cell in each.cells if cell.cell_type == "code"] for each in (notebook, nbformat.read(target, 4))
+    )
+    if [cell.source.strip() for cell in code] != [cell.source.strip() for cell in old]:
+        return [f"{target.name} has other code than its source; build it without --text"]
+    for cell, before in zip(code, old, strict=True):
+        cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    return []
+
+
+def stale(notebook: nbformat.NotebookNode, target: Path) -> list[str]:
+    """Whether the committed notebook has the cells of its source."""
+    if target.exists():
+        cells = [[cell.source.strip() for cell in each.cells] for each in (notebook, nbformat.read(target, 4))]
+        if cells[0] == cells[1]:
+            return []
+    return [f"{target.name} is missing or older than its source; run python tutorials/build.py {target.stem}"]
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what changes from run to run without meaning: times, progress bars on stderr, cell ids."""
+    """Drops what changes from run to run without meaning: times, cell ids, where the repository lies."""
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index}"
         cell.get("metadata", {}).pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = output.text.replace(f"{ROOT}{os.sep}", "")
     return notebook
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from steerlens import methods
 from steerlens.cli.writing import text_between, write_text
 from steerlens.core.sites import POINTS
+from steerlens.core.types import Json
 from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS
 from steerlens.fit.method import Method, exported
 
@@ -20,7 +21,7 @@ TRUSTED = "fit if trusted, steer"
 MEASURED = "overhead.json"
 
 
-def measured() -> dict:
+def measured() -> Json:
     """The benchmark's last run: `machine`, `date`, `unsteered` and, per method, seconds to fit and cost of decoding."""
     return json.loads((resources.files("steerlens") / "data" / MEASURED).read_text(encoding="utf-8"))
 
@@ -55,7 +56,7 @@ def write_table(path: Path) -> None:
     write_text(path, f"{before}\n{method_table()}\n{behind}")
 
 
-def _row(method: Method, cost: dict | None) -> list[str]:
+def _row(method: Method, cost: Json | None) -> list[str]:
     card, summary = method.card, method.summary
     steers = "check_runs_on_a_server" not in method.exceptions
     fits = {"none": "fit, steer", "activations": TRUSTED, "blocks": TRUSTED}.get(card.derivatives, "steer")
@@ -76,7 +77,7 @@ def _row(method: Method, cost: dict | None) -> list[str]:
     ]
 
 
-def _cost(cost: dict) -> str:
+def _cost(cost: Json) -> str:
     low, high = cost["quartiles_percent"]
     return f"{cost['overhead_percent']:+.0f} ± {(high - low) / 2:.0f} %, {cost['fit_s']:.1f} s"
 

@@ -31,7 +31,7 @@ INSTRUCTION = typer.Option(None, help="What the prompt baseline asks for.")
 BUDGET = typer.Option(0.3, help="Largest KL from the unsteered model, nats per token.")
 AT = typer.Option("mean", help="Of the KL: mean, or a percentile of the tokens such as p95.")
 WHERE = typer.Option("last", help="Tokens to steer: last, all, generated, ..., or own: as each method does.")
-COUNT = typer.Option(None, help="Items at most; prompts twice as many.")
+COUNT = typer.Option(None, help="Items at most; prompts for texts twice as many, for the KL all.")
 SEED = typer.Option(0, help="Of all sampling.")
 FILE = typer.Option(
     None, help="JSON lines; a run that was stopped goes on from it. Default: named after command and task."
@@ -69,7 +69,7 @@ def compare_command(
             loaded,
             fits_of(methods, loaded, task.fit, where),
             task.effect,
-            budget=kl(at=at) <= budget,
+            budget=kl(task.budgeted, at=at) <= budget,
             prompts=task.prompts,
             damage=[neutral_loss(), fluency()],
             seeds=seeds,
@@ -114,7 +114,7 @@ def calibrate_command(
     with quiet_output():
         loaded = load_model(model)
         (fit,) = fits_of([method], loaded, task.fit, where).values()
-        found = calibrate(loaded, fit(), task.prompts[::2], budget=limit, seed=seed)
+        found = calibrate(loaded, fit(), task.budgeted[::2], budget=limit, seed=seed)
     if save is not None:
         found.controller.save(save)
     typer.echo(json.dumps(found.plain()) if as_json else repr(found))

@@ -43,13 +43,15 @@ class Task:
         name: Of the behaviour.
         fit: Contrast pairs that controllers are fitted on.
         effect: Measured on pairs that no controller has seen.
-        prompts: For KL and texts.
+        prompts: For texts.
+        budgeted: For KL: more of them, since the budget is met on other prompts only as well as their number allows.
     """
 
     name: str
     fit: Pairs
     effect: Meter
     prompts: list[Any]
+    budgeted: list[Any]
 
 
 def task_of(concept: str, pairs: Path | None, instruction: str | None, count: int | None) -> Task:
@@ -64,23 +66,26 @@ def task_of(concept: str, pairs: Path | None, instruction: str | None, count: in
     Raises:
         ValueError: fewer than four pairs.
     """
+    # in turn, so that every second one is of one half
+    halves = [shipped_texts("prompts", split=split) for split in ("dev", "held_out")]
+    beginnings: list[Any] = [text for both in zip(*halves, strict=False) for text in both]
+    prompts = beginnings
     if pairs is None:
         sides = [shipped(concept, split=split) for split in ("dev", "held_out")]
-        prompts: list[Any] = list(shipped_texts("prompts"))
         asked = INSTRUCTIONS.get(concept, "") if instruction is None else instruction
     else:
         whole, concept = Pairs.from_file(pairs), pairs.stem
         if len(whole) < 4:
             raise ValueError(f"{pairs} has {len(whole)} pairs; half of them are held out, so give at least four")
         sides = [Pairs(whole.positive[start::2], whole.negative[start::2]) for start in (0, 1)]
-        prompts = [text[0] for text in whole.positive if isinstance(text, tuple)] or list(shipped_texts("prompts"))
+        prompts = [text[0] for text in whole.positive if isinstance(text, tuple)] or beginnings
         asked = instruction or ""
     completed = all(isinstance(text, tuple) for side in sides for text in (*side.positive, *side.negative))
     fit, held = sides
     fit = Pairs(fit.positive, fit.negative, read="completion" if completed else "mean")
     held = held[:count] if count else held
     effect = propensity(held, instruction=asked) if completed else likelihood(held.positive, instruction=asked)
-    return Task(concept, fit, effect, prompts[: 2 * count] if count else prompts)
+    return Task(concept, fit, effect, prompts[: 2 * (count or len(held))], prompts)
 
 
 def load_model(name: str) -> Any:

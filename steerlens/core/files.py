@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core.law import Loop, Part
+from steerlens.core.law import Loop
 from steerlens.core.numbers import check_numbers
+from steerlens.core.part import Part
 from steerlens.core.positions import check_where
 from steerlens.core.registry import check_part, fields_of, fits, registry
 from steerlens.core.sites import Site

@@ -56,7 +56,7 @@ def take(store: Store, beams: Tensor, end: int) -> None:
     store["moves"].clear()
 
 
-class Record(Mapping):
+class Record(Mapping[str, Tensor]):
     """Signals of one sequence, `{"blocks.5.hook_steer_error": [batch pos], ...}`.
 
     A name may be short, as in an `ActivationCache`: `record["steer_error", 5]` or `record["error", 5]`.

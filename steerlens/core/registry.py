@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from steerlens.core.law import Law, Loop, Part, Setpoint
+from steerlens.core.law import Law, Loop, Setpoint
+from steerlens.core.part import Part
 from steerlens.core.prompt import Condition, Direction, Gate, Schedule, Summary
 from steerlens.core.sites import Site
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
-from steerlens.evaluate.scoring import scored_logits
+from steerlens.evaluate.scoring import Kept, Reduce, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
@@ -120,7 +120,7 @@ class Bench:
         """Token ids of a prompt that is to be continued."""
         return prompt_ids(with_instruction(text, arm.instruction, self.host), self.host, self.prepend_bos)
 
-    def logits(self, arm: Arm, rows: Sequence[Row], reduce: Callable[[int, Tensor], Any]) -> list[Any]:
+    def logits(self, arm: Arm, rows: Sequence[Row], reduce: Reduce[Kept]) -> list[Kept]:
         """What a function gives for each row's index and scored logits `[completion+1 vocab]`, see `scored_logits`."""
         return scored_logits(
             self.host,
@@ -133,20 +133,20 @@ class Bench:
         )
 
     def against_unsteered(
-        self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row], reduce: Callable[[Tensor, Tensor], Any]
-    ) -> list[Any]:
+        self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row], reduce: Callable[[Tensor, Tensor], Kept]
+    ) -> list[Kept]:
         """What a function gives for log-probabilities `[completion vocab]` of the unsteered model and of the arm.
 
         Args:
             rows: The arm's rows.
             plain: The same completions after the prompts of the unsteered model.
         """
-        found: list[Any] = []
+        found: list[Kept] = []
         for start in range(0, len(rows), self.batch):
             part = slice(start, start + self.batch)
             reference = self._reference(plain[part])
 
-            def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> Any:
+            def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> Kept:
                 return reduce(reference[index].to(logits.device), logits[:-1].log_softmax(-1))
 
             found += self.logits(arm, rows[part], both)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.types import Figure, Frame
+from steerlens.core.types import Figure, Frame, Json
 from steerlens.diagnose.result import frame
 from steerlens.evaluate.bootstrap import interval, mean_interval
 from steerlens.evaluate.card import evaluation_card
@@ -58,11 +58,11 @@ class Evaluation:
         missing: What was not measured, in words.
     """
 
-    protocol: Mapping[str, Any]
+    protocol: Json
     effect: str
-    meters: Mapping[str, Mapping[str, Any]]
+    meters: Mapping[str, Json]
     measured: tuple[Measured, ...]
-    calibrations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibrations: Mapping[str, Json] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
     @property
@@ -130,7 +130,7 @@ class Evaluation:
         return found
 
     @property
-    def items(self) -> Any:
+    def items(self) -> Frame:
         """One row an item of an arm, strength and seed, and one column a meter, a pandas DataFrame."""
         rows: dict[tuple[str, float, int, int], dict[str, Any]] = {}
         for own in self.measured:
@@ -142,7 +142,9 @@ class Evaluation:
         columns = {name: [row.get(name, float("nan")) for row in rows.values()] for name in names}
         return frame(columns, "arm")
 
-    def interval(self, arm: str, strength: float, meter: str, at: str = "mean", *, level: float = 0.95) -> Any:
+    def interval(
+        self, arm: str, strength: float, meter: str, at: str = "mean", *, level: float = 0.95
+    ) -> tuple[float, float]:
         """An interval for a meter's pooled value, a bootstrap over items."""
         values = self.values(arm, strength, meter)
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from steerlens.core.types import Json
 from steerlens.evaluate.bench import Arm, Bench
+from steerlens.fit.contrast import Text
 
 #: For each item the numbers that it gave: one, or one a token.
-Values = list[list[float]]
+Values: TypeAlias = list[list[float]]
+#: What a meter is measured on: texts, pairs of texts, sets of choices; its function knows.
+Items: TypeAlias = Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,17 @@ class Meter:
     """
 
     name: str
-    function: Callable[[Bench, Arm, Sequence[Any]], Values]
+    function: Callable[[Bench, Arm, Items], Values]
     unit: str = ""
     direction: int = 1
     needs: str = "logits"
     at: str = "mean"
-    items: tuple[Any, ...] | None = None
+    items: Items | None = None
     columns: tuple[str, ...] = ("mean",)
     relative: bool = False
     proxy: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
-    prompts: tuple[Any, ...] | None = None
+    options: Json = field(default_factory=dict)
+    prompts: tuple[Text, ...] | None = None
     instruction: str = ""
 
     def __post_init__(self) -> None:
@@ -79,15 +83,17 @@ class Meter:
             raise ValueError(f"the meter {self.name!r} gave numbers for {len(values)} of {len(items)} items")
         return values
 
-    def over(self, bench: Bench) -> Sequence[Any]:
+    def over(self, bench: Bench) -> Items:
         """The items: its own, or the bench's prompts."""
         return bench.prompts if self.items is None else self.items
 
     def half(self, held_out: bool) -> Meter:
         """On every second item of its own, from the first one on, or held out: from the second on."""
+        if self.items is None:
+            return self
         part = slice(int(held_out), None, 2)
-        items, prompts = (None if held is None else held[part] for held in (self.items, self.prompts))
-        return self if items is None else replace(self, items=items, prompts=prompts)
+        prompts = None if self.prompts is None else self.prompts[part]
+        return replace(self, items=self.items[part], prompts=prompts)
 
     def pool(self, values: Values, at: str | None = None) -> float:
         """One number of all items."""
@@ -96,7 +102,7 @@ class Meter:
     def __le__(self, limit: float) -> Budget:
         return Budget(self, float(limit))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """What determines its numbers, as plain JSON."""
         known = {
             name: getattr(self, name) for name in ("name", "unit", "direction", "needs", "at", "relative", "proxy")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller
-from steerlens.hosts import host_of
+from steerlens.hosts import Host, host_of
 from steerlens.hosts.batches import pad
 from steerlens.hosts.types import Model
 from steerlens.steering import steer
 
+Kept = TypeVar("Kept")
 #: From the number of a row and its scored logits `[completion+1 vocab]` to what is kept of them.
-Reduce = Callable[[int, Tensor], Any]
+Reduce: TypeAlias = Callable[[int, Tensor], Kept]
 
 
+@overload
 def scored_logits(
     model: Model,
     controller: Controller | None,
@@ -26,8 +28,29 @@ def scored_logits(
     *,
     strength: float = 1.0,
     batch: int = 16,
-    reduce: Reduce | None = None,
-) -> list[Any]:
+    reduce: None = None,
+) -> list[Tensor]: ...
+@overload
+def scored_logits(
+    model: Model,
+    controller: Controller | None,
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    *,
+    strength: float = 1.0,
+    batch: int = 16,
+    reduce: Reduce[Kept],
+) -> list[Kept]: ...
+def scored_logits(
+    model: Model,
+    controller: Controller | None,
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    *,
+    strength: float = 1.0,
+    batch: int = 16,
+    reduce: Reduce[Kept] | None = None,
+) -> list[Tensor] | list[Kept]:
     """Teacher-forced logits of completions, steered at the tokens that would be steered while generating.
 
     With `where="last"` these are the last prompt token and the completion's tokens.
@@ -78,7 +101,7 @@ def log_probabilities(logits: Tensor, completion: Sequence[int]) -> Tensor:
 
 
 def _logits(
-    host: Any, controller: Controller | None, ids: Tensor, mask: Tensor, lengths: Sequence[int], strength: float
+    host: Host, controller: Controller | None, ids: Tensor, mask: Tensor, lengths: Sequence[int], strength: float
 ) -> Tensor:
     if controller is None:
         return host.logits(ids, mask)

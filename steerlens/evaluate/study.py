@@ -127,8 +127,8 @@ def compare(
         methods: `{name: controller}`, a function without arguments that fits one (called only if the file does not hold
             its numbers), or `prompt("...")`.
         budget: `meter <= limit`, as in `evaluate.kl() <= 0.3`.
-        baselines: As for `evaluate`. Random directions have the norms of the first controller's control, scaled to the
-            budget with the first of them.
+        baselines: As for `evaluate`. Random directions have the norms of the first controller's control, and share the
+            one strength at which they spend the budget together.
         seeds: Number of random directions.
 
     Raises:
@@ -172,23 +172,26 @@ def compare(
     log = Log(file, protocol)
     session = Session(held, meters, log, progress=progress)
 
-    def calibrated(name: str, build: Callable[[], Controller]) -> float:
+    def calibrated(name: str, build: Callable[[], list[Controller]]) -> float:
         key = ["calibration", name]
         if key not in log:
-            controller = build()
-            held.check_zero(controller)
-            log.put(key, search(chosen, Arm(name, controller), dev, progress=progress).plain())
+            arms = [Arm(name, controller, seed=number) for number, controller in enumerate(build())]
+            held.check_zero(arms[0].controller)  # type: ignore[arg-type]
+            log.put(key, search(chosen, arms, dev, progress=progress).plain())
         return float(log[key]["strength"])
 
     entries: list[Entry] = [Entry(UNSTEERED_NAME, lambda: UNSTEERED, 0.0)]
     entries += [_prompted(label, own) for label, own in asked.items()]
     first = next(iter(fits.values()), None)
     if RANDOM_NAME in baselines and first is not None:
-        strength = calibrated(RANDOM_NAME, lambda: randomized(bench.host, first(), 0))
+        # one strength for all directions: they differ among themselves by more than the budget's tolerance
+        every = range(max(seeds, 1))
+        strength = calibrated(RANDOM_NAME, lambda: [randomized(bench.host, first(), number) for number in every])
         entries += [_random(bench, first, strength, number) for number in range(seeds)]
     found = list(session.run(entries))
     for name, fit in fits.items():
-        found += session.run([_steered(name, fit, calibrated(name, fit))])
+        strength = calibrated(name, lambda fit=fit: [fit()])  # type: ignore[misc]
+        found += session.run([_steered(name, fit, strength)])
     names = [name for name in (RANDOM_NAME, *fits) if ["calibration", name] in log]
     calibrations = {name: log[["calibration", name]] for name in names}
     return Evaluation(protocol, effect.name, session.about, tuple(found), calibrations, tuple(missing))
