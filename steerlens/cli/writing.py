@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from steerlens.core.tensorfile import replace_file
+from steerlens.core.tensorfile import write_whole
 
 
 def check_writable(path: Path) -> None:
@@ -23,7 +23,7 @@ def check_writable(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, UTF-8: it is there complete, or the older one still is."""
-    replace_file(path, iter([text.encode("utf-8")]))
+    write_whole(path, [text.encode("utf-8")])
 
 
 def text_between(path: Path, start: str, end: str) -> tuple[str, str]:

@@ -171,8 +171,11 @@ def foresee(t: int, gains: Gains, targets: Targets) -> Law:
     """Feedback on the later layers' errors, as the linear model predicts them without further control."""
     inputs, outputs = gains.factors[t]
     path = gains.states.to(inputs)
-    ahead = inputs @ path[t]
+    # of a deviation from the token's own path the linear prediction has no constant
+    ahead = inputs.new_zeros(len(inputs)) if targets.own else inputs @ path[t]
     for row, (s, i) in enumerate(gains.features[t]):
-        ahead[row] += targets.levels(s)[i].to(path) - targets.setpoints[s].basis[i].to(path) @ path[s]
+        ahead[row] += targets.levels(s)[i].to(path)
+        if not targets.own:
+            ahead[row] -= targets.setpoints[s].basis[i].to(path) @ path[s]
     setpoint = targets.setpoints[t]
     return Preview(setpoint, *(part.to(setpoint.basis).contiguous() for part in (inputs, ahead, outputs)))

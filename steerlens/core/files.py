@@ -42,7 +42,7 @@ def read_controller(path: str | Path, laws: Iterable[type[Part]]) -> tuple[list[
         recipe, entries = header.get("recipe"), header.get("loops")
         if not isinstance(recipe, dict) or not isinstance(entries, list) or len(entries) > MOST_LOOPS:
             raise ValueError("its header holds no recipe, or no list of loops")
-        _check_recipe(recipe)
+        check_recipe(recipe)
         unpacker = _Unpacker(tensors, known, old=header["format"] < FORMAT)
         loops = [unpacker.loop(entry, f"loops.{index}") for index, entry in enumerate(entries)]
         unread = sorted(set(tensors) - unpacker.used)
@@ -54,7 +54,7 @@ def read_controller(path: str | Path, laws: Iterable[type[Part]]) -> tuple[list[
     return loops, recipe
 
 
-def _check_recipe(recipe: dict[str, Any]) -> None:
+def check_recipe(recipe: dict[str, Any]) -> None:
     """Raises ValueError unless what is compared with a model can be."""
     model = recipe.get("model")
     if model is not None and not isinstance(model, dict):
@@ -64,7 +64,7 @@ def _check_recipe(recipe: dict[str, Any]) -> None:
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ValueError("its recipe's parts are no list of recipes")
     for part in parts:
-        _check_recipe(part)
+        check_recipe(part)
 
 
 class _Packer:

@@ -139,6 +139,8 @@ class Loop:
         summary: What the law finds as `now.summary`: the prompt's pooled state, `[batch ...]`.
         tangent: A direction in the space of the parameters. The law finds as `now.tangent` how the unsteered
             state at the acting site changes along it, in the state's shape; see `cold_fd`.
+        reference: A site. The law finds as `now.reference` the state that the same tokens have there without any
+            steering, which a second pass of the model computes; see `steerlens.laws.relative`.
 
     Raises:
         TypeError: `law` is not a law (a class of laws is none), or the strength is not a number.
@@ -151,6 +153,7 @@ class Loop:
         "group",
         "law",
         "name",
+        "reference",
         "schedules",
         "sense",
         "strength",
@@ -173,6 +176,7 @@ class Loop:
         schedules: Sequence[Schedule] = (),
         summary: Summary | None = None,
         tangent: Direction | None = None,
+        reference: Place | None = None,
     ):
         if not isinstance(law, Law):
             if isinstance(law, type):
@@ -193,6 +197,7 @@ class Loop:
         self.schedules = tuple(schedules)
         self.summary = summary
         self.tangent = tangent
+        self.reference = None if reference is None else Site.of(reference)
 
     @property
     def signals(self) -> tuple[str, ...]:

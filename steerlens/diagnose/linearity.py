@@ -179,7 +179,7 @@ class _Test:
 
 
 def similarity(A: Tensor, B: Tensor) -> float:
-    """Alignment of the leading outputs of two Jacobians `[d d]`, in [0, 1]; see `linearity`."""
+    """Alignment of the leading outputs of two Jacobians A and B, `[d d]` each, in [0, 1]; see `linearity`."""
     return _alignment(_leading(A), _leading(B))
 
 

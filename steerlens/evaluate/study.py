@@ -132,6 +132,7 @@ def compare(
         seeds: Number of random directions.
 
     Raises:
+        TypeError: the budget is no `meter <= limit`, or a function that gives no controller.
         ValueError, RuntimeError: As `evaluate`; no methods; a method named like a baseline.
     """
     if not isinstance(budget, Budget):

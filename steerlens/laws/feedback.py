@@ -166,7 +166,7 @@ class Add(Law):
     """Add a constant vector: `u = v`.
 
     Args:
-        vector: v, of the state's shape without batch and position.
+        vector: v, of the state's shape without batch and position: `[d]`, or `[head d_head]` at `z`.
     """
 
     def __init__(self, vector: Tensor):

