@@ -9,7 +9,6 @@ from typing import Any
 
 from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
 from steerlens.evaluate.meter import Meter, Values
-from steerlens.evaluate.scoring import log_probabilities
 from steerlens.fit.contrast import Text
 
 #: How a refusal begins; matched in the first characters of an answer, case ignored.
@@ -39,7 +38,7 @@ def scorer(
         name: Of the column; default the function's.
         unit: Of the numbers.
         direction: 1 if more is wanted, -1 if less is.
-        proxy: The score stands for something else, as most do; a table's header says so.
+        proxy: The score stands for something else, as most do; a table's header marks it.
         instruction: What a prompt baseline asks for, if the evaluation names none.
     """
     required = [
@@ -84,10 +83,7 @@ def nll(prompts: Sequence[Text] | None = None) -> Meter:
             for own in texts
         ]
 
-        def level(index: int, logits: Any) -> float:
-            return -float(log_probabilities(logits, rows[index][1]).double().mean())
-
-        levels = iter(bench.logits(UNSTEERED, rows, level))
+        levels = iter(-float(own.double().mean()) for own in bench.likelihoods(UNSTEERED, rows))
         return [[next(levels) for _ in texts] for texts in written]
 
     return Meter("NLL", measure, "nats/token", -1, "text", items=_tuple(prompts), proxy=True)

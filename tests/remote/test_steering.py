@@ -70,7 +70,7 @@ def test_an_untrusted_request_cannot_have_a_second_pass(client, local, untrusted
     held.controller = before
     check_runs_on_a_server(held, Case("caa", "nnsight", model=client, remote=True))
     behind = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, gate_layers=2))
-    with pytest.raises(RemoteError, match="a loop needs a second forward pass beside the steered one"):
+    with pytest.raises(RemoteError, match="a loop needs a second forward pass in addition to the steered one"):
         with sl.steer(client, behind):
             client.generate(IDS, max_new_tokens=2, remote=True)
     assert clean(client)
