@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from steerlens import diagnose, evaluate, methods, sae
+from steerlens import diagnose, evaluate, methods, sae, sharing
 from steerlens.control.linearization import Linearization, linearize
 from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
 from steerlens.core.package import Package
@@ -79,6 +79,7 @@ __all__ = [
     "sae",
     "schedule",
     "separation",
+    "sharing",
     "shipped",
     "shipped_texts",
     "runs",

@@ -1,4 +1,4 @@
-"""The README's table of methods is what the code says; what the cards say, the conformance suite checks."""
+"""The tables of methods in README and docs are what the code says; the conformance suite checks the cards."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from steerlens.cli.catalogue import END, START, measured, method_table, write_table
+from steerlens.cli.catalogue import END, LONG, SHORT, measured, method_table, short_table, write_table
 from steerlens.fit.card import Card
 from steerlens.testing import discover_methods
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def test_readme_has_the_table_that_the_code_gives():
-    written = README.read_text(encoding="utf-8").split(START)[1].split(END)[0].strip()
-    assert written == method_table(), "the README's table is stale: run steerlens methods --write README.md"
+@pytest.mark.parametrize(
+    ("page", "start", "table"),
+    [("README.md", SHORT, short_table), ("docs/choose_method.md", LONG, method_table)],
+)
+def test_a_page_has_the_table_that_the_code_gives(page, start, table):
+    written = (ROOT / page).read_text(encoding="utf-8").split(start)[1].split(END)[0].strip()
+    assert written == table(), f"the table is stale: run steerlens methods --write {page}"
 
 
 def test_every_method_is_in_the_table_with_a_source():
@@ -24,12 +28,13 @@ def test_every_method_is_in_the_table_with_a_source():
     assert all("arXiv" in line for line in rows.values())
 
 
-def test_writing_keeps_what_stands_around_the_table(tmp_path):
+@pytest.mark.parametrize(("start", "table"), [(SHORT, short_table), (LONG, method_table)])
+def test_writing_keeps_what_stands_around_the_table(tmp_path, start, table):
     path = tmp_path / "page.md"
-    path.write_text(f"before\n{START}\nold\n{END}\nafter\n", encoding="utf-8")
+    path.write_text(f"before\n{start}\nold\n{END}\nafter\n", encoding="utf-8")
     write_table(path)
     text = path.read_text(encoding="utf-8")
-    assert text == f"before\n{START}\n{method_table()}\n{END}\nafter\n"
+    assert text == f"before\n{start}\n{table()}\n{END}\nafter\n"
     path.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="lacks the markers"):
         write_table(path)
@@ -64,6 +69,6 @@ def test_the_command_prints_and_writes_the_table(tmp_path):
     assert run.exit_code == 0
     assert run.output.strip() == method_table()
     path = tmp_path / "page.md"
-    path.write_text(f"{START}\n{END}", encoding="utf-8")
+    path.write_text(f"{LONG}\n{END}", encoding="utf-8")
     assert CliRunner().invoke(app, ["methods", "--write", str(path)]).exit_code == 0
     assert method_table() in path.read_text(encoding="utf-8")

@@ -20,6 +20,6 @@ def test_the_fuzzer_sees_a_file_that_is_loaded_with_other_values(tmp_path, monke
     """With the check of the digest off, it must complain."""
     from steerlens.core import tensorfile
 
-    monkeypatch.setattr(tensorfile, "_digest", lambda text, tensors: "the same for all")
+    monkeypatch.setattr(tensorfile, "digest", lambda text, tensors: "the same for all")
     with pytest.raises(AssertionError, match="is not what was saved"):
         fuzz(200, 0, tmp_path)

@@ -1,4 +1,4 @@
-"""The table of methods in the README, made from their docstrings, their declarations and the benchmark's last run."""
+"""The tables of methods in README and docs, from docstrings, declarations and the benchmark's last run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from importlib import resources
 from pathlib import Path
 
 from steerlens import methods
+from steerlens.cli.writing import write_text
 from steerlens.core.sites import POINTS
 from steerlens.core.types import Json
 from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS
 from steerlens.fit.method import Method, exported
 
-START, END = "<!-- methods: steerlens methods --write README.md -->", "<!-- end of methods -->"
+#: What stands before and after a table in a file, and which table it is.
+SHORT, LONG, END = "<!-- methods in short -->", "<!-- methods -->", "<!-- end of methods -->"
 #: Fits that differentiate, beside the weights.
 TRUSTED = "fit if trusted, steer"
 #: What `benchmarks/methods.py` measured, in `steerlens/data`.
@@ -45,21 +47,38 @@ def method_table() -> str:
     )
 
 
+def short_table() -> str:
+    """One row a method: what it does and who proposed it."""
+    rows = []
+    for method in exported(methods).values():
+        number = re.search(r"arXiv (\d{4}\.\d{5})", method.source)
+        source = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else method.source.split(".")[0]
+        rows.append(f"| `{method.name}` | {_what(method)} | {source} |")
+    return "\n".join(["| method | what it does | arXiv |", "| --- | --- | --- |", *rows])
+
+
 def write_table(path: Path) -> None:
-    """Put the table between its two markers in a file.
+    """Put the tables between their markers in a file.
 
     Raises:
-        ValueError: the file lacks a marker.
+        ValueError: the file has no markers.
     """
     text = path.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        raise ValueError(f"{path} lacks the markers {START} and {END}")
-    before, rest = text.split(START, 1)
-    path.write_text(f"{before}{START}\n{method_table()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    found = [(start, table) for start, table in ((SHORT, short_table), (LONG, method_table)) if start in text]
+    if not found or END not in text:
+        raise ValueError(f"{path} lacks the markers {SHORT} or {LONG}, and {END}")
+    for start, table in found:
+        before, rest = text.split(start, 1)
+        text = f"{before}{start}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+    write_text(path, text)
+
+
+def _what(method: Method) -> str:
+    return method.summary[0].lower() + method.summary[1:].rstrip(".")
 
 
 def _row(method: Method, cost: Json | None) -> list[str]:
-    card, summary = method.card, method.summary
+    card = method.card
     steers = "check_runs_on_a_server" not in method.exceptions
     fits = {"none": "fit, steer", "activations": TRUSTED, "blocks": TRUSTED}.get(card.derivatives, "steer")
     number = re.search(r"arXiv \d{4}\.\d{5}", method.source)
@@ -68,7 +87,7 @@ def _row(method: Method, cost: Json | None) -> list[str]:
         passes += f" (prompt {card.prompt_passes})"
     return [
         f"`{method.name}`",
-        summary[0].lower() + summary[1:].rstrip("."),
+        _what(method),
         NEEDS[card.needs] + (f", {card.also}" if card.also else ""),
         _points(card.points),
         DERIVATIVES[card.derivatives],

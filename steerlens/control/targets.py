@@ -8,16 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steerlens.core import Setpoint, Site
+from steerlens.core import Law, Loop, Setpoint, Site
+from steerlens.core.types import Where
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.reading import contrast_means
 from steerlens.hosts import Host
+from steerlens.laws.relative import Relative
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level
 
 #: The words of an `Aim`, for the declaration of a method that has one.
 AIMS = {
     "setpoint": ("level", "angular"),
-    "origin": ("zero", "negative", "midpoint"),
+    "origin": ("own", "zero", "negative", "midpoint"),
     "combine": ("joint", "independent"),
 }
 
@@ -28,14 +30,31 @@ class Targets:
     Attributes:
         setpoints: One more than there are blocks.
         mu: `|mean difference|` of each concept at each, `[layer+1 concept]`, in activation units.
+        own: Levels are counted from the token's own unsteered state.
+        idle: So counted, every level is 0: no steering.
     """
 
-    def __init__(self, setpoints: list[Setpoint], mu: Tensor):
+    def __init__(self, setpoints: list[Setpoint], mu: Tensor, *, own: bool = False, idle: bool = False):
         self.setpoints = setpoints
         self.mu = mu
+        self.own = own
+        self.idle = own and idle
+
+    def loop(self, t: int, law: Law, *, where: Where, strength: float) -> Loop:
+        """A law as the loop that senses before block t and acts after it."""
+        sense = Site(t, "resid_pre")
+        return Loop(
+            Relative(law) if self.own else law,
+            Site(t, "resid_post"),
+            sense,
+            where=where,
+            # the states of two passes may differ by rounding, off is exact
+            strength=0.0 if self.idle else strength,
+            reference=sense if self.own else None,
+        )
 
     def asks(self, t: int) -> bool:
-        """Whether the texts differ before block t: where they do not, there is no direction to steer along."""
+        """Whether the texts differ before block t: if they do not, there is no direction to steer along."""
         return bool(self.mu[t].any())
 
     def levels(self, t: int) -> Tensor:
@@ -52,7 +71,7 @@ class Aim:
         data: Contrast texts, or several, one for each concept.
         setpoint: `"level"` or `"angular"`.
         level: Level in units of the class separation; one for all concepts or one each.
-        origin: Where levels are counted from: `"zero"`, `"negative"` or `"midpoint"`.
+        origin: Where levels are counted from: `"own"`, `"zero"`, `"negative"` or `"midpoint"`.
         angle_rad: Where the angular setpoint points, in radians from the direction of the positive texts.
         combine: How several concepts are held: `"joint"` or `"independent"`.
 
@@ -82,7 +101,9 @@ class Aim:
             if count > 1:
                 raise ValueError(f"the angular setpoint takes one concept, data holds {count}")
             if self.levels != [1.0] or origin != "zero":
-                raise ValueError("the angular setpoint keeps the state's own length: it has no level and no origin")
+                raise ValueError(
+                    "the angular setpoint keeps the state's own length: it has no level, and origin='zero'"
+                )
             angle_rad = 0.0 if angle_rad is None else float(angle_rad)
             if not math.isfinite(angle_rad):
                 raise ValueError(f"angle_rad={angle_rad}; it must be finite")
@@ -109,13 +130,15 @@ class Aim:
         if self.setpoint == "angular":
             return Targets([Angle(plane, self.angle_rad) for plane in planes(difference[:, 0], v[:, 0])], mu)
         levels = mu * mu.new_tensor(self.levels)
-        if self.origin != "zero":
+        if self.origin not in ("zero", "own"):
             start = negative if self.origin == "negative" else (positive + negative) / 2
             levels = levels + (v * start).sum(-1)
-        if len(self.concepts) == 1:
-            return Targets([Level(v[t, 0], float(levels[t, 0])) for t in range(n + 1)], mu)
         kind = Joint if self.combine == "joint" else Independent
-        return Targets([kind(v[t], levels[t]) for t in range(n + 1)], mu)
+        setpoints: list[Setpoint] = [
+            Level(v[t, 0], float(levels[t, 0])) if len(self.concepts) == 1 else kind(v[t], levels[t])
+            for t in range(n + 1)
+        ]
+        return Targets(setpoints, mu, own=self.origin == "own", idle=not any(self.levels))
 
 
 def planes(difference: Tensor, v: Tensor) -> Tensor:

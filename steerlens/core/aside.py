@@ -1,4 +1,4 @@
-"""What a pass knows beyond its own tokens: summaries of the prompt, decisions about it, tangents."""
+"""What a pass knows beyond its own tokens: summaries of the prompt, decisions about it, references, tangents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core.law import Loop
-from steerlens.core.positions import PROMPT_ONLY
+from steerlens.core.positions import PROMPT_ONLY, Positions
 from steerlens.core.prompt import Direction, Summary
 from steerlens.core.sequence import Sequence
 from steerlens.core.sites import Site
@@ -23,7 +23,7 @@ class Companion:
         """The unsteered states of the pass that begins, `[batch pos ...]` each.
 
         Args:
-            goes_on: The prompt continues in later passes: keep what they need.
+            goes_on: Later passes of the sequence will be asked for, too: keep what they need.
         """
         raise NotImplementedError
 
@@ -37,7 +37,7 @@ class Companion:
 
 
 class Aside:
-    """Summaries, decisions and tangents of one sequence, asked of a companion where the pass itself cannot tell.
+    """Summaries, decisions, references, tangents of one sequence; a companion computes those that the pass lacks.
 
     Args:
         loops: Of the pass.
@@ -58,6 +58,7 @@ class Aside:
         self._directions: list[Direction] = []
         self._bent: list[list[Loop]] = []  # by direction
         self._along: list[int | None] = []  # by loop
+        self._referring = [loop for loop in loops if loop.reference is not None]
         for loop in loops:
             self._along.append(None if loop.tangent is None else self._index(loop.tangent))
             if loop.tangent is not None:
@@ -69,40 +70,63 @@ class Aside:
     def apart(self) -> list[Site]:
         """Sites whose unsteered states or tangents a companion may be asked for; without any, none is needed."""
         bent = {loop.act for loops in self._bent for loop in loops}
-        return sorted({*bent, *(summary.site for summary in self._asked)})
+        referred = {loop.reference for loop in self._referring if loop.reference is not None}
+        return sorted({*bent, *referred, *(summary.site for summary in self._asked)})
 
     @property
-    def differentiates(self) -> bool:
-        """Whether any loop asks for a tangent."""
-        return bool(self._directions)
+    def accompanied(self) -> bool:
+        """Whether a companion runs beside the passes after the first, too."""
+        return bool(self._directions or self._referring)
 
-    def begin(self, sequence: Sequence, companion: Callable[[Any], Companion] | None, alone: bool) -> None:
-        """Enter a forward pass; `alone`: no other run steers it."""
+    def begin(
+        self,
+        sequence: Sequence,
+        companion: Callable[[Any], Companion] | None,
+        alone: bool,
+        *,
+        observed: bool = True,
+    ) -> None:
+        """Enter a forward pass.
+
+        Args:
+            sequence: The one that it belongs to.
+            companion: As in `Pass.begin`.
+            alone: No other run steers it.
+            observed: Somebody may look at signals, also at those of loops whose strength is 0.
+        """
         self.sequence = sequence
-        if not (self._asked or self._directions):
+        if not (self._asked or self._directions or self._referring):
             return
         positions, beside = sequence.positions, None if companion is None else companion(sequence.kept)
-        sequence.tangents = {}
+        sequence.tangents, sequence.references = {}, {}
         clean = self._clean if alone else self._asked
         if alone and positions.past < positions.end and positions.start < positions.seen:
             clean = [*clean, *self._late]
         missing = [summary for summary in clean if id(summary) not in sequence.pooled]
-        if missing and positions.past < positions.end:
-            self._read_apart(_required(beside), missing)
+        missing = missing if positions.past < positions.end else []
+        referring = [loop for loop in self._referring if observed or loop.strength]
+        goes_on = _continues(referring, positions)
+        referring = referring if goes_on or _selected(referring, positions) else []
+        if missing or referring:
+            self._read_apart(_required(beside), missing, referring, goes_on=goes_on or not positions.complete)
         for index, (direction, loops) in enumerate(zip(self._directions, self._bent, strict=True)):
-            goes_on = any(not (isinstance(loop.where, str) and loop.where in PROMPT_ONLY) for loop in loops)
-            goes_on = goes_on or not positions.complete
-            if goes_on or any(positions.select(loop.where) is not None for loop in loops):
+            goes_on = _continues(loops, positions)
+            if goes_on or _selected(loops, positions):
                 sites = sorted({loop.act for loop in loops})
                 found = _required(beside).tangents(sites, direction, goes_on=goes_on)
                 sequence.tangents.update({(index, site): value for site, value in found.items()})
 
-    def _read_apart(self, beside: Companion, summaries: list[Summary]) -> None:
-        """Have the unsteered states of this pass, and pool them once the prompt is complete."""
+    def _read_apart(
+        self, beside: Companion, summaries: list[Summary], referring: Ordered[Loop], *, goes_on: bool
+    ) -> None:
+        """Have the unsteered states of this pass: references, and summaries, pooled once the prompt is complete."""
         sequence, positions = self.sequence, self.sequence.positions
-        found = beside.states(sorted({summary.site for summary in summaries}), goes_on=not positions.complete)
-        for site, x in found.items():
-            sequence.states.setdefault((site, "apart"), []).append(x)
+        pooled = {summary.site for summary in summaries}
+        referred = {loop.reference for loop in referring if loop.reference is not None}
+        found = beside.states(sorted(pooled | referred), goes_on=goes_on)
+        sequence.references = {site: found[site] for site in referred}
+        for site in pooled:
+            sequence.states.setdefault((site, "apart"), []).append(found[site])
         if not positions.complete:
             return
         whole = positions.whole()
@@ -110,7 +134,7 @@ class Aside:
             pieces = sequence.states[summary.site, "apart"]
             x = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
             sequence.pooled[id(summary)] = summary.of(x, whole.select(summary.where))
-        for site in found:
+        for site in pooled:
             del sequence.states[site, "apart"]
 
     def _index(self, direction: Direction) -> int:
@@ -160,6 +184,17 @@ class Aside:
         return self.sequence.tangents[self._along[loop], site]
 
 
+def _continues(loops: Ordered[Loop], positions: Positions) -> bool:
+    """Whether any of some loops acts in later passes of the sequence."""
+    later = any(not (isinstance(loop.where, str) and loop.where in PROMPT_ONLY) for loop in loops)
+    return bool(loops) and (later or not positions.complete)
+
+
+def _selected(loops: Ordered[Loop], positions: Positions) -> bool:
+    """Whether any of some loops acts in this pass."""
+    return any(positions.select(loop.where) is not None for loop in loops)
+
+
 def _after_prompt(loop: Loop) -> bool:
     return isinstance(loop.where, str) and loop.where == "generated"
 
@@ -167,7 +202,7 @@ def _after_prompt(loop: Loop) -> bool:
 def _required(companion: Companion | None) -> Companion:
     if companion is None:
         raise RuntimeError(
-            "a loop needs a second forward pass beside the steered one, which cannot be run here: a server runs it "
-            "for trusted requests only"
+            "a loop needs a second forward pass in addition to the steered one, which cannot be run here: a server "
+            "runs it for trusted requests only"
         )
     return companion

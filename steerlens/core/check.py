@@ -88,6 +88,7 @@ class Trial:
             shared.sequence,
             summary=torch.zeros(1, *shape(loop.summary.site), dtype=dtype) if loop.summary else None,
             tangent=torch.zeros(1, 1, *acted, dtype=dtype) if loop.tangent else None,
+            reference=torch.zeros(1, 1, *shape(loop.reference), dtype=dtype) if loop.reference else None,
         )
         zeros = torch.zeros(1, 1, *sensed, dtype=dtype)
         u, signals = self._pair(_tried(lambda: law.act(zeros, now), what, sensed))
@@ -95,7 +96,7 @@ class Trial:
             raise ValueError(f"{what} gives a control of shape {list(u.shape[2:])}, not {list(acted)}")
         if not bool(torch.isfinite(u).all()):
             # a law that divides by |x| has no control at zero; it is refused if it has none elsewhere either
-            apart = Now(summary=now._summary, tangent=now._tangent)
+            apart = Now(summary=now._summary, tangent=now._tangent, reference=now._reference)
             u, _ = self._pair(_tried(lambda: law.act(torch.ones_like(zeros), apart), what, sensed))
             if not bool(torch.isfinite(u).all()):
                 raise ValueError(f"{what} gives a control that is not finite; is a gain of it too large?")

@@ -42,7 +42,7 @@ def read_controller(path: str | Path, laws: Iterable[type[Part]]) -> tuple[list[
         recipe, entries = header.get("recipe"), header.get("loops")
         if not isinstance(recipe, dict) or not isinstance(entries, list) or len(entries) > MOST_LOOPS:
             raise ValueError("its header holds no recipe, or no list of loops")
-        _check_recipe(recipe)
+        check_recipe(recipe)
         unpacker = _Unpacker(tensors, known, old=header["format"] < FORMAT)
         loops = [unpacker.loop(entry, f"loops.{index}") for index, entry in enumerate(entries)]
         unread = sorted(set(tensors) - unpacker.used)
@@ -54,7 +54,7 @@ def read_controller(path: str | Path, laws: Iterable[type[Part]]) -> tuple[list[
     return loops, recipe
 
 
-def _check_recipe(recipe: dict[str, Any]) -> None:
+def check_recipe(recipe: dict[str, Any]) -> None:
     """Raises ValueError unless what is compared with a model can be."""
     model = recipe.get("model")
     if model is not None and not isinstance(model, dict):
@@ -64,7 +64,7 @@ def _check_recipe(recipe: dict[str, Any]) -> None:
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ValueError("its recipe's parts are no list of recipes")
     for part in parts:
-        _check_recipe(part)
+        check_recipe(part)
 
 
 class _Packer:
@@ -181,7 +181,7 @@ class _Unpacker:
                 return _slice(held, what)
             if form == "tuple" and isinstance(held, list):
                 return tuple(self.unpack(held, what, depth + 1))
-        raise ValueError(f"{what} is written in no form that is known")
+        raise ValueError(f"{what} is in no known form")
 
     def _unwrap(self, entry: Any, what: str, depth: int) -> Any:
         """One value of format 2."""
@@ -192,7 +192,7 @@ class _Unpacker:
             return [self._unwrap(item, f"{what}.{index}", depth + 1) for index, item in enumerate(entry["list"])]
         elif isinstance(entry, dict) and not set(entry) & {"tuple", "site"}:
             return self.unpack(entry, what, depth)
-        raise ValueError(f"{what} is written in no form that is known")
+        raise ValueError(f"{what} is in no known form")
 
     def _part(self, name: Any, state: Any, what: str, depth: int) -> Part:
         if not isinstance(name, str) or not isinstance(state, dict):

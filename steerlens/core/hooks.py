@@ -23,9 +23,9 @@ def forward_hooks(loops: Sequence[Loop]) -> list[tuple[str, Hook]]:
             raise ValueError(
                 f"a TransformerBridge ignores what a hook writes at {loop.act}; use steer(), which adds it elsewhere"
             )
-        if loop.summaries or loop.tangent is not None:
+        if loop.summaries or loop.tangent is not None or loop.reference is not None:
             raise ValueError(
-                f"the loop at {loop.act} needs a second pass over the prompt, which hooks cannot run; use steer()"
+                f"the loop at {loop.act} needs a second pass over the text, which hooks cannot run; use steer()"
             )
     run = Pass(loops, record=None)
     first = run.sites[0] if run.sites else None

@@ -1,4 +1,4 @@
-"""What a loop does: setpoints measure an error, laws turn a state into a control, a loop says where."""
+"""What a loop does: setpoints measure an error, laws turn a state into a control, a loop connects them to sites."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def finite(name: str, value: Any) -> float:
 class Setpoint(Part):
     """Abstract: where the state should be.
 
-    A setpoint speaks in coordinates `c` on a small basis, so that a gain can be applied to `m` numbers instead of `d`:
+    A setpoint works in coordinates `c` on a small basis, so that a gain can be applied to `m` numbers instead of `d`:
 
         e = r - x = c @ basis,   basis: [m d], rows of unit norm
 
@@ -102,7 +102,7 @@ class Law(Part):
                 return u.clamp(-self.most, self.most), signals
 
     Attributes:
-        signals: Names of what `act` reports in addition to the control: its signals' names, no more and no fewer.
+        signals: Names of the signals that `act` returns in addition to the control, exactly these.
         vectors: Those of them that have more than one number per token.
     """
 
@@ -139,9 +139,11 @@ class Loop:
         summary: What the law finds as `now.summary`: the prompt's pooled state, `[batch ...]`.
         tangent: A direction in the space of the parameters. The law finds as `now.tangent` how the unsteered
             state at the acting site changes along it, in the state's shape; see `cold_fd`.
+        reference: A site. The law finds as `now.reference` the state that the same tokens have there without any
+            steering, which a second pass of the model computes; see `steerlens.laws.relative`.
 
     Raises:
-        TypeError: `law` is not a law (a class of laws is none), or the strength is not a number.
+        TypeError: `law` is not an instance of a law, or the strength is not a number.
         ValueError: it would sense after it acts; no such site; an illegal name; a strength that is not finite.
     """
 
@@ -151,6 +153,7 @@ class Loop:
         "group",
         "law",
         "name",
+        "reference",
         "schedules",
         "sense",
         "strength",
@@ -173,6 +176,7 @@ class Loop:
         schedules: Sequence[Schedule] = (),
         summary: Summary | None = None,
         tangent: Direction | None = None,
+        reference: Place | None = None,
     ):
         if not isinstance(law, Law):
             if isinstance(law, type):
@@ -193,6 +197,7 @@ class Loop:
         self.schedules = tuple(schedules)
         self.summary = summary
         self.tangent = tangent
+        self.reference = None if reference is None else Site.of(reference)
 
     @property
     def signals(self) -> tuple[str, ...]:

@@ -15,9 +15,11 @@ class Now:
     Attributes:
         layers: Lives for one forward pass; shared by the loops of one group, which act layer after layer.
         sequence: Lives until the sequence ends; shared by the loops of one group.
+        summary: The prompt's pooled state, `[batch ...]`, if the loop declares one.
+        tangent: How the unsteered state changes along a direction of the parameters, `[batch pos ...]`, if declared.
     """
 
-    __slots__ = ("_summary", "_tangent", "layers", "sequence")
+    __slots__ = ("_reference", "_summary", "_tangent", "layers", "sequence")
 
     def __init__(
         self,
@@ -26,11 +28,13 @@ class Now:
         *,
         summary: Tensor | None = None,
         tangent: Tensor | None = None,
+        reference: Tensor | None = None,
     ):
         self.layers: Memory = {} if layers is None else layers
         self.sequence: Memory = {} if sequence is None else sequence
         self._summary = summary
         self._tangent = tangent
+        self._reference = reference
 
     @property
     def summary(self) -> Tensor:
@@ -57,3 +61,16 @@ class Now:
                 "now.tangent was asked for, but the loop declares none; give Loop(..., tangent=Direction(...))"
             )
         return self._tangent
+
+    @property
+    def reference(self) -> Tensor:
+        """The unsteered state of the same tokens at the site that the loop names, `[batch pos ...]`.
+
+        Raises:
+            LookupError: the loop names none.
+        """
+        if self._reference is None:
+            raise LookupError(
+                "now.reference was asked for, but the loop names no site of it; give Loop(..., reference=site)"
+            )
+        return self._reference

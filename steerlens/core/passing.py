@@ -116,7 +116,7 @@ class Pass:
             self._selection.append((selection, _whole(selection, shape[1])))
         self._states = {}
         self._reached = (-1, -1)
-        self.aside.begin(sequence, companion, alone)
+        self.aside.begin(sequence, companion, alone, observed=self._observed)
 
     def hold(self) -> dict[str, Any]:
         """All that belongs to the present pass, for `resume` after another one in its midst."""
@@ -159,10 +159,10 @@ class Pass:
 
         Args:
             x: The state there, `[batch pos ...]`.
-            carrier: The tensor to which the control is added where that is not `x` itself.
+            carrier: The tensor to which the control is added, if that is not `x` itself.
 
         Returns:
-            `carrier + u`, in its dtype; the same object where nothing acts, as at sites not in `sites`.
+            `carrier + u`, in its dtype; the same object if nothing acts, as at sites that are not in `sites`.
 
         Raises:
             RuntimeError: a site comes twice in one pass. What is known of its tokens would be wrong.
@@ -246,14 +246,16 @@ class Pass:
         part = slice(None) if isinstance(selection, Tensor) or whole else selection
         seen = state[:, part]
         now = self._now[loop.group]
-        if loop.summary is not None or loop.tangent is not None:
+        if loop.summary is not None or loop.tangent is not None or loop.reference is not None:
             summary = None if loop.summary is None else self.aside.summary(loop.summary)
             tangent = None if loop.tangent is None else self.aside.tangent(action.index, loop.act)[:, part]
+            reference = None if loop.reference is None else self.sequence.references[loop.reference][:, part]
             now = Now(
                 now.layers,
                 now.sequence,
                 summary=None if summary is None else summary.to(seen.device, wide_of(seen)),
                 tangent=None if tangent is None else tangent.to(wide_of(seen)),
+                reference=None if reference is None else reference.to(seen.device, wide_of(seen)),
             )
         u, signals = self._law(action, seen, now)
         for schedule in action.schedules:

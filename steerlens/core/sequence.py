@@ -26,6 +26,7 @@ class Sequence:
         decisions: Of gates.
         kept: What a companion keeps for later passes, anything with `rows` and `cut`.
         tangents: Of the present pass.
+        references: Of the present pass: by site, the unsteered state of its tokens, `[batch pos ...]`.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class Sequence:
         self.decisions: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
         self.kept: dict[Any, Any] = {}
         self.tangents: dict[Any, Tensor] = {}
+        self.references: dict[Any, Tensor] = {}
         self._before: list[tuple[int, dict[int, dict[str, Any]]]] = []
 
     def begin(self, shape: tuple[int, int], past: int, mask: Tensor | None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a pass does at each of its sites, worked out before the first token: every token comes by every site."""
+"""What a pass does at each of its sites, worked out before the first token, since every token passes every site."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Action:
         self.strength = loop.strength
         self.sense = None if loop.sense == loop.act else loop.sense.order
         self.where = where
-        self.plain = not (loop.gates or loop.schedules or loop.summary or loop.tangent)
+        self.plain = not (loop.gates or loop.schedules or loop.summary or loop.tangent or loop.reference)
         self.shown = shown
         self.law = Placed(loop.law)
         self.gates = [(gate, Placed(gate), table) for gate, table in zip(loop.gates, loop.measured, strict=True)]

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +57,7 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
     """
     text = json.dumps({"format": FORMAT, **header}, allow_nan=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    table: dict[str, Any] = {"__metadata__": {HEADER: text, DIGEST: _digest(text, plain)}}
+    table: dict[str, Any] = {"__metadata__": {HEADER: text, DIGEST: digest(text, plain)}}
     end = 0
     # the widest first, so that every tensor begins at a multiple of its element size
     order = sorted(plain, key=lambda name: (-plain[name].element_size(), name))
@@ -78,7 +78,7 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
         for name in order:
             yield _bytes(plain[name])
 
-    _replace(Path(path), pieces())
+    write_whole(path, pieces())
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -91,14 +91,14 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
 
     Raises:
         OSError: it cannot be read.
-        ValueError: not such a file, or one that was damaged or altered; the message says what was found.
+        ValueError: not such a file, or one that was damaged or altered; the message names what was found.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         table, start = _table(file, size)
         metadata = table.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are not texts")
+            raise ValueError("its metadata are not strings")
         text = metadata.get(HEADER)
         if text is None:
             text, held = _of_format_2(metadata, kind)
@@ -112,7 +112,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
         if found == FORMAT and held.get("kind") != kind:
             raise ValueError(f"it holds a {held.get('kind')!r}, no {kind}")
         tensors = _tensors(file, table, start, size)
-    if found == FORMAT and _digest(text, tensors) != metadata.get(DIGEST):
+    if found == FORMAT and digest(text, tensors) != metadata.get(DIGEST):
         raise ValueError("its content is not what was saved (the digest differs): it was damaged or altered")
     return held, tensors
 
@@ -213,7 +213,7 @@ def _entry(name: str, entry: Any) -> tuple[int, int, str, str, list[int]]:
     return *offsets, name, dtype, shape
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the header and of every tensor's name, dtype, shape and bytes."""
     hashed = hashlib.sha256(text.encode(errors="surrogatepass"))
     for name, tensor in sorted(tensors.items()):
@@ -228,8 +228,12 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _replace(path: Path, pieces: Iterator[Any]) -> None:
-    """Write beside the file and put the whole in its place."""
+def write_whole(path: str | Path, pieces: Iterable[Any]) -> None:
+    """Write bytes to a temporary file, then replace the file: it is there complete, or as it was before.
+
+    Raises:
+        OSError: it cannot be written there. Nothing is left behind.
+    """
     target = Path(os.path.realpath(path))  # a link stays a link
     if target.exists() and not target.is_file():
         raise OSError(f"{path} exists and is no regular file")

@@ -60,7 +60,7 @@ class Layout:
         self.refused = entry.get("refuse")
         self.parallel = _holds(entry.get("parallel"), config)
         behind = _holds(entry.get("behind"), config)
-        self.unsummed = "its norms stand behind the additions" if behind else entry.get("sum")
+        self.unsummed = "its norms come after the additions" if behind else entry.get("sum")
         scale = entry.get("scale")
         self.scale = float(entry.get("factor") or (scale and getattr(config, scale, None)) or 1.0)
         self.paths: dict[str, tuple[str, str]] = {"resid_pre": ("", "input"), "resid_post": ("", "output")}
@@ -152,7 +152,7 @@ def roles(
     Raises:
         ValueError: a path that is not there.
     """
-    inner = _torch_model(model)
+    inner = torch_model(model)
     if blocks is not None:
         if not isinstance(submodule(inner, blocks), nn.ModuleList):
             raise ValueError(f"blocks={blocks!r} is no list of modules in a {type(inner).__name__}")
@@ -271,9 +271,9 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _torch_model(model: Model) -> nn.Module:
+def torch_model(model: Model) -> nn.Module:
     """The Hugging Face model in what a host library has made of it."""
     inner = getattr(model, "_module", None) or getattr(model, "original_model", None) or model
     if not isinstance(inner, nn.Module):
-        raise TypeError(f"roles() takes a model, it got a {type(model).__name__}")
+        raise TypeError(f"this needs a model that has modules of Hugging Face, it got a {type(model).__name__}")
     return inner

@@ -9,7 +9,7 @@ from steerlens.control.gains import foresee, gains_for, react
 from steerlens.control.linearization import Linearization, check_plant, check_texts
 from steerlens.control.regulator import SOLVERS, Weights
 from steerlens.control.targets import AIMS, Aim, Targets
-from steerlens.core import Controller, Loop, Site
+from steerlens.core import Controller
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
@@ -68,18 +68,21 @@ def lqr(
       layer's: `u_t = sum_s p_{t,s} (beta_s - <v_s, x_s predicted>)`, s > t. That is the optimum for a plant that is
       linear around the nominal texts, at every layer, also at a layer that has no direction of its own.
     - `"scalar"`, an approximation of A-LQR: S is approximated by a multiple of the identity, as if every A_t were
-      orthogonal, `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model its gains are 10 to 70 % off.
+      orthogonal, `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model the error of its gains is 10 to 70 %.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts; `Pairs.read` says which token's activation is used. A list of `Pairs` steers several
+        data: Contrast texts; `Pairs.read` selects the token whose activation is used. A list of `Pairs` steers several
             concepts at once; Jacobians are then taken on the first one's texts.
         level: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
-            concept. 0 holds the feature at the origin; no steering is `strength=0`.
+            concept. 0 holds the feature at the origin; with `origin="own"` it is off, to the last bit.
         setpoint: `"level"`, as above, or `"angular"`: the state is turned in the plane of v_t and the first principal
             component of all mean differences, keeping its length there, see `steerlens.laws.setpoints.Angle`.
         origin: Where levels are counted from: `"zero"` (the paper), `"negative"` (the negative texts' mean, so that
-            level 1 asks for the positive texts' mean) or `"midpoint"` of the two means.
+            level 1 asks for the positive texts' mean), `"midpoint"` of the two means, or `"own"`: the unsteered state
+            of the same token, `beta_t = s mu_t + <v_t, x_t unsteered>`, see `steerlens.laws.relative.Relative`. Then a
+            second pass of the model, unsteered and up to the last steered layer, accompanies every steered one, with a
+            KV cache of its own. No gradient flows through its states.
         angle_rad: Of the angular setpoint, in radians: 0 (default) points to the positive texts, pi away from them.
         combine: `"joint"` holds all concepts' levels at once; `"independent"` adds up single errors, as the authors
             do, so that overlapping directions pull twice.
@@ -104,8 +107,9 @@ def lqr(
         One loop per layer, but none at a layer at which both sides have identical activations, such as layer 0 if
         all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
         the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units (`projection_0`, `projection_1`
-        and so on for several concepts); `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the
-        norm of the errors ahead; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
+        and so on for several concepts); with `origin="own"` also `reference`, `<v_t, x_t unsteered>`, or `reference_0`
+        and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of the predicted
+        errors of later layers; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
 
     Raises:
         TypeError: data that is not `Pairs`.
@@ -138,7 +142,7 @@ def lqr(
     loops = []
     for t in sorted(gains.rows):
         law = foresee(t, gains, targets) if preview else react(t, gains, targets)
-        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
+        loops.append(targets.loop(t, law, where=where, strength=strength))
     found = {
         "controller": SOLVERS[solver] + (" with preview" if preview else ""),
         "linearized_on": gains.n_texts,

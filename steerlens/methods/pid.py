@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from steerlens.control.targets import AIMS, Aim
-from steerlens.core import Controller, Loop, Site
+from steerlens.core import Controller
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
@@ -55,19 +55,20 @@ def pid(
         carry: Begin the first layer with the last layer's error of the token generated before, as the authors' code
             does, so that kd also damps changes between tokens. By default each token begins from zero, and steering
             without a KV cache equals steering with one. With `carry` it does not: a pass without a cache computes all
-            tokens at once, each of them with the error the pass before it ended on.
+            tokens at once, each of them with the error at which the pass before it ended.
         layers: Where to act; default all. Time counts these layers only.
         strength: Factor on the control, no unit: 0 is off.
         where: Token positions, see `Loop`. The paper steers the last one.
 
     Returns:
         One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
-        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts); `angle_rad`
+        units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts), with
+        `origin="own"` also `reference`, see `lqr`; `angle_rad`
         with the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
 
     Raises:
         TypeError: data that is not `Pairs`.
-        ValueError: a gain that is not finite, all three 0, an unknown word, a layer the model does not have, sides
+        ValueError: a gain that is not finite, all three 0, an unknown option, a layer the model does not have, sides
             with identical activations at every layer.
 
     Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.
@@ -87,5 +88,5 @@ def pid(
     for t in asked if carry else asked[asked.index(first) :]:
         reset = reset_every is not None and t % reset_every == 0
         law = Pid(targets.setpoints[t], float(kp), float(ki), float(kd), reset=reset, carry=carry)
-        loops.append(Loop(law, Site(t, "resid_post"), Site(t, "resid_pre"), where=where, strength=strength))
+        loops.append(targets.loop(t, law, where=where, strength=strength))
     return Controller(loops, {"mu": targets.mu[:-1].squeeze(-1).tolist()})

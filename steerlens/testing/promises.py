@@ -191,7 +191,7 @@ def check_dtype_is_kept(case: Case) -> None:
 
 
 def check_composes_in_order(case: Case) -> None:
-    """11. A sum of controllers steers as the nested contexts do, and they come off in any order."""
+    """11. A sum of controllers steers as the nested contexts do, and they are removed in any order."""
     ids = torch.tensor([case.prompt])
     a, b = case.controller, case.controller * 0.5
     plain = case.logits(ids)

@@ -45,7 +45,7 @@ def test_untrusted_requests(method, client, local, untrusted):
 
 
 def test_what_needs_a_second_pass(client, local):
-    """A gate behind the steered layer, frozen states, and tangents while decoding: the server runs the pass."""
+    """A gate behind the steered layer, frozen states, references, and tangents while decoding: the server runs it."""
     case = local("caa")
     prompts = sl.Pairs([[3, 17, 25, 29, 41], [7, 17, 26, 30, 42]], [[50, 60, 70, 80, 90], [51, 61, 71, 81, 91]])
     behind = sl.when(case.fit(layers=1, where="all", strength=3.0), sl.gate(case.model, prompts, gate_layers=2))
@@ -54,6 +54,7 @@ def test_what_needs_a_second_pass(client, local):
         ("caa", early),
         ("sadi", local("sadi").fit(mode="frozen", component="neuron")),
         ("cold_fd", local("cold_fd").fit(where="all", layers=[0, 2])),
+        ("lqr", local("lqr").fit(origin="own")),
     ):
         held = Case(method, "nnsight", model=case.model)
         held.controller = controller
@@ -69,7 +70,7 @@ def test_an_untrusted_request_cannot_have_a_second_pass(client, local, untrusted
     held.controller = before
     check_runs_on_a_server(held, Case("caa", "nnsight", model=client, remote=True))
     behind = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, gate_layers=2))
-    with pytest.raises(RemoteError, match="a loop needs a second forward pass beside the steered one"):
+    with pytest.raises(RemoteError, match="a loop needs a second forward pass in addition to the steered one"):
         with sl.steer(client, behind):
             client.generate(IDS, max_new_tokens=2, remote=True)
     assert clean(client)

@@ -53,7 +53,7 @@ class BaseCompanion(Companion):
         self.kept = kept
 
     def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
-        """The unsteered states of a prompt; with a KV cache of their own if it comes in pieces."""
+        """The unsteered states of the call's tokens; with a KV cache of their own if the sequence goes on."""
         if self.past or goes_on:
             if self.past == 0:
                 self.kept["states"] = Tracks()
@@ -131,11 +131,13 @@ class BaseCompanion(Companion):
         kwargs["use_cache"] = track is not None
         if track is not None:
             kwargs["past_key_values"] = track.cache(self.base)
-        found = gather(
-            self.spots(sites),
-            lambda: functional_call(self.base, changed, args, kwargs, tie_weights=False),
-            self._rows,
-        )
+
+        def forward() -> Any:
+            if changed:
+                return functional_call(self.base, changed, args, kwargs, tie_weights=False)
+            return self.base(*args, **kwargs)
+
+        found = gather(self.spots(sites), forward, self._rows)
         if track is not None:
             track.keep()
         return found
@@ -232,8 +234,8 @@ def require_whole(past: int) -> None:
     """Raises RuntimeError where a prompt does not begin in this pass."""
     if past:
         raise RuntimeError(
-            f"a loop needs the unsteered state of the whole prompt, but {past} of its tokens went through the model "
-            "before; begin with an empty KV cache"
+            f"a loop needs the unsteered state of the whole text, but {past} of its tokens went through the model "
+            "before it was steered, or at positions that `where` leaves out; begin with an empty KV cache"
         )
 
 

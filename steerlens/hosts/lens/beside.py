@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class BlocksCompanion(Companion):
         options: Of every block.
         mask: Of all tokens so far.
         past: Number of tokens in the KV cache.
-        kept: What the sequence keeps for later passes; nothing.
+        kept: What earlier passes of the sequence left: keys and values of its own.
     """
 
     def __init__(
@@ -47,25 +47,89 @@ class BlocksCompanion(Companion):
         self.host = host
         self.layer = layer
         self.state = state
-        self.options = options | {"attention_mask": mask, "past_kv_cache_entry": None}
+        self.options = options | {"attention_mask": mask}
         self.past = past
+        self.kept = kept
 
     def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
-        """The unsteered states of a prompt."""
-        require_whole(self.past)
+        """The unsteered states of the call's tokens; with keys and values of their own if the sequence goes on."""
         model = self.host.model
+        entries = self._entries() if self.past or goes_on else {}
 
         def run() -> None:
             state = self.state
-            for block in model.blocks[self.layer :]:
-                state = block(state, **self.options)
+            for index, block in enumerate(model.blocks[self.layer :], self.layer):
+                state = block(state, past_kv_cache_entry=entries.get(index), **self.options)
 
         with Bare(model), torch.no_grad():
             return gather({site: (*place_of(module), 0, 1.0) for site, module in self.host.find(sites).items()}, run)
 
+    def _entries(self) -> dict[int, KeptEntry]:
+        """Keys and values of the tokens so far, by block."""
+        if self.past == 0:
+            like = self.state.new_zeros(len(self.state), 0, *_heads(self.host.model.cfg))
+            blocks = range(self.layer, self.host.n_layers)
+            self.kept["states"] = Entries({block: KeptEntry(like, like) for block in blocks})
+        entries: Entries | None = self.kept.get("states")
+        if entries is None or entries.length != self.past:
+            require_whole(self.past)
+        assert entries is not None
+        return entries.blocks
+
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Raises NotImplementedError."""
         raise NotImplementedError(OTHER_PARAMETERS)
+
+
+class KeptEntry:
+    """A TransformerLens cache entry of the unsteered pass: grows by concatenation, in the state's own dtype."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.past_keys, self.past_values = keys, values
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Past and new keys and values, `[batch pos head d_head]`."""
+        self.past_keys, self.past_values = (
+            torch.cat(pair, dim=1) for pair in ((self.past_keys, keys), (self.past_values, values))
+        )
+        return self.past_keys, self.past_values
+
+
+class Entries:
+    """What a sequence keeps for its references: keys and values of every block.
+
+    Args:
+        blocks: By number.
+    """
+
+    def __init__(self, blocks: dict[int, KeptEntry]):
+        self.blocks = blocks
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in it."""
+        return max((entry.past_keys.shape[1] for entry in self.blocks.values()), default=0)
+
+    def rows(self, index: Tensor) -> None:
+        """Take other rows, `[new batch]`."""
+        self._each(lambda side: side[index.to(side.device)])
+
+    def cut(self, column: int) -> None:
+        """Forget the columns from this one on."""
+        self._each(lambda side: side[:, :column])
+
+    def fork(self) -> Entries:
+        """A copy that goes on by itself; the tensors are never written to."""
+        return Entries({block: KeptEntry(entry.past_keys, entry.past_values) for block, entry in self.blocks.items()})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for entry in self.blocks.values():
+            entry.past_keys, entry.past_values = change(entry.past_keys), change(entry.past_values)
+
+
+def _heads(cfg: Any) -> tuple[int, int]:
+    """Number of heads of the keys, and their width."""
+    return getattr(cfg, "n_key_value_heads", None) or cfg.n_heads, cfg.d_head
 
 
 class FrozenEntry:

@@ -227,7 +227,7 @@ def follow(
     """
     for step in Iterations()[:]:
         try:
-            whole = step == 0 or first is None or run.aside.differentiates
+            whole = step == 0 or first is None or run.aside.accompanied
             inputs = base.inputs if whole else None
             call = later_shape(first.input, run) if inputs is None else call_shape(*inputs)
         except OutOfOrderError:

@@ -1,0 +1,57 @@
+"""Files of torch.save hold tensors and plain values, or are refused before anything in them runs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from steerlens.sharing import read_torch
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ({"a": Evil()}, r"it holds a (posix|nt).mkdir, which is no tensor and no plain value"),
+        (nn.Linear(2, 2), "it holds a torch.nn.modules.linear.Linear"),
+        (torch.ones(2).to_sparse(), "it holds a torch._utils._rebuild_sparse_tensor"),
+        ({"a": bytearray(4)}, "it holds a __builtin__.bytearray"),
+        ({"a": {1, 2}}, "it holds a __builtin__.set"),
+        ({"a": torch.ones(1).expand(10**9)}, "that the file has no place for"),
+    ],
+)
+def test_files_of_torch_that_hold_more_than_tensors_are_refused(held, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(held, "x.pt")
+    with pytest.raises(ValueError, match=rf"^x.pt was not loaded: .*{words}"):
+        read_torch("x.pt")
+    assert not os.path.exists("evil")
+
+
+def test_older_and_bare_pickles_are_refused(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pkl").write_bytes(b"cos\nmkdir\n(S'evil'\ntR.")
+    for name in ("old.pt", "bare.pkl"):
+        with pytest.raises(ValueError, match="a bare pickle is not read, because it can run any code"):
+            read_torch(tmp_path / name)
+
+
+def test_tensors_and_plain_values_are_read(tmp_path):
+    held = {
+        "a": torch.arange(3.0),
+        1: [torch.ones(2, 3).bfloat16().t(), (None, True, 2**40, "x", 0.5)],
+        "p": nn.Parameter(torch.ones(2)),
+    }
+    torch.save(held, tmp_path / "x.pt")
+    found = read_torch(tmp_path / "x.pt")
+    assert torch.equal(found["a"], held["a"])
+    assert torch.equal(found[1][0], held[1][0])
+    assert found[1][1] == held[1][1]
+    assert torch.equal(found["p"], torch.ones(2))
