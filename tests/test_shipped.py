@@ -102,14 +102,3 @@ def test_the_licence_and_every_set_stand_in_the_readme():
     assert "MIT" in readme
     for name in (*SETS, *(f"texts/{name}" for name in TEXTS)):
         assert f"`{name}`" in readme
-
-
-def test_pairs_of_a_file_may_share_a_prompt(tmp_path):
-    path = tmp_path / "own.jsonl"
-    path.write_text(
-        '{"q": "Tea?", "yes": " Gladly.", "no": " No."}\n\n{"q": "Milk?", "yes": " Yes!", "no": " Never"}\n'
-    )
-    pairs = sl.Pairs.from_jsonl(path, positive="yes", negative="no", prompt="q", read="completion")
-    assert pairs.positive == [("Tea?", " Gladly."), ("Milk?", " Yes!")]
-    assert pairs.negative == [("Tea?", " No."), ("Milk?", " Never")]
-    assert sl.Pairs.from_jsonl(path, positive="yes", negative="no").positive == [" Gladly.", " Yes!"]

@@ -1,74 +1,51 @@
-"""The command line: `steerlens demo`, `compare`, `calibrate`, `sweep`, `methods`, `cite` and others."""
+"""The command line: `steerlens fit`, `generate`, `compare` and others; docs/cli.md walks through them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import typer
+from rich.console import Console
 
+from steerlens.cli.demo import run_demo
+from steerlens.cli.doctor import doctor_command
+from steerlens.cli.fitting import fit_command, generate_command
+from steerlens.cli.lists import cite_command, methods_command, models_command
 from steerlens.cli.measure import calibrate_command, compare_command, sweep_command
+from steerlens.cli.mistakes import Commands
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Steering of language models as feedback control.")
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    help="Steering of language models as feedback control.",
+    epilog="Exit codes: 0, 1 it failed (one sentence says why), 2 the call is wrong, 130 interrupted.",
+    pretty_exceptions_enable=False,
+)
 
 
 @app.command()
 def demo(
     concept: str = typer.Option("ocean", help="Shipped contrast pairs: anger, french, ocean, sentiment or wedding."),
-    tokens: int = typer.Option(20, help="Tokens to generate for each prompt."),
+    tokens: int = typer.Option(20, min=1, help="Tokens to generate for each prompt."),
     picture: Path = typer.Option(Path("steerlens-demo.html"), help="Where to write the figure."),  # noqa: B008
+    as_json: bool = typer.Option(False, "--json", help="Print texts and counts as JSON."),
 ) -> None:
     """Steer a real model with CAA and A-LQR at one budget: texts, counts over twenty prompts, a figure."""
-    from rich.console import Console
-
-    from steerlens.cli.demo import run_demo
-
-    run_demo(Console(), concept=concept, tokens=tokens, picture=picture)
+    found = run_demo(Console(stderr=as_json), concept=concept, tokens=tokens, picture=picture)
+    if as_json:
+        typer.echo(json.dumps(found))
 
 
-@app.command("methods")
-def list_methods(
-    markdown: bool = typer.Option(False, help="Print the README's table instead."),
-    write: Path = typer.Option(None, help="Put the table between its markers in this file."),  # noqa: B008
-) -> None:
-    """List the steering methods."""
-    from steerlens import methods
-    from steerlens.cli.catalogue import method_table, write_table
-    from steerlens.fit.method import exported
-
-    if write is not None:
-        write_table(write)
-    elif markdown:
-        typer.echo(method_table())
-    else:
-        for name, method in exported(methods).items():
-            typer.echo(f"{name:12} {method.summary}\n{'':12} {method.source}")
-
-
-@app.command()
-def models() -> None:
-    """Which points of which architectures work on which library, as tested."""
-    from importlib.resources import files
-
-    typer.echo(files("steerlens").joinpath("data/models.md").read_text(encoding="utf-8"))
-
-
-@app.command()
-def cite(names: list[str] = typer.Argument(None, help="Methods; default all.")) -> None:  # noqa: B008
-    """Print the source of each method that you used."""
-    from steerlens import methods
-    from steerlens.fit.method import exported
-
-    known = exported(methods)
-    unknown = sorted(set(names or ()) - set(known))
-    if unknown:
-        raise typer.BadParameter(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
-    for name in names or known:
-        typer.echo(f"{name}: {known[name].source}")
-
-
+app.command("methods")(methods_command)
+app.command("models")(models_command)
+app.command("fit")(fit_command)
+app.command("generate")(generate_command)
 app.command("compare")(compare_command)
 app.command("calibrate")(calibrate_command)
 app.command("sweep")(sweep_command)
+app.command("cite")(cite_command)
+app.command("doctor")(doctor_command)
 
 
 if __name__ == "__main__":

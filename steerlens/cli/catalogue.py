@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from steerlens import methods
+from steerlens.cli.writing import write_text
 from steerlens.core.sites import POINTS
 from steerlens.core.types import Json
 from steerlens.fit.card import DERIVATIVES, NEEDS, VECTORS
@@ -69,7 +70,7 @@ def write_table(path: Path) -> None:
     for start, table in found:
         before, rest = text.split(start, 1)
         text = f"{before}{start}\n{table()}\n{END}{rest.split(END, 1)[1]}"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _what(method: Method) -> str:

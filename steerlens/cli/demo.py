@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from steerlens.cli.writing import check_writable, write_text
 from steerlens.control.linearization import linearize
 from steerlens.core import Controller, Record
 from steerlens.evaluate import Generation, calibrate, generate_texts, kl
@@ -35,7 +36,7 @@ PROMPTS, SHOWN = 20, 3
 
 def run_demo(
     console: Any, *, concept: str = "ocean", tokens: int = 20, picture: Path = Path("steerlens-demo.html")
-) -> None:
+) -> dict[str, Any]:
     """Fit, calibrate, count, tabulate and plot.
 
     Args:
@@ -44,6 +45,9 @@ def run_demo(
         tokens: Tokens to generate for each prompt.
         picture: Where the figure is written; a PNG beside it if plotly can make one.
 
+    Returns:
+        Calibrations, texts, counts and files, as plain JSON.
+
     Raises:
         ValueError: a concept without a list of words to count.
     """
@@ -51,6 +55,7 @@ def run_demo(
 
     if concept not in WORDS:
         raise ValueError(f"the demo counts words about {', '.join(WORDS)}; {concept!r} is none of them")
+    check_writable(picture)
     console.print("Loading SmolLM2-135M-Instruct (converted on the first run, about half a minute).")
     model = smollm2()
     data = shipped(concept, split="dev")
@@ -66,10 +71,12 @@ def run_demo(
     console.print(
         f"Calibrating both to a KL of {BUDGET} nats per token from the unsteered model, on {len(others)} prompts."
     )
+    calibrations: dict[str, Any] = {}
     written: dict[str, list[Generation]] = {"unsteered": generate_texts(model, None, prompts, max_new_tokens=tokens)}
     for name, controller in controllers.items():
         found = calibrate(model, controller, others, budget=kl(tokens=16) <= BUDGET, progress=False)
         console.print(f"  {name}: {found}")
+        calibrations[name] = found.plain()
         controllers[name] = found.controller
         written[name] = generate_texts(model, found.controller, prompts, max_new_tokens=tokens)
     counts = {name: sum(about(concept, text.text) for text in texts) for name, texts in written.items()}
@@ -82,8 +89,17 @@ def run_demo(
     console.print(table)
     record, words = _recorded(model, controllers["A-LQR"], written["A-LQR"][shown[-1]])
     console.print(_layers(Table, controllers["A-LQR"], record))
-    for path in write_figure(plot_record(record, tokens=words), picture):
+    drawn = write_figure(plot_record(record, tokens=words), picture)
+    for path in drawn:
         console.print(f"A-LQR's tracking error and control norm by layer and token: {path}")
+    return {
+        "concept": concept,
+        "calibrations": calibrations,
+        "counts": counts,
+        "prompts": prompts,
+        "texts": {name: [text.text for text in texts] for name, texts in written.items()},
+        "files": [str(path) for path in drawn],
+    }
 
 
 def about(concept: str, text: str) -> bool:
@@ -106,7 +122,7 @@ def _recorded(model: Any, controller: Controller, text: Generation) -> tuple[Rec
 
 def write_figure(figure: Any, path: Path) -> Sequence[Path]:
     """Write an HTML page, and a PNG where plotly finds a browser to draw it with; returns what was written."""
-    figure.write_html(path, include_plotlyjs=True)
+    write_text(path, figure.to_html(include_plotlyjs=True))
     image = path.with_suffix(".png")
     try:
         figure.write_image(image, scale=2)

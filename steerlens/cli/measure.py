@@ -12,14 +12,21 @@ from typing import Any
 
 import typer
 
-from steerlens.cli.task import METHODS, fits_of, load_model, task_of
+from steerlens.cli.mistakes import INTERRUPTED, quiet_output
+from steerlens.cli.options import read_options
+from steerlens.cli.task import METHODS, check_fit, fits_of, load_model, task_of
+from steerlens.cli.writing import check_writable, text_between, write_text
 from steerlens.evaluate import Budget, Evaluation, calibrate, compare, fluency, kl, neutral_loss, sweep
+from steerlens.hosts import host_of
 
 Echo = Callable[[str], Any]
 
+#: Around the table in a page.
+MARKERS = "<!-- steerlens compare -->", "<!-- end of compare -->"
+
 MODEL = typer.Option("smollm2", help="smollm2, gemma3, tiny, or a name that TransformerBridge knows.")
 CONCEPT = typer.Option("sentiment", help="Shipped contrast pairs.")
-PAIRS = typer.Option(None, help="Own contrast pairs instead: JSON lines with positive, negative and perhaps prompt.")
+PAIRS = typer.Option(None, help="Own contrast pairs instead: a csv or JSON lines, as for steerlens fit.")
 INSTRUCTION = typer.Option(None, help="What the prompt baseline asks for.")
 BUDGET = typer.Option(0.3, help="Largest KL from the unsteered model, nats per token.")
 AT = typer.Option("mean", help="Of the KL: mean, or a percentile of the tokens such as p95.")
@@ -51,6 +58,10 @@ def compare_command(
     """Methods side by side at one budget: effect on held-out items, and damage."""
     task = task_of(concept, pairs, instruction, count)
     path = file or Path(f"steerlens-compare-{task.name}.jsonl")
+    for name in methods:
+        check_fit(name)
+    if write is not None:
+        text_between(write, *MARKERS)
 
     def run() -> Evaluation:
         loaded = load_model(model)
@@ -96,10 +107,14 @@ def calibrate_command(
 ) -> None:
     """The strength at which a method spends a budget, with an interval."""
     task = task_of(concept, pairs, None, count)
-    loaded = load_model(model)
-    (fit,) = fits_of([method], loaded, task.fit, where).values()
+    check_fit(method)
+    if save is not None:
+        check_writable(save)
     limit: Budget = kl(at=at) <= budget
-    found = calibrate(loaded, fit(), task.budgeted[::2], budget=limit, seed=seed)
+    with quiet_output():
+        loaded = load_model(model)
+        (fit,) = fits_of([method], loaded, task.fit, where).values()
+        found = calibrate(loaded, fit(), task.budgeted[::2], budget=limit, seed=seed)
     if save is not None:
         found.controller.save(save)
     typer.echo(json.dumps(found.plain()) if as_json else repr(found))
@@ -123,13 +138,13 @@ def sweep_command(
     """Effect and KL at every layer and strength, and the best place within a budget."""
     task = task_of(concept, pairs, None, count)
     path = file or Path(f"steerlens-sweep-{task.name}.jsonl")
-    factors = [float(value) for value in strengths.split(",")]
+    factors = [_number("strengths", value) for value in strengths.split(",")]
+    grid = None if layers is None else read_options(check_fit(method), [f"layers={layers}"])["layers"]
 
     def run() -> Evaluation:
-        from steerlens.hosts import host_of
-
         loaded = load_model(model)
-        grid = [int(layer) for layer in layers.split(",")] if layers else range(0, host_of(loaded).n_layers, 4)
+        known = host_of(loaded).n_layers
+        chosen = list(range(known)) if grid == "all" else [grid] if isinstance(grid, int) else grid
         (fit,) = fits_of([method], loaded, task.fit, where).values()
         held: dict[int, Any] = {}
 
@@ -143,7 +158,7 @@ def sweep_command(
             loaded,
             make,
             task.effect,
-            layers=list(grid),
+            layers=list(range(0, known, 4)) if chosen is None else chosen,
             strengths=factors,
             prompts=task.prompts[: len(task.effect.items or ())],
             damage=[kl(at=at)],
@@ -186,17 +201,22 @@ def write_between(path: Path, page: str) -> None:
     Raises:
         ValueError: the file lacks a marker.
     """
-    start, end = "<!-- steerlens compare -->", "<!-- end of compare -->"
-    text = path.read_text(encoding="utf-8")
-    if start not in text or end not in text:
-        raise ValueError(f"{path} lacks the markers {start} and {end}")
-    before, rest = text.split(start, 1)
-    path.write_text(f"{before}{start}\n{page}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    before, behind = text_between(path, *MARKERS)
+    write_text(path, f"{before}\n{page}\n{behind}")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--{name}: {text!r} is no number; write numbers with commas between, 0.5,1,2") from None
 
 
 def _resumable(run: Callable[[], Evaluation], path: Path) -> Evaluation:
+    check_writable(path)
     try:
-        return run()
+        with quiet_output():
+            return run()
     except KeyboardInterrupt:
         typer.echo(f"stopped; {path} holds what is known. The same command goes on from there.", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from steerlens import methods as known_methods
+from steerlens.cli.options import known_method, on_model, read_options, split_options
 from steerlens.core import Controller
 from steerlens.core.types import PositionName
 from steerlens.evaluate import Meter, likelihood, propensity
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.method import exported
+from steerlens.fit.method import Method
 from steerlens.fit.shipped import shipped, shipped_texts
-from steerlens.hosts import host_of
 
 #: The four methods of the first papers, and the baselines of the literature.
 METHODS = ("lqr", "cold_kernel", "sadi", "odesteer", "caa", "caa:layers=all", "iti", "repe", "mimic")
@@ -31,6 +29,10 @@ INSTRUCTIONS = {
     "anger": "Everything is said in anger.",
     "french": "Tout est écrit en français.",
 }
+
+
+#: Models by a short name.
+SHIPPED = ("smollm2", "gemma3", "tiny")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def task_of(concept: str, pairs: Path | None, instruction: str | None, count: in
 
     Args:
         concept: Name of shipped pairs.
-        pairs: JSON lines with `positive`, `negative` and, for completions, `prompt`; every second one is held out.
+        pairs: A csv or JSON lines, see `Pairs.from_file`; every second pair is held out.
         instruction: What the prompt baseline asks for; default the shipped concept's.
         count: Number of items and of prompts at most.
 
@@ -72,7 +74,7 @@ def task_of(concept: str, pairs: Path | None, instruction: str | None, count: in
         sides = [shipped(concept, split=split) for split in ("dev", "held_out")]
         asked = INSTRUCTIONS.get(concept, "") if instruction is None else instruction
     else:
-        whole, concept = _read(pairs), pairs.stem
+        whole, concept = Pairs.from_file(pairs), pairs.stem
         if len(whole) < 4:
             raise ValueError(f"{pairs} has {len(whole)} pairs; half of them are held out, so give at least four")
         sides = [Pairs(whole.positive[start::2], whole.negative[start::2]) for start in (0, 1)]
@@ -86,22 +88,33 @@ def task_of(concept: str, pairs: Path | None, instruction: str | None, count: in
     return Task(concept, fit, effect, prompts[: 2 * (count or len(held))], prompts)
 
 
-def _read(path: Path) -> Pairs:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    sides = [
-        [(row["prompt"], row[side]) if "prompt" in row else row[side] for row in rows]
-        for side in ("positive", "negative")
-    ]
-    return Pairs(*sides)
-
-
 def load_model(name: str) -> Any:
-    """A model by name: `smollm2`, `gemma3`, `tiny`, or whatever TransformerBridge boots."""
+    """A model by name: `smollm2`, `gemma3`, `tiny`, or whatever TransformerBridge boots.
+
+    Raises:
+        OSError: no such model here, and it cannot be fetched.
+    """
     from steerlens import models
 
-    if name in ("smollm2", "gemma3", "tiny"):
+    if name in SHIPPED:
         return getattr(models, name)()
-    return importlib.import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers(name)
+    boot = importlib.import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers
+    try:
+        return boot(name)
+    except OSError as error:
+        reason = str(error).partition(chr(10))[0]
+        raise OSError(
+            f"no model {name!r} was found: {reason} Without network there are {', '.join(SHIPPED)}, folders of "
+            "models, and what the Hugging Face cache holds"
+        ) from None
+
+
+def check_fit(spec: str) -> Method:
+    """The method of a text such as `caa:layers=all`; raises ValueError as `Fit` does, before a model is there."""
+    name, _, rest = spec.partition(":")
+    method = known_method(name)
+    read_options(method, split_options(rest))
+    return method
 
 
 class Fit:
@@ -116,12 +129,10 @@ class Fit:
 
     def __init__(self, spec: str, model: Any, data: Pairs, where: str | None):
         name, _, rest = spec.partition(":")
-        known = exported(known_methods)
-        if name not in known:
-            raise ValueError(f"no method {name!r}; there are {', '.join(known)}")
+        method = known_method(name)
         self.spec, self.where = spec, where
-        self._function, self._model, self._data = known[name].function, model, data
-        self._options = dict(_option(part, model) for part in rest.split(",") if part)
+        self._function, self._model, self._data = method.function, model, data
+        self._options = on_model(read_options(method, split_options(rest)), model)
         self.digest = f"{spec} at {where or 'its own positions'}, data {data.digest()}"
 
     def __call__(self, **more: Any) -> Controller:
@@ -134,18 +145,3 @@ def fits_of(specs: Sequence[str], model: Any, data: Pairs, where: str) -> dict[s
     """Methods by what they are called in a table; `where="own"` leaves each its own positions."""
     place = None if where == "own" else where
     return {spec.replace(":layers=all", ", every layer"): Fit(spec, model, data, place) for spec in specs}
-
-
-def _option(part: str, model: Any) -> tuple[str, Any]:
-    name, equals, value = part.partition("=")
-    if not equals:
-        raise ValueError(f"{part!r} is no option; write name=value")
-    if name == "layers" and value == "all":
-        return name, list(range(host_of(model).n_layers))
-    if name == "layers" and "-" in value[1:]:
-        first, _, last = value.partition("-")
-        return name, list(range(int(first), int(last) + 1))
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value

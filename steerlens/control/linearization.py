@@ -157,7 +157,7 @@ def linearize(
 class Blocks(Plant):
     """The model's own blocks as a plant: nothing is kept but states and caches, every product runs a block again.
 
-    Travels: a server that trusts its users makes one beside the weights.
+    It can be sent to a server that trusts its users.
 
     Args:
         host: Of the model, or the anatomy of an nnsight model that has its weights.

@@ -15,6 +15,8 @@ class Now:
     Attributes:
         layers: Lives for one forward pass; shared by the loops of one group, which act layer after layer.
         sequence: Lives until the sequence ends; shared by the loops of one group.
+        summary: The prompt's pooled state, `[batch ...]`, if the loop declares one.
+        tangent: How the unsteered state changes along a direction of the parameters, `[batch pos ...]`, if declared.
     """
 
     __slots__ = ("_reference", "_summary", "_tangent", "layers", "sequence")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-#: What shows a record with a library that this room does not know, by name; the rooms that know it enter themselves.
+#: Views of a record that need another part of steerlens, by name; that part registers them here.
 VIEWS: dict[str, Callable[..., Any]] = {}
 
 

@@ -103,7 +103,7 @@ def linearity(
         similarity(A, A') = |(U S)' (U' S')|_* / (|S|_F |S'|_F),    |.|_* the sum of singular values
 
     The similarity is inflated between texts that end in the same token: the baseline, random unit vectors for U with
-    equal S, is where it would be for unrelated ones.
+        equal S, is the value for unrelated ones.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model, with no controller attached.
@@ -111,7 +111,7 @@ def linearity(
         sizes: Norms of the perturbations as fractions of the state's.
         directions: How many random directions, or directions `[n d]`, as the gains of a controller.
         start: The block before which the path's perturbation is made. Before block 0 is the embedding, which is small.
-        linearization: Judge this linear model, averaged over other texts, instead of each text's own Jacobians.
+        linearization: Test this linear model, averaged over other texts, instead of each text's own Jacobians.
         seed: Of the random directions and of the baseline.
         prepend_bos: As in `Pairs`.
         progress: Show a progress bar over the layers.
@@ -179,7 +179,7 @@ class _Test:
 
 
 def similarity(A: Tensor, B: Tensor) -> float:
-    """Alignment of the leading outputs of two Jacobians `[d d]`, in [0, 1]; see `linearity`."""
+    """Alignment of the leading outputs of two Jacobians A and B, `[d d]` each, in [0, 1]; see `linearity`."""
     return _alignment(_leading(A), _leading(B))
 
 

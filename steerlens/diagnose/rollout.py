@@ -31,7 +31,7 @@ class Rollout:
         self.own = own
 
     def signal(self, name: str) -> dict[int, Tensor]:
-        """One signal by layer, a number or `[d]` each; empty where no loop reports it."""
+        """One signal by layer, a number or `[d]` each; empty if no loop reports it."""
         held = any(key.partition(".hook_steer_")[2] == name for key in self.record)
         return {layer: value[0, 0] for layer, value in self.record.layers(name).items()} if held else {}
 
@@ -170,7 +170,7 @@ def _check_markov(acting: Sequence[Loop], own: Sequence[Tensor], dtype: torch.dt
             words = f"senses {loop.sense} and refers to {loop.reference}"
         else:
             now = Now(reference=x[None, None])
-            map_tensors(loop.law, lambda tensor: tensor.to(x)).act(x[None, None], now)
+            map_tensors(loop.law, lambda tensor, x=x: tensor.to(x)).act(x[None, None], now)
             if not now.layers and not now.sequence:
                 continue
             words = f"remembers earlier layers ({type(loop.law).__name__})"

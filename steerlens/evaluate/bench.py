@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller
-from steerlens.evaluate.scoring import Kept, Reduce, scored_logits
+from steerlens.evaluate.scoring import Kept, Reduce, log_probabilities, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
 from steerlens.hosts.batches import pad
 from steerlens.hosts.types import Model
-from steerlens.steering import steer
+from steerlens.steering import apply, steer
 
 #: Token ids of a prompt and of what follows it.
 Row = tuple[list[int], list[int]]
@@ -39,9 +40,12 @@ def prompt(instruction: str) -> Prompt:
 
     Args:
         instruction: A line before each prompt that is a string, the system message of a chat.
+
+    Raises:
+        ValueError: it is empty.
     """
     if not instruction.strip():
-        raise ValueError("the instruction is empty; say what the model is asked to do")
+        raise ValueError("the instruction is empty; give what the model is asked to do")
     return Prompt(instruction)
 
 
@@ -132,22 +136,33 @@ class Bench:
             reduce=reduce,
         )
 
-    def against_unsteered(
-        self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row], reduce: Callable[[Tensor, Tensor], Kept]
-    ) -> list[Kept]:
-        """What a function gives for log-probabilities `[completion vocab]` of the unsteered model and of the arm.
+    def likelihoods(self, arm: Arm, rows: Sequence[Row]) -> list[Tensor]:
+        """Log probability of each token of each completion, `[completion]` each, nats; on a server computed there."""
+        if self.host.remote:
+            from steerlens.hosts.traced.served import likelihoods
+
+            return likelihoods(self.host, _steering(arm), rows, self.batch)
+        return self.logits(arm, rows, lambda index, logits: log_probabilities(logits, rows[index][1]))
+
+    def divergences(self, arm: Arm, rows: Sequence[Row], plain: Sequence[Row]) -> list[list[float]]:
+        """KL from the unsteered model at each token of each completion, nats; on a server computed there.
 
         Args:
             rows: The arm's rows.
             plain: The same completions after the prompts of the unsteered model.
         """
-        found: list[Kept] = []
+        if self.host.remote:
+            from steerlens.hosts.traced.served import kl_of_rows
+
+            return kl_of_rows(self.host, _steering(arm), rows, plain, self.batch)
+        found: list[list[float]] = []
         for start in range(0, len(rows), self.batch):
             part = slice(start, start + self.batch)
             reference = self._reference(plain[part])
 
-            def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> Kept:
-                return reduce(reference[index].to(logits.device), logits[:-1].log_softmax(-1))
+            def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> list[float]:
+                p, q = reference[index].to(logits.device), logits[:-1].log_softmax(-1)
+                return (p.exp() * (p - q)).double().sum(-1).tolist()
 
             found += self.logits(arm, rows[part], both)
         return found
@@ -164,7 +179,7 @@ class Bench:
         return found
 
     def continuations(self, prompts: Sequence[Text], tokens: int) -> list[Row]:
-        """Prompts and what the unsteered model itself says after them, sampled at temperature 1."""
+        """Prompts and the unsteered model's own continuations of them, sampled at temperature 1."""
         rows = [self.prompt(text) for text in prompts]
         key = (tuple(map(tuple, rows)), tokens)
         if key not in self._continuations:
@@ -208,7 +223,7 @@ class Bench:
         ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], self.host.device)
         with torch.no_grad(), steer(self.host, arm.controller, strength=arm.strength, record=("u_norm",)) as run:
             with run.scoring(lengths):
-                self.host.logits(ids, mask)
+                self._pass_over(ids, mask)
             names = {site: (held.total or held.own[0])["u_norm"] for site, held in run.signals.items()}
             norms = {site: run.record[name].double().cpu() for site, name in names.items()}
         states = self.host.states(whole, sites, batch=self.batch)
@@ -223,6 +238,15 @@ class Bench:
             means[index, length - 1 : len(row)].nan_to_num().tolist()
             for index, (row, length) in enumerate(zip(whole, lengths, strict=True))
         ]
+
+    def _pass_over(self, ids: Tensor, mask: Tensor) -> None:
+        """A forward pass for what is recorded in it."""
+        if self.host.remote:
+            from steerlens.hosts.traced.served import pass_over
+
+            pass_over(self.host, ids, mask)
+        else:
+            self.host.logits(ids, mask)
 
     def check_zero(self, controller: Controller) -> None:
         """Raises RuntimeError unless strength 0 gives the unsteered model's logits, bit for bit."""
@@ -244,6 +268,13 @@ class Bench:
         other = Bench.__new__(Bench)
         other.__dict__.update(self.__dict__ | {"prompts": list(prompts)})
         return other
+
+
+def _steering(arm: Arm) -> Callable[..., Any] | None:
+    """An arm's controller for a block that is sent."""
+    if arm.controller is None:
+        return None
+    return partial(apply, controller=arm.controller, strength=arm.strength, record=None)
 
 
 def _is_chat(text: Any) -> bool:

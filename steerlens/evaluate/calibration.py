@@ -35,7 +35,8 @@ class Calibration:
     Attributes:
         controller: The controller at this strength.
         strength: Factor on every control.
-        interval: Of the strength: where the budget would be met on other prompts of the same kind; NaN if nowhere.
+        interval: Of the strength at which the budget would be met on other prompts of the same kind; NaN if there is
+            none.
         curve: `(strength, value)` of every evaluation, by strength.
         met: `"met"`; `"never"`: the unsteered model is over the budget; `"by doing nothing"`: within the budget are
             only strengths at which the controller does next to nothing.

@@ -189,7 +189,7 @@ class Evaluation:
         """The row with the most effect within a budget, chosen on every second item and reported on the others.
 
         Args:
-            meter: Name of a meter of damage, pooled as its own `at` says.
+            meter: Name of a meter of damage, pooled by its own `at`.
             limit: Its largest value, on the items of the choice.
             level: Of the interval.
 

@@ -13,7 +13,6 @@ from steerlens.diagnose.metrics import Tokens
 from steerlens.diagnose.metrics import logit_difference as difference_of
 from steerlens.evaluate.bench import Arm, Bench, Row
 from steerlens.evaluate.meter import Meter, Values
-from steerlens.evaluate.scoring import log_probabilities
 from steerlens.fit.contrast import Pairs, Text
 from steerlens.fit.shipped import shipped_texts
 
@@ -25,7 +24,7 @@ def kl(prompts: Sequence[Text] | None = None, *, at: str = "mean", tokens: int =
 
         KL_t = sum_v p_t(v) (log p_t(v) - log q_t(v)),   p unsteered, q steered
 
-    at each token of what the unsteered model itself says after the prompts, sampled at temperature 1.
+    at each token of the unsteered model's own continuations of the prompts, sampled at temperature 1.
 
     Args:
         prompts: Where it is measured; None: the prompts of the evaluation.
@@ -38,7 +37,7 @@ def kl(prompts: Sequence[Text] | None = None, *, at: str = "mean", tokens: int =
         rows = plain
         if arm.instruction:
             rows = [(bench.prompt(text, arm), completion) for text, (_, completion) in zip(items, plain, strict=True)]
-        return bench.against_unsteered(arm, rows, plain, _divergence)
+        return bench.divergences(arm, rows, plain)
 
     options = {"tokens": tokens}
     return Meter(
@@ -51,13 +50,16 @@ def propensity(items: Pairs | Sequence[tuple[Text, str, str]], *, per: str = "to
 
         m = mean_t log p(a+_t | prompt, a+_<t) - mean_t log p(a-_t | prompt, a-_<t)
 
-    It also grows if the unwanted side becomes unlikely because the text falls apart: read it beside the KL.
+    It also grows if the unwanted side becomes unlikely because the text falls apart: read it together with the KL.
 
     Args:
         items: `(prompt, wanted, unwanted)`, the prompt a string or chat messages; or `Pairs`, preferably with
             completions.
         per: `"token"`: means over the completion's tokens; `"text"`: sums.
         instruction: What a prompt baseline asks for, if the evaluation names none.
+
+    Raises:
+        ValueError: an unknown `per`, or sides of different number.
     """
     if per not in PER:
         raise ValueError(f"per={per!r}; it is one of {', '.join(PER)}")
@@ -166,6 +168,9 @@ def mc(
         items: `(question, right answers, wrong answers)`.
         form: `"mc1"`, `"mc2"` or `"margin"`; the margin moves long before a choice does.
         instruction: What a prompt baseline asks for, if the evaluation names none.
+
+    Raises:
+        ValueError: an unknown form, or an item without right or without wrong answers.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}; it is one of {', '.join(FORMS)}")
@@ -197,17 +202,8 @@ def _choice(form: str, right: Tensor, wrong: Tensor) -> float:
 
 def _levels(bench: Bench, arm: Arm, texts: Sequence[Text], per: str) -> list[float]:
     """Log probability of each text's completion, its sum or its mean over tokens."""
-    rows = [bench.row(text, arm) for text in texts]
-
-    def level(index: int, logits: Tensor) -> float:
-        own = log_probabilities(logits, rows[index][1]).double()
-        return float(own.mean() if per == "token" else own.sum())
-
-    return bench.logits(arm, rows, level)
-
-
-def _divergence(p: Tensor, q: Tensor) -> list[float]:
-    return (p.exp() * (p - q)).double().sum(-1).tolist()
+    found = bench.likelihoods(arm, [bench.row(text, arm) for text in texts])
+    return [float(own.double().mean() if per == "token" else own.double().sum()) for own in found]
 
 
 def _prompts(texts: Sequence[Text]) -> tuple[Any, ...] | None:

@@ -95,7 +95,12 @@ def scored_logits(
 
 
 def log_probabilities(logits: Tensor, completion: Sequence[int]) -> Tensor:
-    """Log probability of each token of a completion, `[completion+1 vocab] -> [completion]`, nats."""
+    """Log probability of each token of a completion, `[completion]`, in nats.
+
+    Args:
+        logits: Of a row, as `scored_logits` gives them, `[completion+1 vocab]`.
+        completion: Its token ids.
+    """
     labels = torch.as_tensor(list(completion), device=logits.device)
     return logits[: len(completion)].log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 

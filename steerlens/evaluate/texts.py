@@ -41,6 +41,7 @@ def generate_texts(
     strength: float = 1.0,
     batch: int = 32,
     prepend_bos: bool | None = None,
+    trust: bool = False,
 ) -> list[Generation]:
     """Continuations of prompts, in their order.
 
@@ -57,6 +58,7 @@ def generate_texts(
         strength: Factor on every control.
         batch: Prompts in one call of the model's `generate`.
         prepend_bos: As in `Pairs`.
+        trust: As in `steer`.
     """
     host = host_of(model)
     ids = [prompt_ids(prompt, host, prepend_bos) for prompt in prompts]
@@ -77,7 +79,7 @@ def generate_texts(
             if controller is None:
                 tokens = host.sample(rows, max_new_tokens, temperature=temperature)
             else:
-                with steer(host, controller, strength=strength, record=None):
+                with steer(host, controller, strength=strength, record=None, trust=trust):
                     tokens = host.sample(rows, max_new_tokens, temperature=temperature)
         for index, row in zip(members, tokens.tolist(), strict=True):
             found[index] = _generation(host, ids[index], row[len(ids[index]) :])

@@ -9,7 +9,6 @@ from typing import Any
 
 from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
 from steerlens.evaluate.meter import Meter, Values
-from steerlens.evaluate.scoring import log_probabilities
 from steerlens.fit.contrast import Text
 
 #: How a refusal begins; matched in the first characters of an answer, case ignored.
@@ -39,7 +38,7 @@ def scorer(
         name: Of the column; default the function's.
         unit: Of the numbers.
         direction: 1 if more is wanted, -1 if less is.
-        proxy: The score stands for something else, as most do; a table's header says so.
+        proxy: The score stands for something else, as most do; a table's header marks it.
         instruction: What a prompt baseline asks for, if the evaluation names none.
     """
     required = [
@@ -84,10 +83,7 @@ def nll(prompts: Sequence[Text] | None = None) -> Meter:
             for own in texts
         ]
 
-        def level(index: int, logits: Any) -> float:
-            return -float(log_probabilities(logits, rows[index][1]).double().mean())
-
-        levels = iter(bench.logits(UNSTEERED, rows, level))
+        levels = iter(-float(own.double().mean()) for own in bench.likelihoods(UNSTEERED, rows))
         return [[next(levels) for _ in texts] for texts in written]
 
     return Meter("NLL", measure, "nats/token", -1, "text", items=_tuple(prompts), proxy=True)
@@ -97,13 +93,21 @@ def fluency(prompts: Sequence[Text] | None = None) -> Meter:
     """How likely the texts are to the unsteered model, as a ratio: NLL of unsteered texts over NLL of these.
 
     1 is as the model itself writes, less is worse. The items hold the NLL, see `nll`.
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
     """
     plain = nll(prompts)
     return Meter("fluency", plain.function, "ratio of NLL", -1, "text", items=plain.items, relative=True, proxy=True)
 
 
 def repetition(prompts: Sequence[Text] | None = None, *, n: int = 3) -> Meter:
-    """Share of a text's n-grams of tokens that it holds already, 0 to 1."""
+    """Share of a text's n-grams of tokens that it holds already, 0 to 1.
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
+        n: Tokens in an n-gram.
+    """
 
     def share(tokens: Sequence[int]) -> float:
         grams = _grams(tokens, n)
@@ -113,7 +117,12 @@ def repetition(prompts: Sequence[Text] | None = None, *, n: int = 3) -> Meter:
 
 
 def distinct(prompts: Sequence[Text] | None = None, *, n: int = 2) -> Meter:
-    """Distinct n-grams of tokens over all of a text, 0 to 1 (distinct-n)."""
+    """Distinct n-grams of tokens over all of a text, 0 to 1 (distinct-n).
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
+        n: Tokens in an n-gram.
+    """
 
     def share(tokens: Sequence[int]) -> float:
         grams = _grams(tokens, n)

@@ -1,4 +1,4 @@
-"""Contrast data: what the model should do against what it should not, and where in each text to read it."""
+"""Contrast data: texts of wanted and of unwanted behaviour, and where in each text to read the activation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
+from steerlens.fit.pairs_file import read_texts
 from steerlens.hosts import Host
 
 #: A string, (prompt, completion) as strings or as token ids, chat messages with role and content, or token ids.
@@ -78,30 +79,39 @@ class Pairs:
             raise ValueError(f"read={read!r}; it is one of {', '.join(READINGS)} or an index into a text's tokens")
 
     @classmethod
-    def from_jsonl(
+    def from_file(
         cls,
         path: str | Path,
         *,
-        positive: str = "positive",
-        negative: str = "negative",
+        positive: str | None = None,
+        negative: str | None = None,
         prompt: str | None = None,
-        read: Read = "last",
+        read: Read | None = None,
         prepend_bos: bool | None = None,
     ) -> Pairs:
-        """Pairs from a file of JSON lines, one object a pair.
+        """Pairs from a table in a file: csv (with commas, semicolons or tabs), or JSON lines, one pair a row.
+
+        The first line of a csv names the columns. Known names, case ignored: `positive`, `pos`, `chosen`, `wanted`,
+        `good`, `with`, `yes` and `negative`, `neg`, `rejected`, `unwanted`, `bad`, `without`, `no`; a prompt that both
+        texts complete is `prompt`, `question`, `instruction` or `input`, and a completion that does not begin with a
+        space gets one where the prompt does not end with one. Instead of pairs, a row may hold one `text` (`sentence`,
+        `completion`) and its `label` (`side`, `class`): positive or negative, 1 or 0, true or false. In JSON, a text
+        may also be a list of chat messages. Rows without any text are left out.
 
         Args:
-            path: The file.
-            positive, negative: Names of the fields that hold the two texts.
-            prompt: Name of the field with the prompt that both texts complete; None: they are whole texts.
-            read: As in `Pairs`.
+            path: The file, UTF-8.
+            positive, negative, prompt: Names of the columns, if they are others.
+            read: As in `Pairs`; default: `"completion"` if there are prompts, else `"mean"`.
             prepend_bos: As in `Pairs`.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: it is no such table; the message names the line, or the columns that there are.
         """
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        sides = [
-            [row[side] if prompt is None else (row[prompt], row[side]) for row in rows] for side in (positive, negative)
-        ]
-        return cls(sides[0], sides[1], read=read, prepend_bos=prepend_bos)
+        sides = read_texts(path, positive=positive, negative=negative, prompt=prompt)
+        completed = all(isinstance(text, tuple) for side in sides for text in side)
+        by_default: Read = "completion" if completed else "mean"
+        return cls(*sides, read=by_default if read is None else read, prepend_bos=prepend_bos)
 
     def __len__(self) -> int:
         return min(len(self.positive), len(self.negative))
@@ -198,7 +208,7 @@ def _weights(length: int, prompt: int, where: Read, what: str) -> list[float]:
     if isinstance(where, int):
         position = where if where >= 0 else length + where
         if not 0 <= position < length:
-            raise ValueError(f"read={where} lies outside {what}, which has {length} tokens: in a batch that is a pad")
+            raise ValueError(f"read={where} lies outside {what}, which has {length} tokens")
         chosen = range(position, position + 1)
     elif where == "last":
         chosen = range(length - 1, length)

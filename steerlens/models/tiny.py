@@ -29,11 +29,16 @@ def tiny(
     Args:
         family: `"llama"` (grouped-query attention, gated MLP), `"gemma"` (Gemma 2: norms after each branch too,
             softcaps, sliding window) or `"gpt2"` (LayerNorm, learned positions).
-        host, device: As for `smollm2`.
+        host, dtype, device, processed: As for `smollm2`.
+        n_layers: Number of blocks.
+        d_model: Width of the residual stream, a multiple of 4.
         seed: Of the weights.
 
     Hosts agree to rounding: in float64 to 1e-13 for `"gpt2"`, to 1e-5 for the others, whose RMS norms and rotary angles
     transformers computes in float32 whatever the dtype.
+
+    Raises:
+        ValueError: an unknown family.
 
     The vocabulary is `w0 ... w96`, `<pad>`, `<bos>`, `<eos>`; no BOS is prepended.
     """

@@ -50,7 +50,7 @@ def checks() -> list[Callable[[Case], None]]:
 
 
 def run_check(check: Callable[[Case], None], case: Case) -> None:
-    """Run a check, or assert that a declared exception really fails with its message."""
+    """Run a check on a case, or assert that a declared exception really fails with its message."""
     declared = case.declared.exceptions
     if case.host in declared:
         return _must_fail(case.fit, "the fit", declared[case.host], case)

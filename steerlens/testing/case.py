@@ -189,7 +189,7 @@ def snapshot(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def padding(model: Any, side: str) -> Iterator[None]:
-    """Let the tokenizer pad on one side: HookedTransformer asks it which mask it needs."""
+    """Let a model's tokenizer pad on one side, `"left"` or `"right"`: HookedTransformer asks it which mask it needs."""
     before = model.tokenizer.padding_side
     model.tokenizer.padding_side = side
     try:

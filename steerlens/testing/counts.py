@@ -61,7 +61,7 @@ def count_per_token(generate: Callable[[int], object], *, tokens: int = 4) -> Co
     """Counts of one more generated token, from generations of two lengths: the prompt and what comes once drop out.
 
     Args:
-        generate: Generates as many tokens as it is told to.
+        generate: Generates the number of tokens that it is given.
         tokens: How many more the longer generation has.
     """
     generate(2)  # what is done once for a model
@@ -70,7 +70,12 @@ def count_per_token(generate: Callable[[int], object], *, tokens: int = 4) -> Co
 
 
 def counts_of_steering(case: Case, *, record: Any = None) -> Counts:
-    """Counts per generated token under the case's controller, less those without one; attaching is not counted."""
+    """Counts per generated token under the case's controller, less those without one; attaching is not counted.
+
+    Args:
+        case: Of a method on a host.
+        record: What is recorded meanwhile, see `steer`.
+    """
     ids = torch.tensor([case.prompt])
     plain = count_per_token(lambda tokens: case.generate(ids, tokens))
     with case.steer(record=record):

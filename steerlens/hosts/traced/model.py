@@ -81,10 +81,11 @@ class TracedHost(Anatomy, Host):
         where = backend(self.model, self.remote, self.timeout_s) if self.remote else None
         if where is None:
             self.need_weights("running the model", ", or run it on a server: steerlens.remote(model)")
-        ids = ids.to(self.device)
+        # the block names the model alone: what it names is sent to a server, and a host holds more than can be sent
+        model, ids = self.model, ids.to(self.device)
         mask = torch.ones_like(ids) if mask is None else mask.to(self.device)
-        with self.model.trace({"input_ids": ids, "attention_mask": mask}, backend=where):
-            logits = self.model.output.logits.save()
+        with model.trace({"input_ids": ids, "attention_mask": mask}, backend=where):
+            logits = model.output.logits.save()
         return logits  # noqa: RET504 (bound by the trace)
 
     def sample(self, ids: Tensor, count: int, *, temperature: float) -> Tensor:
