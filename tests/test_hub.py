@@ -148,9 +148,7 @@ def test_downloads_are_checked_as_files_are(hub, tmp_path):
     data[-1] ^= 1
     hub.put("you/altered", controller__safetensors=bytes(data))
     hub.put("you/pickle", controller__safetensors=b"cos\nmkdir\n(S'evil'\ntR.")
-    with pytest.raises(
-        ValueError, match=r"^controller.safetensors of you/altered was not loaded: its content is not what was saved"
-    ):
+    with pytest.raises(ValueError, match=r"^controller.safetensors of you/altered was not loaded: its content is not"):
         sl.Controller.from_hub("you/altered")
     with pytest.raises(ValueError, match=r"of you/pickle was not loaded: it is no safetensors file"):
         sl.Controller.from_hub("you/pickle")
