@@ -20,8 +20,7 @@ class Companion:
     """Abstract: runs the model beside a steered forward pass, on the same tokens and unsteered. A host makes it."""
 
     def note(self) -> None:
-        """Keep the tokens of the pass that begins, for a prompt that a later one completes."""
-        raise NotImplementedError
+        """Keep the tokens of the pass that begins, for a prompt that a later one completes; nothing by default."""
 
     def states(self, sites: Ordered[Site], *, goes_on: bool) -> dict[Site, Tensor]:
         """The unsteered states of the pass that begins, or of its whole sequence so far, `[batch pos ...]` each.
