@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from steerlens.cli.catalogue import method_table, write_table
 from steerlens.cli.options import known_method
 from steerlens.fit.card import NEEDS
 from steerlens.fit.method import exported
+from steerlens.sharing.citations import arxiv_number, bibtex
 
 AS_JSON = typer.Option(False, "--json", help="Print the answer as JSON.")
 
@@ -58,11 +58,12 @@ def cite_command(
 ) -> None:
     """Print the papers of the methods that you used as BibTeX."""
     sources = {name: known_method(name).source for name in names or exported(methods)}
-    entries = bibtex()
-    numbers = {name: re.findall(r"arXiv (\d{4}\.\d{5})", source)[0] for name, source in sources.items()}
+    numbers = {name: arxiv_number(source) or name for name, source in sources.items()}
+    # a method of one's own is not in the file of entries
+    entries = {number: _plain_entry(name, sources[name]) for name, number in numbers.items()} | bibtex()
     if as_json:
         found = [
-            {"method": name, "arxiv": numbers[name], "bibtex": entries[numbers[name]], "notes": source}
+            {"method": name, "arxiv": arxiv_number(source), "bibtex": entries[numbers[name]], "notes": source}
             for name, source in sources.items()
         ]
         typer.echo(json.dumps(found))
@@ -74,12 +75,6 @@ def cite_command(
             typer.echo(f"% {used}\n{entries[number]}\n")
 
 
-def bibtex() -> dict[str, str]:
-    """The entry of each paper that a method comes from, by its number at arXiv."""
-    entries = _data("methods.bib").strip().split("\n\n")
-    return {re.findall(r"eprint = \{(.*?)\}", entry)[0]: entry for entry in entries}
-
-
 def _data(name: str) -> str:
     return files("steerlens").joinpath("data", name).read_text(encoding="utf-8")
 
@@ -89,3 +84,10 @@ def _table(page: str) -> list[dict[str, str]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     names = [name.strip("`") for name in rows[0]]
     return [dict(zip(names, row, strict=False)) for row in rows[2:]]
+
+
+def _plain_entry(name: str, source: str) -> str:
+    """An entry made of a method's docstring, whose source names the authors."""
+    number = arxiv_number(source)
+    arxiv = f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n" if number else ""
+    return f"@misc{{{name},\n{arxiv}  note = {{{source}}}\n}}"

@@ -112,7 +112,9 @@ def check_saves_and_loads(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "controller.safetensors"
         case.controller.save(path)
-        loaded = Controller.load(path)
+        # those of steerlens are found by name; a method of one's own brings its laws
+        laws = {type(loop.law) for loop in case.controller.loops}
+        loaded = Controller.load(path, laws=[law for law in laws if not law.__module__.startswith("steerlens.")])
     _assert_same(case.controller, loaded, "the loaded controller")
     ids = torch.tensor([case.prompt])
     with case.steer():
