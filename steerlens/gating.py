@@ -48,7 +48,7 @@ def gate(
         threshold: b, in activation units.
 
     Returns:
-        What `when` takes. Its `condition` is a `Side`, its summary says which layer was chosen.
+        What `when` takes. Its `condition` is a `Side`; its summary names the chosen layer.
 
     Raises:
         TypeError: data that are not `Pairs`.
@@ -71,7 +71,7 @@ def when(controller: Controller, *gates: Gate) -> Controller:
 
     Decided row by row on the unsteered prompt, and kept while tokens are generated. In addition to the signals of its
     method each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured, the second
-    `score` as `score2`; for an inverted gate what the gate itself measured.
+    `score` as `score2`; an inverted gate reports the measurement before the inversion.
 
     Raises:
         TypeError: not a controller, or something that is not a gate.

@@ -1,4 +1,4 @@
-"""Attach a controller to a model, and take it off again."""
+"""Attach a controller to a model, and remove it again."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def steer(
         TypeError: not a controller, or a model of no known library.
         ValueError: a layer, point or width the model does not have; a model other than the controller's, unless
             `trust`; an unknown `where` or `record`; a law that does not return what it declares, holds a NaN, or adds
-            more than the model's dtype can hold. Nothing has been attached then.
+            more than the model's dtype can hold. In all these cases nothing is attached.
     """
     host = host_of(model)
     options: dict[str, Any] = {"where": where, "strength": strength, "record": record, "trust": trust}
@@ -108,17 +108,17 @@ class Apply:
             tokens = tracer.result.save()
         run.record
 
-    Called first in its block, it steers every forward pass of that trace or generation, of the rows of its invoke
-    where it is called in one, and the block reads steered values at every layer. `with steer(model, controller)`
-    does the same for all calls inside it; `apply` gives each trace or each invoke a controller of its own.
+    Call it first in the block. It steers every forward pass of that trace or generation; inside an invoke, only the
+    rows of that invoke. The block reads steered values at every layer. `with steer(model, controller)` does the same
+    for all calls inside it; `apply` gives each trace or each invoke a controller of its own.
 
     Args:
         model: The nnsight model that is traced.
         controller, where, strength, record, trust: As in `steer`.
-        prompt_lengths: Of texts that are more than a prompt, as in `Run.scoring`.
+        prompt_lengths: Lengths of the prompts if the texts go on after them, as in `Run.scoring`.
 
     Returns:
-        An `Applied`: its `record` is there when the block has ended, on the client too.
+        An `Applied`. Its `record` is complete when the block has ended, on the client too.
 
     Raises:
         TypeError, ValueError: as `steer`, at the server in a remote block.
@@ -154,7 +154,7 @@ class Apply:
         return apply_here(_prepare, host.model, controller, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What stands for it on a server: functions that travel."""
+        """It is pickled as functions, which can be sent to a server."""
         from steerlens.hosts.traced.explicit import apply_here
 
         return partial, (apply_here, _prepare)
@@ -200,14 +200,14 @@ class Run:
 
     @contextmanager
     def scoring(self, prompt_lengths: PromptLengths) -> Iterator[None]:
-        """Say where the prompts end in the forward passes inside, which are given more than a prompt:
+        """Declare where the prompts end, for forward passes over prompts together with their answers:
 
             with run.scoring([7, 5]):
                 logits = model(prompts_and_answers, attention_mask=mask)
 
-        Every `where`, gate, schedule, tangent and signal then means what it means while the rest is generated, so that
-        scored log-probabilities are those of the generation. Without it, all tokens of a pass are its prompt. Calls of
-        `generate` know their prompts by themselves.
+        Then `where`, gates, schedules, tangents and signals mean what they mean while the answers are generated, so
+        that scored log-probabilities equal those of the generation. Without it, all tokens of a pass count as prompt.
+        `generate` does not need it.
 
         Args:
             prompt_lengths: Real tokens of the prompt, BOS included, one number for all rows or one for each row of the
@@ -215,7 +215,7 @@ class Run:
 
         Raises:
             TypeError: lengths that are not whole numbers.
-            ValueError: a length below 1; in a pass: another number of lengths than of rows.
+            ValueError: a length below 1; in a pass, a number of lengths that is not the number of rows.
         """
         self._pass.score(check_lengths(prompt_lengths))
         try:
@@ -224,12 +224,12 @@ class Run:
             self._pass.score(None)
 
     def remove(self) -> None:
-        """Take the controller off; a second call does nothing."""
+        """Remove the controller; a second call does nothing."""
         self._attachment.detach()
         self._removed = True
 
     def to_cache(self) -> Cache:
-        """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
+        """The record as a TransformerLens `ActivationCache`; TransformerLens must be installed."""
         return self.record.to_cache(self._host.model)
 
     def plot(self) -> Figure:

@@ -207,7 +207,7 @@ def raw(path, table, data=b""):
         (b'{"a": NaN}', "the number NaN"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "the number 1000"),
         ({}, "has no steerlens header"),
-        ({"__metadata__": {"steerlens": 3}}, "its metadata are not texts"),
+        ({"__metadata__": {"steerlens": 3}}, "its metadata are not strings"),
         ({"__metadata__": {"steerlens": "[" * 100_000}}, "its header is nested too deeply"),
         ({"__metadata__": {"steerlens": "[]"}}, "its header is no JSON object"),
         ({"__metadata__": {"steerlens": '{"format": 4}'}}, "has format 4, this version of steerlens reads formats 2"),

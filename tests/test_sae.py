@@ -34,7 +34,7 @@ def test_the_sensor_reads_what_the_autoencoder_encodes(kind):
     expected = sae.encode(x)[:, [3, 7]].detach()
     assert (expected > 0).any()
     assert (expected == 0).any()
-    torch.testing.assert_close(setpoint.reading(setpoint.preactivation(x)), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(setpoint.activation(setpoint.preactivation(x)), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("along", ["decoder", "encoder"])

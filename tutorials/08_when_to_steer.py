@@ -1,78 +1,118 @@
 # %% [markdown]
-# # When to steer: gates and schedules
+# # 8. When to steer: tokens, gates, schedules
 #
-# The ten exchanges of tutorial 03, on SmolLM2-135M: one row of a batch is steered, the other left alone, and the
-# control fades while tokens are generated. Under a minute on one core; no GPU.
-#
-# Should every guest be treated alike? `gate` fits a condition on prompts, here six complaints against six questions,
-# and `when` makes any controller wait for it. Each row of a batch has a decision of its own, made on its unsteered
-# prompt. The controller is `cold_kernel`, at twice the default eta and, other than in the paper, on the generated
-# tokens too, so that there is something to see while decoding.
+# **You will see** which tokens each value of `where` steers, one row of a batch steered while the other is left alone,
+# and a control that fades while tokens are generated, on SmolLM2-135M. **Time:** under a minute on two cores; no GPU.
 
 # %%
 import plotly.graph_objects as go
 import torch
-from clerk import EXCHANGES, UNSEEN, pairs_of
 
 import steerlens as sl
 from steerlens.models import smollm2
 
-torch.set_num_threads(1)
 model = smollm2()
-
-# %%
-prompts = [prompt for prompt, _, _ in EXCHANGES] + [
-    "Guest: The lift is broken again.\nClerk:",
-    "Guest: My tea has gone cold.\nClerk:",
-]
-complaints = [prompt for prompt in prompts if "?" not in prompt]
-questions = [prompt for prompt in prompts if "?" in prompt]
-complains = sl.gate(model, sl.Pairs(complaints, questions), gate_layers=range(14))
-print(f"{len(complaints)} complaints, {len(questions)} questions; decides at {complains.summaries[0].site}")
-
-steady = sl.cold_kernel(model, pairs_of(EXCHANGES), layers=14, eta=0.2, where="last")
-gated = sl.when(steady, complains)
-with sl.steer(model, gated) as run, torch.no_grad():
-    for prompt, _, _ in UNSEEN:
-        model(prompt)
-        gate, score = (float(run.record.stack(signal)[0, 0, -1]) for signal in ("gate", "score"))
-        print(f"{prompt.splitlines()[0]:36} score {score:+5.1f}, gate {gate:.0f}")
+ocean = sl.caa(model, sl.shipped("ocean", split="dev", read="mean"), layers=15) * 1.5
 
 # %% [markdown]
-# All four held-out prompts are told apart. Whether the gate has learnt about complaints or about question marks,
-# these prompts cannot say: the two go together in all of them.
+# ## Which tokens
 #
-# Now a complaint and a question in one batch. `schedule` multiplies the control by a factor for each generated token.
+# The same controller at other tokens is `controller.at(...)`. Position 0 is left alone by every name, since many models
+# keep an activation a hundred times larger there. Positions are followed over a whole generation, so they mean the same
+# with and without a KV cache.
 
 # %%
-batch = [UNSEEN[1][0], UNSEEN[2][0]]
-fading = sl.schedule(gated, [1, 1, 1, 0.5, 0.25, 0])
-answers, norms = {"unsteered": model.generate(batch, max_new_tokens=10, do_sample=False, verbose=False)}, {}
-for name, controller in {"steered": steady, "gated": gated, "gated, fading": fading}.items():
-    with sl.steer(model, controller) as run:
-        answers[name] = model.generate(batch, max_new_tokens=10, do_sample=False, verbose=False)
-    norms[name] = run.record.stack("u_norm")[0]
-for row, prompt in enumerate(batch):
-    print(prompt.splitlines()[0])
-    for name, texts_out in answers.items():
-        print(f"    {name:14}", texts_out[row].removeprefix(prompt).replace("\n", " "))
-print("the closed row equals the unsteered one:", answers["gated"][1] == answers["unsteered"][1])
+prompt = "The letter that came this morning"
+places = {"last": "last", "generated": "generated", "prompt": "prompt", "all": "all", "slice(2, 5)": slice(2, 5)}
+rows, texts = [], []
+for where in places.values():
+    with sl.steer(model, ocean.at(where)) as run:
+        texts.append(model.generate(prompt, max_new_tokens=8, do_sample=False, verbose=False))
+    rows.append((run.record.layers("u_norm")[15][0].nan_to_num() > 0).float().tolist())
+written = [f"generated {number}" for number in range(1, 8)]
+tokens = [f"{index} {token}" for index, token in enumerate(model.to_str_tokens(prompt) + written)]
+figure = go.Figure(go.Heatmap(z=rows, x=tokens, y=list(places), xgap=2, ygap=2, colorscale="Blues", showscale=False))
+figure.update_xaxes(title_text="token")
+figure.update_yaxes(title_text="where", autorange="reversed", automargin=True)
+figure.update_layout(template="simple_white", width=900, height=420, title="Steered tokens are dark")
 
 # %%
-figure = go.Figure()
-for name, dash in {"gated": "solid", "gated, fading": "dot"}.items():
-    for row, colour in enumerate(["#d62728", "#1f77b4"]):
-        last_prompt = norms[name].shape[1] - 10
-        x = [i - last_prompt for i in range(norms[name].shape[1])]
-        label = f"{name}: {batch[row].splitlines()[0]}"
-        figure.add_scatter(
-            x=x, y=norms[name][row], name=label, mode="lines+markers", line={"dash": dash, "color": colour}
-        )
-figure.update_xaxes(title_text="token (0 is the last of the prompt)")
-figure.update_yaxes(title_text="|u| (activation units)")
-figure.update_layout(title="A gate and a schedule, two rows of a batch", template="simple_white", width=900, height=400)
+for where, text in zip(places, texts, strict=True):
+    print(f"{where:12} {text}")
 
 # %% [markdown]
-# The decision was made at the prompt and holds for the generation; the closed row has no control at all, and its text
-# is the unsteered one. The fading control is gone after five tokens. Note that the steered clerk is not a more polite
-# clerk in any sense that two greedy lines could show.
+# `"last"`, the default, is the last token of the prompt and every token after it. The last token that is generated is
+# never read, so it is not in the picture.
+#
+# ## Which prompts: a gate
+#
+# `gate` fits a condition on prompts, here complaints against questions, and `when` makes any controller wait for it:
+#
+# $$\text{open} \iff \langle x, s\rangle > b, \qquad s = \frac{\bar x_+ - \bar x_-}{|\bar x_+ - \bar x_-|}$$
+#
+# with $x$ the mean activation over the prompt, unsteered, and $b$ half way between the two means. `gate_layers` keeps it
+# before the layer that is steered; otherwise it would cost a second pass over each prompt.
+
+# %%
+complaints = [
+    "My parcel is late again.",
+    "This bill is wrong.",
+    "These shoes are too small.",
+    "My room is far too cold.",
+    "The lift is broken.",
+    "My tea has gone cold.",
+]
+questions = [
+    "Where is the milk?",
+    "Can you wrap this book?",
+    "Is this seat taken?",
+    "When do you close today?",
+    "Which train goes south?",
+    "Do you have a free table?",
+]
+complains = sl.gate(model, sl.Pairs(complaints, questions), gate_layers=range(14))
+gated = sl.when(ocean, complains)
+for text in (
+    "This clock has stopped.",
+    "Is there milk in the soup?",
+    "My umbrella is gone.",
+    "May I try on this jacket?",
+):
+    with sl.steer(model, gated) as run, torch.no_grad():
+        model(text)
+    score, opened = (float(run.record.stack(signal)[0, 0, -1]) for signal in ("score", "gate"))
+    print(f"{text:30} score {score:+6.2f}, gate {opened:.0f}")
+
+# %% [markdown]
+# These four were not fitted on. Whether the gate has learnt about complaints or about question marks they cannot say: the
+# two go together in all of them.
+#
+# ## Over a generation: a schedule
+#
+# `schedule` multiplies the control by a factor for each generated token. Here a complaint and a question in one batch,
+# through the gate, and a control that fades.
+
+# %%
+batch = ["The clock in my room has stopped.", "Is there any milk in the soup?"]
+fading = sl.schedule(gated, [1, 1, 1, 0.75, 0.5, 0.25, 0])
+figure, colours = go.Figure(), ["#d62728", "#1f77b4"]
+plain = model.generate(batch, max_new_tokens=12, do_sample=False, verbose=False)
+for name, controller, dash in (("gated", gated, "solid"), ("gated and fading", fading, "dot")):
+    with sl.steer(model, controller) as run:
+        answers = model.generate(batch, max_new_tokens=12, do_sample=False, verbose=False)
+    print(f"{name}: the closed row is the unsteered one: {answers[1] == plain[1]}; the other: {answers[0]!r}")
+    for row, values in enumerate(run.record.layers("u_norm")[15][:, -12:].tolist()):
+        figure.add_scatter(y=values, name=f"{name}: {batch[row]}", line={"dash": dash, "color": colours[row]})
+figure.update_xaxes(title_text="token (0: the last of the prompt)")
+figure.update_yaxes(title_text="|u| (activation units)")
+figure.update_layout(template="simple_white", width=900, height=420, title="A gate and a schedule, two rows of a batch")
+figure.update_layout(legend={"orientation": "h", "y": -0.3})
+
+# %% [markdown]
+# The decision was made at the prompt and holds for the generation. Each row of a batch has its own.
+#
+# ## What was not shown
+#
+# How good a gate is: six prompts a side and four to look at are no test; measure false openings on prompts of your own
+# kind. More about positions, chats, scoring and decoding loops of your own is in
+# [Which tokens are steered](../docs/which_tokens.md).

@@ -13,7 +13,12 @@ from pictures import figures
 
 LINES = 150
 #: Modules of the library that a tutorial may import from. A reproduction may reach deeper.
-PUBLIC = {"steerlens", *(f"steerlens.{name}" for name in ("diagnose", "evaluate", "models", "sae", "testing"))}
+#: The last three are for methods of one's own.
+PUBLIC = {
+    "steerlens",
+    *(f"steerlens.{name}" for name in ("diagnose", "evaluate", "models", "sae", "testing")),
+    *(f"steerlens.fit.{name}" for name in ("card", "method", "reading")),
+}
 BEGINNING = ("**You will see", "**Time:")
 ENDING = "## What was not shown"
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)[^)]*\)")

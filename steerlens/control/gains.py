@@ -1,4 +1,4 @@
-"""What `lqr` keeps of a regulator's solution, solved here or beside the weights on a server."""
+"""What `lqr` keeps of a regulator's solution, solved here or on the server that has the weights."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def gains_for(
     Args:
         host: Of the model; a `steerlens.remote` one computes on its server.
         tokens: Token ids of the texts to linearise on.
-        linearization: Jacobians to use in place of the texts.
+        linearization: Jacobians to use instead of the texts.
         solver, weights, controlled, bases, keep, progress: As for `gains_of`.
 
     Raises:
-        ValueError: K itself is asked of a server.
+        ValueError: K itself is requested from a server.
         UntrustedError: the server keeps requests apart from the weights, and the solver needs them.
     """
     if linearization is not None:
@@ -138,7 +138,7 @@ def gains_beside(
 
 
 class Tangents(Plant):
-    """Tangents of known directions by central differences, the mean over some texts: all that the scalar solver asks.
+    """Tangents of known directions by central differences, the mean over some texts: all that the scalar solver needs.
 
     Args:
         host: Takes the differences.

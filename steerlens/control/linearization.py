@@ -11,6 +11,7 @@ from torch import Tensor
 from steerlens.core.tensorfile import check_fingerprint, read, write
 from steerlens.core.types import Json
 from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.progress import bar
 from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.types import Model
@@ -157,7 +158,7 @@ def linearize(
 class Blocks(Plant):
     """The model's own blocks as a plant: nothing is kept but states and caches, every product runs a block again.
 
-    Travels: a server that trusts its users makes one beside the weights.
+    It can be sent to a server that trusts its users.
 
     Args:
         host: Of the model, or the anatomy of an nnsight model that has its weights.
@@ -227,14 +228,7 @@ class Blocks(Plant):
 
 def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     """Blocks from the last one to `first`, under a progress bar."""
-    layers = range(len(plant) - 1, first - 1, -1)
-    if progress:
-        # not at the top: in a notebook it is a class that a server lacks
-        from tqdm.auto import tqdm
-
-        yield from tqdm(layers, desc="linearising blocks")
-    else:
-        yield from layers
+    yield from bar(range(len(plant) - 1, first - 1, -1), desc="linearising blocks", progress=progress)
 
 
 def check_texts(tokens: Sequence[Sequence[int]]) -> None:

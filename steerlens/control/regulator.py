@@ -21,7 +21,7 @@ SOLVERS = {
 
 
 class Weights:
-    """Weights of the cost `sum_t q_t |x_t|^2 + r_t |u_t|^2 + qf |x_T|^2`, or of squared features in place of |x|^2.
+    """Weights of the cost `sum_t q_t |x_t|^2 + r_t |u_t|^2 + qf |x_T|^2`, or of squared features instead of |x|^2.
 
     Args:
         q, r: One number, or one for each layer. A number must be positive; of a q for each layer, some may be 0.

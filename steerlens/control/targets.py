@@ -54,7 +54,7 @@ class Targets:
         )
 
     def asks(self, t: int) -> bool:
-        """Whether the texts differ before block t: where they do not, there is no direction to steer along."""
+        """Whether the texts differ before block t: if they do not, there is no direction to steer along."""
         return bool(self.mu[t].any())
 
     def levels(self, t: int) -> Tensor:

@@ -37,7 +37,7 @@ class Companion:
 
 
 class Aside:
-    """Summaries, decisions, references, tangents of one sequence; a companion is asked for what the pass cannot tell.
+    """Summaries, decisions, references, tangents of one sequence; a companion computes those that the pass lacks.
 
     Args:
         loops: Of the pass.
@@ -202,7 +202,7 @@ def _after_prompt(loop: Loop) -> bool:
 def _required(companion: Companion | None) -> Companion:
     if companion is None:
         raise RuntimeError(
-            "a loop needs a second forward pass beside the steered one, which cannot be run here: a server runs it "
-            "for trusted requests only"
+            "a loop needs a second forward pass in addition to the steered one, which cannot be run here: a server "
+            "runs it for trusted requests only"
         )
     return companion

@@ -181,7 +181,7 @@ class _Unpacker:
                 return _slice(held, what)
             if form == "tuple" and isinstance(held, list):
                 return tuple(self.unpack(held, what, depth + 1))
-        raise ValueError(f"{what} is written in no form that is known")
+        raise ValueError(f"{what} is in no known form")
 
     def _unwrap(self, entry: Any, what: str, depth: int) -> Any:
         """One value of format 2."""
@@ -192,7 +192,7 @@ class _Unpacker:
             return [self._unwrap(item, f"{what}.{index}", depth + 1) for index, item in enumerate(entry["list"])]
         elif isinstance(entry, dict) and not set(entry) & {"tuple", "site"}:
             return self.unpack(entry, what, depth)
-        raise ValueError(f"{what} is written in no form that is known")
+        raise ValueError(f"{what} is in no known form")
 
     def _part(self, name: Any, state: Any, what: str, depth: int) -> Part:
         if not isinstance(name, str) or not isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""What a loop does: setpoints measure an error, laws turn a state into a control, a loop says where."""
+"""What a loop does: setpoints measure an error, laws turn a state into a control, a loop connects them to sites."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def finite(name: str, value: Any) -> float:
 class Setpoint(Part):
     """Abstract: where the state should be.
 
-    A setpoint speaks in coordinates `c` on a small basis, so that a gain can be applied to `m` numbers instead of `d`:
+    A setpoint works in coordinates `c` on a small basis, so that a gain can be applied to `m` numbers instead of `d`:
 
         e = r - x = c @ basis,   basis: [m d], rows of unit norm
 
@@ -102,7 +102,7 @@ class Law(Part):
                 return u.clamp(-self.most, self.most), signals
 
     Attributes:
-        signals: Names of what `act` reports in addition to the control: its signals' names, no more and no fewer.
+        signals: Names of the signals that `act` returns in addition to the control, exactly these.
         vectors: Those of them that have more than one number per token.
     """
 
@@ -143,7 +143,7 @@ class Loop:
             steering, which a second pass of the model computes; see `steerlens.laws.relative`.
 
     Raises:
-        TypeError: `law` is not a law (a class of laws is none), or the strength is not a number.
+        TypeError: `law` is not an instance of a law, or the strength is not a number.
         ValueError: it would sense after it acts; no such site; an illegal name; a strength that is not finite.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Ambassador:
-    """Stands for steerlens where it is not installed: has `apply`, and tells what to do for anything else.
+    """Replaces steerlens on a server, which does not have it: any name but `apply` raises an error with advice.
 
     Args:
         apply: `steerlens.apply`, as it travels.

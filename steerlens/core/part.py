@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Part:
-    """Marks what a controller is made of: objects whose attributes are tensors, plain values, lists or other parts.
+    """Base class of what a controller is made of: objects whose attributes are tensors, plain values, lists or parts.
 
     Parts are moved, saved, loaded and sent to a server by walking their attributes (`map_tensors`), so a part needs no
     code of its own for that, and may hold nothing else. Files hold the attributes that the constructor assigns, or that

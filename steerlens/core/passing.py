@@ -159,10 +159,10 @@ class Pass:
 
         Args:
             x: The state there, `[batch pos ...]`.
-            carrier: The tensor to which the control is added where that is not `x` itself.
+            carrier: The tensor to which the control is added, if that is not `x` itself.
 
         Returns:
-            `carrier + u`, in its dtype; the same object where nothing acts, as at sites not in `sites`.
+            `carrier + u`, in its dtype; the same object if nothing acts, as at sites that are not in `sites`.
 
         Raises:
             RuntimeError: a site comes twice in one pass. What is known of its tokens would be wrong.

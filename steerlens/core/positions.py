@@ -88,7 +88,7 @@ class Positions:
             True if the prompt is another one than before this pass.
 
         Raises:
-            ValueError: a mask of another number of dimensions; as many lengths as there are not rows.
+            ValueError: a mask that is not 2-d; a number of lengths that is not the number of rows.
         """
         batch, length = shape
         if mask is not None and mask.ndim != 2:
@@ -162,7 +162,7 @@ class Positions:
             self._mask = self._mask[:, :column]
 
     def rows(self, index: Tensor) -> None:
-        """Take other rows, `[new batch]`, in the place of those that were there."""
+        """Replace the rows by others, `[new batch]` indices of the present ones."""
         self.batch = len(index)
         for name in ("_mask", "_index", "index", "prompt"):
             value = getattr(self, name)

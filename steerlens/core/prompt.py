@@ -1,4 +1,4 @@
-"""What a loop may know of the prompt, and what may weigh its control: summaries, gates, schedules."""
+"""What a loop may know of the prompt, and what may scale its control: summaries, gates, schedules."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Summary(Part):
 
         mean: (1/n) sum_t x_t        rms: sqrt((1/n) sum_t x_t^2), element by element
 
-    Unsteered: where a loop of the same run acts before the site, or another run is attached, the state comes from a
-    pass of its own over the prompt. A prompt that has none of the tokens asked for, as one of a single token has none
-    but that at position 0, counts as zero.
+    Unsteered: if a loop of the same run acts before the site, or another run is attached, the state comes from an
+    additional, unsteered pass over the prompt. If a prompt has none of the tokens that `where` selects, its summary
+    is zero; so it is for a prompt of one token, since position 0 is left out.
 
     Args:
         site: Where the state is.
@@ -75,7 +75,7 @@ class Condition(Part):
     A subclass is final, holds tensors and numbers only, and defines `decide`.
 
     Attributes:
-        signals: Names that `decide` returns besides the gate.
+        signals: Names of the signals that `decide` returns in addition to the gate.
     """
 
     signals: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Gate(Part):
     Args:
         condition: Decides.
         summaries: What it reads, in its order.
-        inverted: Open where the condition is not met.
+        inverted: Open if the condition is not met.
     """
 
     def __init__(self, condition: Condition, summaries: Sequence[Summary], inverted: bool = False):
@@ -103,7 +103,7 @@ class Gate(Part):
         return Gate(self.condition, self.summaries, not self.inverted)
 
     def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As its condition, turned round where it is inverted."""
+        """The condition's decision, inverted if the gate is."""
         opened, signals = self.condition.decide(pooled)
         return (1 - opened if self.inverted else opened), signals
 
@@ -123,7 +123,7 @@ class Schedule(Part):
         self.validate()
 
     def validate(self) -> None:
-        """There is a factor."""
+        """There is at least one factor."""
         if self.factors.ndim != 1 or not len(self.factors):
             raise ValueError(f"factors has shape {list(self.factors.shape)}; give at least one number, [step]")
 

@@ -63,11 +63,11 @@ class Record(Mapping[str, Tensor]):
 
     One column per token of the sequence, in its order, and one row per text: a generation's columns are the prompt and
     every generated token that went through the model, whether or not a KV cache was used, its rows those of what it
-    returns. A column that is computed again is written again, and one that the model takes back is dropped. A scalar is
-    NaN, and a control zero, at tokens that were not steered.
+    returns. A column that is computed again is overwritten; one that the model discards (assisted generation) is
+    dropped. A scalar is NaN, and a control zero, at tokens that were not steered.
 
     Attributes:
-        held: What is recorded, under `"now"`, see `blank`. One dict for good, so that a server can fill the very object
+        held: What is recorded, under `"now"`, see `blank`. Always the same dict, so that a server can fill the object
             that is sent to it and send it back.
     """
 
@@ -75,7 +75,7 @@ class Record(Mapping[str, Tensor]):
         self.held: Store = {"now": blank()}
 
     def show(self, store: Store) -> None:
-        """Be the record of another sequence."""
+        """Show another sequence from now on."""
         self.held["now"] = store
 
     @property
@@ -166,7 +166,7 @@ class Record(Mapping[str, Tensor]):
         """A TransformerLens `ActivationCache` with the same names, for `stack_activation` and the like.
 
         Args:
-            model: The steered model, for what the cache projects on weights; without it only its layers are known.
+            model: The steered model; the cache needs it for its methods that project on weights.
 
         Raises:
             ImportError: TransformerLens is not installed.

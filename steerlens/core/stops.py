@@ -1,4 +1,4 @@
-"""What a pass does at each of its sites, worked out before the first token: every token comes by every site."""
+"""What a pass does at each of its sites, worked out before the first token, since every token passes every site."""
 
 from __future__ import annotations
 

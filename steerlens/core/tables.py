@@ -12,7 +12,7 @@ from steerlens.core.sites import POINTS
 
 #: What keeps a second run's names apart.
 _RUN = re.compile(r"^run\d+_")
-#: What shows a record with a library that this room does not know, by name; the rooms that know it enter themselves.
+#: Views of a record that need another part of steerlens, by name; that part registers them here.
 VIEWS: dict[str, Callable[..., Any]] = {}
 
 

@@ -91,14 +91,14 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
 
     Raises:
         OSError: it cannot be read.
-        ValueError: not such a file, or one that was damaged or altered; the message says what was found.
+        ValueError: not such a file, or one that was damaged or altered; the message names what was found.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         table, start = _table(file, size)
         metadata = table.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are not texts")
+            raise ValueError("its metadata are not strings")
         text = metadata.get(HEADER)
         if text is None:
             text, held = _of_format_2(metadata, kind)
@@ -229,7 +229,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_whole(path: str | Path, pieces: Iterable[Any]) -> None:
-    """Write bytes beside the file and put the whole in its place: it is there complete, or as it was before.
+    """Write bytes to a temporary file, then replace the file: it is there complete, or as it was before.
 
     Raises:
         OSError: it cannot be written there. Nothing is left behind.

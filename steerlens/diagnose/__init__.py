@@ -1,4 +1,4 @@
-"""Can the feedback be trusted, and what did it do? Linearity, tracking, gains; whose control it was, through what."""
+"""Diagnosis: whether the feedback can be trusted, which control caused an effect, and which components carry it."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Attribution:
     def interaction(self) -> float:
         """What the parts do not add up to: `total` minus the sum of `effect`.
 
-        Positive where controls replace one another (each alone can be missed), negative where they need one another.
+        Positive if controls can replace one another (each alone is dispensable), negative if they need one another.
         """
         return self.total - float(self.effect.sum())
 
@@ -80,7 +80,7 @@ class Attribution:
         return frame(columns, "part")
 
     def plot(self) -> Figure:
-        """Exact effect and its estimate side by side, a plotly figure."""
+        """Exact effect and its estimate next to each other, a plotly figure."""
         objects, _ = load_plotly()
         figure = objects.Figure()
         for name, values in (("leaving it out", self.effect), ("gradient", self.estimate)):
@@ -130,10 +130,10 @@ def attribute(
     with the gradient at fixed later controls it would estimate another experiment, which `others="held"` does.
 
     The estimate is good for controls that are small at their layer, as those of feedback at all layers are. For few and
-    strong ones it may not be: `correlation` says so, and `effects` need no assumption.
+    strong ones it may be poor: check `correlation`; `effects` need no assumption.
 
-    A loop that is left out still measures, and laws with memory still remember its measurement: as when its `u` is
-    patched to zero.
+    A loop that is left out still measures, and laws with memory still use its measurement, as if its `u` were patched
+    to zero.
 
     Args:
         model: TransformerBridge, HookedTransformer or local nnsight model.
@@ -141,9 +141,9 @@ def attribute(
         metric: From the logits of one prompt `[1 pos vocab]` to one number, as `logit_difference(model, " good",
             " bad")`; or a list of such, one a prompt.
         prompts: Texts, each run alone, so that no pad is involved.
-        by: `"layer"`, or `"loop"` where several loops act at one layer.
+        by: `"layer"`, or `"loop"` if several loops act at one layer.
         others: `"react"`, or `"held"`: every other control stays as it was in the steered pass.
-        exact: Also leave one out; otherwise one forward and one backward pass a prompt is all.
+        exact: Also leave one out; otherwise there is only one forward and one backward pass per prompt.
         batch: Rows of a forward pass; each leaves out another part.
         trust: As in `steer`.
         prepend_bos: As in `Pairs`.
@@ -185,7 +185,7 @@ def listed(prompts: Sequence[Text]) -> list[Text]:
     """The prompts as a list.
 
     Raises:
-        ValueError: there is none, or one text was given in the place of a list.
+        ValueError: there is none, or one text was given instead of a list.
     """
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts={prompts!r}; give a list with at least one text")

@@ -1,4 +1,4 @@
-"""How far a loop can stray from its linear prediction, given how curved the blocks are."""
+"""How far a loop can deviate from its linear prediction, given the curvature of the blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Lyapunov:
     One step shrinks its norm strictly, `|A_t d|_{t+1}^2 = |d|_t^2 - |d|^2`, whatever the plant: the weights look ahead.
 
     Args:
-        loop: A_t of the closed loop, `[d d]` each, float64 where the device has it.
+        loop: A_t of the closed loop, `[d d]` each, float64 if the device has it.
 
     Attributes:
         factors: Lower Cholesky factors C_t of P_t, one more than there are steps; `|d|_t = |C_t' d|`.
@@ -76,8 +76,8 @@ def tracking_bound(transitions: Tensor, curvature: Tensor, deviation: Tensor, in
 
         |d_k|_k <= |Phi(k, 0)| |d_0|_0 + sum_{i<k} |Phi(k, i+1)| (L_i / 2) |d_i|_i^2
 
-    It holds where `|d_{i+1} - A_i d_i|_{i+1} <= (L_i / 2) |d_i|_i^2`, A_i the closed loop. It is an a posteriori bound:
-    it needs the deviations that occurred.
+    It holds if `|d_{i+1} - A_i d_i|_{i+1} <= (L_i / 2) |d_i|_i^2`, A_i the closed loop. It is an a posteriori bound: it
+    needs the deviations that occurred.
 
     Args:
         transitions: From `Lyapunov.transitions`, `[T+1 T+1]`.

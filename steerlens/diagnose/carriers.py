@@ -42,10 +42,10 @@ def carriers(
 
         value_c = sum_t < d m / d x_c at the steered pass, x_c steered - x_c unsteered >
 
-    the first-order estimate of how much of the effect goes when component c alone is put back to its unsteered
-    activation: `m(steered) - m(steered, c unsteered)`. With `check=k` that experiment is also run for the k largest.
-    The loops after c measure the change and react, in both. Components do not add up to the effect: what one head
-    carries another may carry again. For shares that add up see `direct`.
+    the first-order estimate of the loss of effect when component c alone is set to its unsteered activation:
+    `m(steered) - m(steered, c unsteered)`. With `check=k` that experiment is also run for the k largest. The loops
+    after c measure the change and react, in both. Components do not add up to the effect, since several may carry the
+    same part of it. For shares that add up see `direct`.
 
     Args:
         model: TransformerBridge, HookedTransformer or local nnsight model.
@@ -101,7 +101,7 @@ def carriers(
 
 
 class _View:
-    """How a state falls into components: the last dimension but those of one component are its units."""
+    """How a state is divided into components: the units are the last dimension but those of one component."""
 
     def __init__(self, kind: str, sites: list[Site]):
         self.kind, self.sites = kind, sites

@@ -30,10 +30,10 @@ class ClosedLoop:
         closed_norm: `|A_t - K_t|`, with the whole gain applied.
         contraction: The same in the norms of `Lyapunov`, in which it is below 1 always: the nearer to 1, the longer a
             deviation lives, in that block and after it.
-        predicted: `e_t' S_t e_t` of the token's error e_t: what the regulator, its whole gain on a linear plant,
-            would still pay from block t on.
-        realised: `sum_{s >= t} q_s |e_s|^2 + r_s |u_s|^2`, and `qf |e_T|^2` where the last state has a setpoint: what
-            the token did pay.
+        predicted: `e_t' S_t e_t` of the token's error e_t: the cost from block t on of the regulator with its whole
+            gain on a linear plant.
+        realised: `sum_{s >= t} q_s |e_s|^2 + r_s |u_s|^2`, and `qf |e_T|^2` if the last state has a setpoint: the cost
+            that occurred.
     """
 
     gain: Tensor
@@ -76,14 +76,14 @@ def closed_loop(
     The cost-to-go S_t is that of the plant and the weights: on a linear plant, with the whole gain on the whole state
     (`u = K e`, e = r - x, and a reference r that the plant follows by itself), predicted and realised cost are equal at
     every block. A setpoint on one direction is not that regulator: it feeds back one coordinate of the state, the
-    blocks bring in new error from the context, and the last state has no setpoint. The ratio of the two says how far
-    such a loop is from the ideal that its gains come from.
+    blocks bring in new error from the context, and the last state has no setpoint. The ratio of the two costs shows how
+    far such a loop is from that regulator.
 
     Args:
         controller: From `lqr(..., full_gain=True)`: loops of the law `Feedback` that kept their matrix.
         linearization: The plant, from `linearize`.
-        along: From `tracking`: the token whose cost is told; None: both costs are NaN.
-        final: A setpoint for the last block's output; None: the realised cost leaves the last term out.
+        along: From `tracking`: the token whose cost is computed; None: both costs are NaN.
+        final: A setpoint for the last block's output; None: the realised cost is without the last term.
         q, r, qf: Weights; default: those of the controller's recipe.
 
     Raises:

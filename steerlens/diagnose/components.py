@@ -1,4 +1,4 @@
-"""What a result about parts of a model is: one number a part, its check, a table and a figure."""
+"""A result about parts of a model: one number per part, its check, a table and a figure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Components:
 
     Attributes:
         kinds: `"head"`, `"neuron"`, `"feature"`, `"attn"`, `"mlp"` or `"control"`, of each part.
-        layers, units: Its layer, and its number there (0 where a layer has one).
+        layers, units: Its layer, and its number there (0 if a layer has only one).
         values: `[prompt part]`.
         rest: What is left of `whole`, `[prompt]`: `whole - values.sum(1)`.
         whole: What the parts share: the direct effect for `direct`, `<gradient, change>` of all sites for `carriers`.
         total: What steering changed, `m(steered) - m(unsteered)`, `[prompt]`.
-        exact: Where checked, the metric's change when the part is patched, mean over the prompts; NaN elsewhere.
+        exact: For parts that were checked, the metric's change when the part is patched, mean over the prompts; else
+            NaN.
         metric: Name of the metric.
         title: What the values are.
     """

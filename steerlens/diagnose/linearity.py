@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steerlens.control.linearization import Linearization
 from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_model, exact_dtype
 from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.progress import bar
 from steerlens.hosts import Nominal, host_of
 from steerlens.hosts.types import Model
 
@@ -103,7 +103,7 @@ def linearity(
         similarity(A, A') = |(U S)' (U' S')|_* / (|S|_F |S'|_F),    |.|_* the sum of singular values
 
     The similarity is inflated between texts that end in the same token: the baseline, random unit vectors for U with
-    equal S, is where it would be for unrelated ones.
+        equal S, is the value for unrelated ones.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model, with no controller attached.
@@ -111,7 +111,7 @@ def linearity(
         sizes: Norms of the perturbations as fractions of the state's.
         directions: How many random directions, or directions `[n d]`, as the gains of a controller.
         start: The block before which the path's perturbation is made. Before block 0 is the embedding, which is small.
-        linearization: Judge this linear model, averaged over other texts, instead of each text's own Jacobians.
+        linearization: Test this linear model, averaged over other texts, instead of each text's own Jacobians.
         seed: Of the random directions and of the baseline.
         prepend_bos: As in `Pairs`.
         progress: Show a progress bar over the layers.
@@ -131,7 +131,7 @@ def linearity(
     v = _directions(directions, host.d_model, generator).to(nominals[0].states[0])
     tests = [_Test(nominal, v, sizes, start, exact_dtype(host)) for nominal in nominals]
     similarity = []
-    for t in tqdm(range(host.n_layers), desc="testing blocks", disable=not progress):
+    for t in bar(range(host.n_layers), desc="testing blocks", progress=progress):
         plants = [] if linearization is None else [linearization.jacobians[t].to(v.device, exact_dtype(host))]
         if linearization is None or len(nominals) > 1:
             own = [nominal.jacobian(t).to(exact_dtype(host)) for nominal in nominals]

@@ -1,4 +1,4 @@
-"""What a steered pass is judged by: one number a prompt, from its logits."""
+"""Metrics of a steered pass: one number per prompt, from its logits."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def each_metric(metrics: Metrics, count: int) -> list[Metric]:
     """One metric a prompt.
 
     Raises:
-        ValueError: as many metrics as prompts were needed.
+        ValueError: the number of metrics is not the number of prompts.
     """
     if callable(metrics):
         return [metrics] * count

@@ -1,4 +1,4 @@
-"""Was a feature's level reached, what did the linear model say, and what did it cost?"""
+"""Was a feature's level reached, what did the linear model predict, and how much control did it take?"""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from steerlens.sae.feature import checked
 
 @dataclass(frozen=True)
 class Reach:
-    """Readings of the features at the last token of some prompts, in activation units of the autoencoder.
+    """Activations of the features at the last token of some prompts, in units of the autoencoder.
 
     `[prompt feature]` or `[prompt]`, float64, on the CPU.
 
     Attributes:
         features: Indices of the features.
-        at_least, at_most: What was asked, `[feature]`.
-        before: Readings without control.
-        predicted: Readings that a linear model of this prompt's blocks gives for the controls that acted.
-        reached: Readings with control.
+        at_least, at_most: The requested range, `[feature]`.
+        before: Activations without control.
+        predicted: Activations that a linear model of this prompt's blocks gives for the controls that acted.
+        reached: Activations with control.
         energy: `sum_t |u_t|^2` up to the feature's layer, `[prompt]`, in squared units of the residual stream.
         least: The smallest energy with which the linear model reaches the range from the same sites, `[prompt]`.
         share: `sqrt(energy) / |x|`, x the unsteered state at the feature's site, `[prompt]`, no unit.
-        bound: The highest reading that the linear model reaches with a control of the norm |x|: what is asked beyond it
-            is out of reach, whatever the gain. Of each feature alone.
+        bound: The highest activation that the linear model reaches with a control of the norm |x|, for each feature
+            alone; a higher level is out of reach, whatever the gain.
     """
 
     features: tuple[int, ...]
@@ -51,7 +51,7 @@ class Reach:
 
     @property
     def miss(self) -> Tensor:
-        """Distance of what was reached from what was asked, `[prompt feature]`."""
+        """Distance of the reached activation from the requested range, `[prompt feature]`."""
         return (self.at_least - self.reached).clamp(min=0) + (self.reached - self.at_most).clamp(min=0)
 
     def table(self) -> Frame:
@@ -72,7 +72,7 @@ class Reach:
         return frame(columns, "prompt")
 
     def plot(self) -> Figure:
-        """Asked, predicted and reached readings by prompt; lines are named by feature where there are several."""
+        """Requested, predicted and reached activations by prompt; lines are named by feature if there are several."""
         rows = range(len(self.before))
         lines, dashed = {}, []
         for index, name in enumerate(self.features):
@@ -85,8 +85,8 @@ class Reach:
                     dashed.append(word + suffix)
             for word in ("before", "predicted", "reached"):
                 lines[word + suffix] = (rows, getattr(self, word)[:, index])
-        title = "Reading at the last token of each prompt"
-        figure = curves(lines, title=title, x="prompt", y="reading (autoencoder's units)", dashed=dashed)
+        title = "Activation at the last token of each prompt"
+        figure = curves(lines, title=title, x="prompt", y="activation (autoencoder's units)", dashed=dashed)
         return figure.update_xaxes(dtick=1)
 
 
@@ -98,19 +98,19 @@ def reach(
     *,
     prepend_bos: bool | None = None,
 ) -> Reach:
-    """What was asked of a feature, what the linear model predicts and what is reached, with the control it took.
+    """Requested, predicted and reached activations of a feature, and the control that was needed.
 
         z_predicted = z(x_L) + sum_t Z_{t+1} u_t,   Z_{t+1} = W_enc A_L ... A_{t+1}
         least energy = need' (sum_t Z_{t+1} Z_{t+1}')^-1 need
 
     over the sites at which the controller acts, with the gradients Z of each prompt's own last token, and u_t as
-    applied. Any controller on the residual stream can be judged, also one that knows nothing of the feature.
+    applied. Any controller on the residual stream can be tested, also one that was not made for the feature.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model, with no controller attached.
         controller: Loops on the residual stream with `where="last"`.
         target: From `feature`, at a `resid_post`, without input normalisation.
-        prompts: Strings, tuples, messages or token ids; the last token of each is looked at.
+        prompts: Strings, tuples, messages or token ids; the last token of each is measured.
         prepend_bos: As in `Pairs`.
 
     Raises:
@@ -120,7 +120,9 @@ def reach(
     host = checked("reach", model, target)
     check_followed(controller)
     if target.site.point != "resid_post" or target.setpoint.normalise != "none":
-        raise ValueError(f"reach() follows an affine reading at a resid_post; this one is at {target.site}")
+        raise ValueError(
+            f"reach() needs an activation that is affine in the state, at a resid_post; this one is at {target.site}"
+        )
     acting = [site for site in controller.sites if not target.site < site]
     if not acting:
         raise ValueError(f"the controller acts at {controller.sites}, all of it after the feature at {target.site}")
@@ -156,10 +158,10 @@ def _judge(
         predicted, gram, energy = predicted + Z @ u, gram + Z @ Z.T, energy + u.square().sum()
     need = torch.minimum(torch.maximum(z, setpoint.lower.double()), setpoint.upper.double()) - z
     norm = x.norm()
-    bound = setpoint.reading(z + norm * gram.diagonal().sqrt())
+    bound = setpoint.activation(z + norm * gram.diagonal().sqrt())
     least = need @ torch.linalg.solve(gram, need)
-    readings = (setpoint.reading(value) for value in (z, predicted, reached))
-    return (*readings, energy, least, energy.sqrt() / norm, bound)
+    activations = (setpoint.activation(value) for value in (z, predicted, reached))
+    return (*activations, energy, least, energy.sqrt() / norm, bound)
 
 
 def _pulled(nominal: Nominal, sensor: Tensor, last: int, first: int) -> dict[int, Tensor]:

@@ -29,7 +29,7 @@ class Rollout:
         self.record = record
 
     def signal(self, name: str) -> dict[int, Tensor]:
-        """One signal by layer, a number or `[d]` each; empty where no loop reports it."""
+        """One signal by layer, a number or `[d]` each; empty if no loop reports it."""
         held = any(key.partition(".hook_steer_")[2] == name for key in self.record)
         return {layer: value[0, 0] for layer, value in self.record.layers(name).items()} if held else {}
 

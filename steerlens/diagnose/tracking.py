@@ -1,4 +1,4 @@
-"""Does a steered token do what the linear model of the blocks says it will?"""
+"""Does a steered token follow the prediction of the linear model of the blocks?"""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from steerlens.laws.feedback import Feedback
 
 @dataclass(frozen=True)
 class Tracking:
-    """Feature errors of one token at every controlled layer, and how far the linear model was off.
+    """Feature errors of one token at every controlled layer, and the error of the linear model.
 
-    All in activation units, `[layer]` over the controlled layers unless said otherwise.
+    All in activation units, `[layer]` over the controlled layers, unless another unit or shape is given.
 
     Attributes:
         layers: Controlled layers that have an error to report.
@@ -32,10 +32,9 @@ class Tracking:
         predicted: The same in closed loop, blocks replaced by their linear models.
         actual: The same in closed loop, blocks as they are.
         recorded: `actual` as a run recorded it; NaN without a record.
-        bound: Upper bound on `|actual - predicted|`; NaN where it was not asked for, or the
-            loop's law is not `Feedback`.
+        bound: Upper bound on `|actual - predicted|`; NaN if it was not requested, or the loop's law is not `Feedback`.
         state_gap: Distance between the actual and the predicted state before every block and at the end, in the norms
-            of `Lyapunov`, `[T+1]`; NaN where no bound was asked for.
+            of `Lyapunov`, `[T+1]`; NaN if no bound was requested.
         state_bound: Upper bound on it, `[T+1]`.
         state_error: `|x_predicted - x_actual| / |x_actual - x_unsteered|` of the whole state before every block and at
             the end, `[T+1]`, no unit; NaN where nothing was steered yet.
@@ -99,18 +98,18 @@ def tracking(
 
     in the norms of `Lyapunov` (the star: dual norm), and the states by at most `tracking_bound` from zero. L_t is the
     largest seen in this rollout and in some with the control scaled: the bound holds for this token by construction
-    (up to rounding in the model's dtype) and says what a given curvature can do at worst. It promises nothing for
+    (up to rounding in the model's dtype) and shows the largest effect of a given curvature. It does not hold for
     another text.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model, with no controller attached.
         text: A string, tuple, messages or token ids, of at least 2 tokens.
         controller: Loops on the residual stream with `where="last"`, at least one with an `error` signal.
-        linearization: The linear model to judge; default: the Jacobians of this very text. One averaged over other
-            texts is what `lqr` was fitted with; its mismatch then counts as remainder.
-        record: Of a run on this text, alone in its batch, to be shown beside `actual`.
+        linearization: The linear model to test; default: the Jacobians of this very text. One averaged over other texts
+            is what `lqr` was fitted with; its mismatch then counts as remainder.
+        record: Of a run on this text, alone in its batch, to be shown next to `actual`.
         bound: Compute the bounds: T^2/2 products of `[d d]` matrices, and as many of their singular values.
-        scales: Factors on the control in the rollouts, beside the actual one, that L is taken from.
+        scales: Factors on the control in the additional rollouts from which L is taken.
         prepend_bos: As in `Pairs`.
 
     Raises:
@@ -215,7 +214,7 @@ def _error_rows(setpoint: Setpoint, x: Tensor) -> Tensor:
 
 
 def _check_affine(loop: Sequence[Tensor], forcing: Tensor, d: Tensor) -> None:
-    """Raises ValueError where predicted deviations d `[T+1 d]` do not follow `d[t+1] = A_cl d[t] + w[t]`."""
+    """Raises ValueError if predicted deviations d `[T+1 d]` do not follow `d[t+1] = A_cl d[t] + w[t]`."""
     for t, A in enumerate(loop):
         off = d[t + 1] - A @ d[t] - forcing[t]
         # rounding is orders below, any curvature of a law orders above

@@ -67,7 +67,7 @@ class Verb(ModuleType):
     __doc__ = __doc__
 
     def __call__(self, *arguments: Any, **options: Any) -> Evaluation:
-        """What a controller does at several strengths, beside baselines; see `steerlens.evaluate.study.evaluate`."""
+        """What a controller does at several strengths; see `steerlens.evaluate.study.evaluate`."""
         return _evaluate(*arguments, **options)
 
 

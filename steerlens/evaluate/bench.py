@@ -45,7 +45,7 @@ def prompt(instruction: str) -> Prompt:
         ValueError: it is empty.
     """
     if not instruction.strip():
-        raise ValueError("the instruction is empty; say what the model is asked to do")
+        raise ValueError("the instruction is empty; give what the model is asked to do")
     return Prompt(instruction)
 
 
@@ -179,7 +179,7 @@ class Bench:
         return found
 
     def continuations(self, prompts: Sequence[Text], tokens: int) -> list[Row]:
-        """Prompts and what the unsteered model itself says after them, sampled at temperature 1."""
+        """Prompts and the unsteered model's own continuations of them, sampled at temperature 1."""
         rows = [self.prompt(text) for text in prompts]
         key = (tuple(map(tuple, rows)), tokens)
         if key not in self._continuations:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from steerlens.core import Controller
 from steerlens.core.types import Figure, Frame, Json
@@ -17,6 +16,7 @@ from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
 from steerlens.evaluate.bootstrap import draws, ends
 from steerlens.evaluate.meter import Budget, Meter, Values, pooled
 from steerlens.fit.contrast import Text
+from steerlens.fit.progress import bar
 from steerlens.hosts.types import Model
 
 MET, NEVER, NOTHING = "met", "never", "by doing nothing"
@@ -35,7 +35,8 @@ class Calibration:
     Attributes:
         controller: The controller at this strength.
         strength: Factor on every control.
-        interval: Of the strength: where the budget would be met on other prompts of the same kind; NaN if nowhere.
+        interval: Of the strength at which the budget would be met on other prompts of the same kind; NaN if there is
+            none.
         curve: `(strength, value)` of every evaluation, by strength.
         met: `"met"`; `"never"`: the unsteered model is over the budget; `"by doing nothing"`: within the budget are
             only strengths at which the controller does next to nothing.
@@ -157,13 +158,13 @@ def search(
     name, controller = arms[0].name, arms[0].controller
     assert controller is not None
     start, slope = 1.0, 2.0
-    with tqdm(total=evaluations, desc=f"calibrate {name}", disable=not progress, leave=False) as bar:
+    with bar(total=evaluations, desc=f"calibrate {name}", progress=progress) as shown:
         if len(items) >= 2 * COARSE:
-            part = _Curve(bench, arms, replace(meter, items=tuple(items[:: len(items) // COARSE])), bar.update)
+            part = _Curve(bench, arms, replace(meter, items=tuple(items[:: len(items) // COARSE])), shown.update)
             found, met, _ = _find(part, limit, max(tolerance, COARSELY), largest, evaluations)
             if met == MET:
                 start, slope = found, part.slope(limit)
-        curve = _Curve(bench, arms, meter, bar.update)
+        curve = _Curve(bench, arms, meter, shown.update)
         strength, met, note = _find(curve, limit, tolerance, largest, evaluations, start, slope)
         if met == MET and len(curve.measured) < 2:
             curve(0.9 * strength)  # the interval needs a slope

@@ -24,7 +24,7 @@ def kl(prompts: Sequence[Text] | None = None, *, at: str = "mean", tokens: int =
 
         KL_t = sum_v p_t(v) (log p_t(v) - log q_t(v)),   p unsteered, q steered
 
-    at each token of what the unsteered model itself says after the prompts, sampled at temperature 1.
+    at each token of the unsteered model's own continuations of the prompts, sampled at temperature 1.
 
     Args:
         prompts: Where it is measured; None: the prompts of the evaluation.
@@ -50,7 +50,7 @@ def propensity(items: Pairs | Sequence[tuple[Text, str, str]], *, per: str = "to
 
         m = mean_t log p(a+_t | prompt, a+_<t) - mean_t log p(a-_t | prompt, a-_<t)
 
-    It also grows if the unwanted side becomes unlikely because the text falls apart: read it beside the KL.
+    It also grows if the unwanted side becomes unlikely because the text falls apart: read it together with the KL.
 
     Args:
         items: `(prompt, wanted, unwanted)`, the prompt a string or chat messages; or `Pairs`, preferably with

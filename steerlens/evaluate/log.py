@@ -120,7 +120,7 @@ def setting(host: Host) -> dict[str, Any]:
 
 
 def identity(controller: Controller) -> dict[str, Any]:
-    """What tells two controllers apart: a hash of their loops and tensors, and where they act."""
+    """What distinguishes two controllers: a hash of their loops and tensors, and where they act."""
     found = hashlib.sha256()
     for loop in controller.loops:
         where = loop.where if isinstance(loop.where, (str, slice)) else type(loop.where).__name__

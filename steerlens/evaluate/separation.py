@@ -1,4 +1,4 @@
-"""How well each layer and point tells two sets of texts apart: the cheap first look at where to steer."""
+"""How well each layer and point separates two sets of texts: a cheap first measurement of where to steer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from steerlens.hosts.types import Model
 class Separation:
     """Of each site, on texts that the direction was not fitted on.
 
-    Separable is not steerable: a direction that tells the sides apart need not move what the model says. Measure that
-    with `sweep`.
+    Separable is not steerable: a direction that separates the sides need not change what the model writes. Measure that
+        with `sweep`.
 
     Attributes:
         sites: Layers and points.
@@ -79,7 +79,7 @@ def separation(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model, or a host such as `steerlens.remote(model)`.
-        data: Contrast texts; `Pairs.read` says which activation of a text counts.
+        data: Contrast texts; `Pairs.read` selects the activation of a text.
         layers: Default all.
         points: Points of each block.
         folds: Into how many parts the texts are split; text i of either side is in part `i % folds`, so a pair stays

@@ -44,7 +44,7 @@ def evaluate(
     samples: int = 1,
     progress: bool = True,
 ) -> Evaluation:
-    """What a controller does at several strengths, beside baselines: the effect, and what it costs.
+    """What a controller does at several strengths, compared with baselines: the effect, and what it costs.
 
     The strengths are taken as they are. Nothing is chosen on these items, so all of them count; choose a strength with
     `calibrate` on other prompts.

@@ -38,7 +38,7 @@ def scorer(
         name: Of the column; default the function's.
         unit: Of the numbers.
         direction: 1 if more is wanted, -1 if less is.
-        proxy: The score stands for something else, as most do; a table's header says so.
+        proxy: The score stands for something else, as most do; a table's header marks it.
         instruction: What a prompt baseline asks for, if the evaluation names none.
     """
     required = [

@@ -31,8 +31,8 @@ class Card:
     Args:
         needs: The data, a key of `NEEDS`, for the method's defaults.
         points: Points of a block at which it acts, by default or on request.
-        derivatives: What fitting differentiates, or else needs of the weights, a key of `DERIVATIVES`. With `"none"` a
-            fit needs no weights on this machine.
+        derivatives: What fitting differentiates, or what else it needs of the weights, a key of `DERIVATIVES`. With
+            `"none"` a fit needs no weights on this machine.
         prompt_passes: Forward passes of a steered model at a prompt.
         token_passes: Forward passes at each generated token.
         concepts: Whether it also takes a list of `Pairs`, one for each concept.

@@ -1,4 +1,4 @@
-"""Contrast data: what the model should do against what it should not, and where in each text to read it."""
+"""Contrast data: texts of wanted and of unwanted behaviour, and where in each text to read the activation."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def _weights(length: int, prompt: int, where: Read, what: str) -> list[float]:
     if isinstance(where, int):
         position = where if where >= 0 else length + where
         if not 0 <= position < length:
-            raise ValueError(f"read={where} lies outside {what}, which has {length} tokens: in a batch that is a pad")
+            raise ValueError(f"read={where} lies outside {what}, which has {length} tokens")
         chosen = range(position, position + 1)
     elif where == "last":
         chosen = range(length - 1, length)

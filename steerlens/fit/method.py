@@ -1,4 +1,4 @@
-"""What makes a function a method: one decorator, which does everything that all methods do alike."""
+"""The decorator that makes a function a method: it does what all methods have in common."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def method(
     exceptions: Mapping[str, str] | None = None,
     options: Mapping[str, Collection[Any]] | None = None,
 ) -> Callable[[Function], Function]:
-    """Make a method of a function `name(model, data, *, ...) -> Controller`.
+    """Make a steering method of a function `name(model, data, *, ...) -> Controller`.
 
         @method(card=Card(needs="sets", points=POINTS), options={"form": ("add", "piecewise")})
         def caa(model, data, *, layers=None, form="add"): ...
@@ -42,7 +42,7 @@ def method(
     Args:
         card: What the method needs and where it acts.
         exceptions: Checks or hosts of `steerlens.testing` that it cannot pass, with the words of the error.
-        options: Arguments that have a few legal values, and these.
+        options: Arguments with a fixed set of values, and these values.
 
     Raises:
         TypeError: the function does not begin with model and data, or an option is no argument of it.
@@ -85,7 +85,7 @@ def method(
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of a method besides the function itself.
+    """What is known of a method in addition to the function itself.
 
     Attributes:
         name: Of the function and of its file.

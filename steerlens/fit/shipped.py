@@ -21,7 +21,7 @@ def shipped(name: str, *, split: str | None = None, read: Read = "last", prepend
 
     Args:
         name: Of the set.
-        split: `"dev"` or `"held_out"`, halves without a common text; None: both, dev first.
+        split: `"dev"` or `"held_out"`, two halves that share no text; None: both, dev first.
         read: As in `Pairs`; `"completion"` only for sets with completions.
         prepend_bos: As in `Pairs`.
 

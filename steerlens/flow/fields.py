@@ -23,7 +23,7 @@ class Field(Part):
 
     and the map is an isometry: arc lengths and angles in z are those in x.
 
-    A subclass is final and gives h and its ascent direction in the coordinates `c = U x`. Where `spherical` is true, h
+    A subclass is final and defines h and its ascent direction in the coordinates `c = U x`. If `spherical` is true, h
     depends on the direction of x alone: `c` then is `U x / |x|`, and the gradient is the ascent direction projected on
     the tangent space of the sphere, so that an exact flow keeps |x|.
 

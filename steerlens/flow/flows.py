@@ -31,8 +31,8 @@ class Flow(Law):
         distance: T, in activation units, or in radians. Negative: down instead of up.
         steps: Steps of equal length.
         solver: `"euler"`, `"midpoint"`, `"rk4"`, `"rk4_38"` (Kutta's 3/8 rule), `"geodesic"` (Euler steps along great
-            circles, which keep |x|), or `"circle"`: the exact solution where `field.straight`, which stops at the
-            field's maximum.
+            circles, which keep |x|), or `"circle"`: the exact solution if `field.straight`; it stops at the field's
+            maximum.
         radians: The unit of `distance`.
 
     Signals: `barrier_before`, `barrier_after`, the field's h at x and at x + u, in logits; `angle_rad`, the angle
@@ -54,7 +54,7 @@ class Flow(Law):
         if self.solver not in SOLVERS and self.solver != "circle":
             raise ValueError(f"solver={self.solver!r}; it is one of {', '.join(SOLVERS)} or circle")
         if self.solver == "circle" and not (self.field.straight and self.field.spherical):
-            raise ValueError("solver='circle' is exact only where the barrier is linear in the direction; use 'rk4'")
+            raise ValueError("solver='circle' is exact only if the barrier is linear in the direction; use 'rk4'")
         if self.solver == "geodesic" and not self.field.spherical:
             raise ValueError("solver='geodesic' keeps |x|, which this field does not; use 'rk4'")
         if not 1 <= self.steps <= MOST_STEPS:
@@ -86,7 +86,7 @@ def integrate(
     Args:
         pace: The field, `[... n] -> [... n]`.
         z: First state, `[... n]`.
-        time: A number, or `[... 1]`; in the units of z where the field has unit length.
+        time: A number, or `[... 1]`; in the units of z if the field has unit length.
         steps, solver: As in `Flow`.
 
     Source: Runge-Kutta rules as in Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, II.1; `rk4_38`

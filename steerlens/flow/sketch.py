@@ -1,4 +1,4 @@
-"""The tensor sketch of a polynomial kernel, the quadratic form that hides in it, and its field for higher degrees."""
+"""The tensor sketch of a polynomial kernel, the quadratic form that it equals, and its field for higher degrees."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ class Sketched(Field):
         dh/dz_j = sum_k s_k(j) C_k[h_k(j)],   C_k = irfft(conj(prod_{l != k} rfft(S_l z)) rfft(w))
 
     Its random part has no small subspace, so that it is followed in all d coordinates, with Fourier transforms at each
-    evaluation: to compare with the authors' numbers, not to steer by. Degrees 1 and 2 have `TensorSketch.form`.
+    evaluation. It is meant for comparison with the authors' numbers, not for steering. Degrees 1 and 2 have
+    `TensorSketch.form`.
 
     Args:
         sketch: Buckets h and signs s `[D d']`, the number of components n, and the kernel's constants.

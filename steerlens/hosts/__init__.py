@@ -40,7 +40,7 @@ def host_of(model: Model) -> Host:
     """The adapter for a model.
 
     Raises:
-        TypeError: no library that steerlens knows and the user has imported has made this model.
+        TypeError: the model belongs to no library that steerlens supports and that is imported.
     """
     if isinstance(model, Host):
         return model

@@ -104,7 +104,7 @@ class Host(Dimensions):
 
             A v = (f(x + h v) - f(x - h v)) / 2 h,   h = 1e-3 |x| (2e-2 |x| for a 16-bit model),   |v| = 1
 
-        Needs the states only, so that a server grants it that lets nobody at the weights.
+        Needs the states only, so that a server allows it that gives no access to the weights.
 
         Args:
             tokens: Of the text; the direction is added to its last token's state.

@@ -140,7 +140,7 @@ class Dimensions:
             raise ValueError(doubts)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells whether a controller fitted on one model may be attached to another."""
+        """What decides whether a controller fitted on one model may be attached to another."""
         return {
             "n_layers": self.n_layers,
             "d_model": self.d_model,

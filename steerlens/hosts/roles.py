@@ -60,7 +60,7 @@ class Layout:
         self.refused = entry.get("refuse")
         self.parallel = _holds(entry.get("parallel"), config)
         behind = _holds(entry.get("behind"), config)
-        self.unsummed = "its norms stand behind the additions" if behind else entry.get("sum")
+        self.unsummed = "its norms come after the additions" if behind else entry.get("sum")
         scale = entry.get("scale")
         self.scale = float(entry.get("factor") or (scale and getattr(config, scale, None)) or 1.0)
         self.paths: dict[str, tuple[str, str]] = {"resid_pre": ("", "input"), "resid_post": ("", "output")}

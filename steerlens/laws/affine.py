@@ -1,4 +1,4 @@
-"""Laws that map the state, affinely."""
+"""Affine maps of the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws that add a fixed vector by how the state lies to it."""
+"""Laws that add a fixed vector, depending on the state's projection on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steerlens.core.now import Now
 
 
 class Amplify(Law):
-    """Go on along a vector in proportion to the state's cosine with it: `u = <v, x>/|x| v`.
+    """Push the state along a vector in proportion to its cosine with it: `u = <v, x>/|x| v`.
 
     Args:
         vector: v, the state's shape without batch and position.
@@ -32,7 +32,7 @@ class Amplify(Law):
 
 
 class Push(Law):
-    """Go on along a vector, by all of it: `u = sgn(<v, x>) v`, sgn(0) = -1.
+    """Push the state by a vector, to the side on which it already lies: `u = sgn(<v, x>) v`, sgn(0) = -1.
 
     Args:
         vector: v, the state's shape without batch and position.

@@ -17,7 +17,7 @@ class Side(Condition):
         direction: `[d]`.
         threshold: `[]`.
 
-    Signals: `score` `[batch]`, `<x, direction> - threshold`, in activation units where the direction is a unit vector.
+    Signals: `score` `[batch]`, `<x, direction> - threshold`, in activation units if the direction is a unit vector.
     """
 
     signals = ("score",)
@@ -33,14 +33,14 @@ class Side(Condition):
 
 
 class Resemblance(Condition):
-    """Open where any of several summaries is like, or unlike, its direction, as CAST measures it.
+    """Open if any of several summaries resembles its direction, or does not, by the measure of CAST.
 
         similarity = cos(x, tanh(P x)),   P = c c' / <c, c>
 
     Args:
         directions: c, `[d]` each, one per summary.
         threshold: `[]`.
-        above: Open where the similarity is above the threshold; otherwise where it is below.
+        above: Open if the similarity is above the threshold; otherwise if it is below.
 
     Signals: `similarity` `[batch]`, no unit, of the summary that is nearest to opening.
     """

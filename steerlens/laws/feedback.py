@@ -117,7 +117,8 @@ class Pid(Law):
     Args:
         setpoint: Measures the error e.
         kp, ki, kd: Gains, no unit.
-        reset: Empty the sum here, after this layer's error was added: it then is in no later control, nor in this one.
+        reset: Set the sum to zero here, after this layer's error was added, so that the error enters neither this
+            layer's integral nor a later one.
         carry: Take e_{t-1} of the first layer from the last layer at the token before (the last one that was computed
             before this forward pass), as the authors do.
 

@@ -10,7 +10,7 @@ from steerlens.laws.norms import share
 
 
 class Kernel(Law):
-    """A step along the examples' gradients, each weighed by how like its activation the state is.
+    """A step along the examples' gradients, each weighted by the inner product of its activation with the state.
 
         u = -(1/N) sum_i <x, x_i> g_i
 

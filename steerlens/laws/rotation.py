@@ -89,7 +89,7 @@ class PseudoRotation(Law):
 
 
 def rotate(x: Tensor, probe: Tensor, turned: Tensor) -> Tensor:
-    """What turns x by an angle `[...]` towards `probe` adds to it, `[... d]`.
+    """What is added to x when it is turned by an angle `[...]` towards `probe`, `[... d]`.
 
     A state that is a multiple of the probe has no such plane: it is only scaled by the cosine.
     """

@@ -47,7 +47,7 @@ class Joint(Setpoint):
 
         c = (V V')^-1 (beta - V x),   e = c @ V
 
-    However the directions overlap, `V (x + e) = beta`. Where they are linearly dependent, least squares.
+    However the directions overlap, `V (x + e) = beta`. If they are linearly dependent, least squares.
 
     Args:
         directions: V, `[m d]`, rows of unit norm; a row of zeros asks for nothing.
@@ -121,7 +121,7 @@ def _signals(c: Tensor, basis: Tensor, projection: Tensor) -> Signals:
 
 
 class Angle(Setpoint):
-    """Turn the state within a plane to an angle, keeping the length of its shadow there: the angular setpoint.
+    """Turn the state within a plane to an angle, keeping the length of its projection there: the angular setpoint.
 
         p = B x,   c = |p| (cos a, sin a) - p,   e = c @ B
 

@@ -43,15 +43,14 @@ def add(
     where: Where = "last",
     strength: float = 1.0,
 ) -> Controller:
-    """A steering vector of your own, added to the residual stream or to what a point holds.
+    """Add a steering vector of your own to the residual stream, or at another point of a block.
 
         x <- x + strength v
 
         with sl.steer(model, sl.add(vector, layer=12)): ...
 
     Args:
-        vector: v, `[d]` in activation units; at the point `z` `[head d_head]`. A layer has the same vector if there are
-            several.
+        vector: v, `[d]` in activation units; at the point `z` `[head d_head]`. Several layers get the same vector.
         layer: Where it acts, counted from 0; one layer or several.
         point: A point of `Site`.
         where: Token positions, see `Loop`.
@@ -59,8 +58,8 @@ def add(
 
     Raises:
         TypeError: a vector that holds no numbers.
-        ValueError: one that is empty, not finite, or of no vector's shape; no layer. A wrong width is found when it is
-            attached.
+        ValueError: a vector that is empty, not finite, or of another shape; no layer. A wrong width is reported by
+            `steer`.
     """
     kept = _rows("vector", vector, point)
     law = Add(kept)
@@ -129,7 +128,7 @@ def observe(setpoint: Setpoint, site: Place, *, where: Where = "all", name: str 
         One loop. Recorded signals: those of the setpoint.
 
     Raises:
-        TypeError: no setpoint.
+        TypeError: not a setpoint.
     """
     if not isinstance(setpoint, Setpoint):
         raise TypeError(f"observe() takes a setpoint, it got a {type(setpoint).__name__}; make one: sl.Level(v, 3)")

@@ -37,7 +37,7 @@ def angular(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts; `Pairs.read` says which token's activation is used.
+        data: Contrast texts; `Pairs.read` selects the token whose activation is used.
         angle_rad: theta, in radians; the paper's grid is 0, 10, ... 350 degrees.
         read_layer: After which block b1 is read; default: the block whose direction has the largest mean cosine with
             those of the other blocks.

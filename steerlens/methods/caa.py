@@ -36,7 +36,7 @@ def caa(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts; `Pairs.read` says which token's activation is x.
+        data: Contrast texts; `Pairs.read` selects the token whose activation is x.
         layers: Where to add; default the middle layer. On several layers the same s is used at each.
         point: Point of the block, see `Site`.
         strength: s, in multiples of the class difference; no unit.

@@ -45,7 +45,7 @@ def cast(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Behaviour pairs for v; `Pairs.read` says which token's activation is x.
+        data: Behaviour pairs for v; `Pairs.read` selects the token whose activation is x.
         condition: Pairs of prompts for c: positive ones to be steered, negative ones to be left alone. Default: those
             of `data`. They are read as prompts are when the gate decides.
         layers: Where v is added; default the middle third (the authors: 15 to 23 of 32).

@@ -49,7 +49,7 @@ def hpr(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast pairs; `Pairs.read` says which token's activation is x.
+        data: Contrast pairs; `Pairs.read` selects the token whose activation is x.
         layers: Layers to choose from; default all.
         n_layers: How many are steered: those of highest probe accuracy on held-out pairs, at most all. 5 in the paper.
         alpha: Factor on the angle, no unit. A large g rotates beyond the mirror image, as in the paper.

@@ -37,7 +37,7 @@ def iti(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts; `Pairs.read` says which token's activation is z.
+        data: Contrast texts; `Pairs.read` selects the token whose activation is z.
         layers: Where heads may be chosen; default all.
         n_elements: K, over all layers; default a twentieth of the heads, as the paper's 48 of 1024.
         strength: alpha, in standard deviations; 15 in the paper.

@@ -32,7 +32,7 @@ def linear_act(
         u = s (w * x + b - x)
         w = sum_i x+_(i) x-_(i) / sum_i x-_(i)^2,   b = m+ - w m-
 
-    with x_(i) the i-th smallest value of a coordinate over a side's texts, less the side's mean m: the linear map that
+    with x_(i) the i-th smallest value of a coordinate over a side's texts, minus the side's mean m: the linear map that
     fits the optimal transport of one dimension, which joins equal ranks.
 
     Args:

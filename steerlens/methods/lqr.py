@@ -68,11 +68,11 @@ def lqr(
       layer's: `u_t = sum_s p_{t,s} (beta_s - <v_s, x_s predicted>)`, s > t. That is the optimum for a plant that is
       linear around the nominal texts, at every layer, also at a layer that has no direction of its own.
     - `"scalar"`, an approximation of A-LQR: S is approximated by a multiple of the identity, as if every A_t were
-      orthogonal, `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model its gains are 10 to 70 % off.
+      orthogonal, `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model the error of its gains is 10 to 70 %.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts; `Pairs.read` says which token's activation is used. A list of `Pairs` steers several
+        data: Contrast texts; `Pairs.read` selects the token whose activation is used. A list of `Pairs` steers several
             concepts at once; Jacobians are then taken on the first one's texts.
         level: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
             concept. 0 holds the feature at the origin; with `origin="own"` it is off, to the last bit.
@@ -108,8 +108,8 @@ def lqr(
         all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
         the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units (`projection_0`, `projection_1`
         and so on for several concepts); with `origin="own"` also `reference`, `<v_t, x_t unsteered>`, or `reference_0`
-        and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the
-        norm of the errors ahead; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
+        and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of the predicted
+        errors of later layers; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
 
     Raises:
         TypeError: data that is not `Pairs`.

@@ -31,8 +31,8 @@ def mean_act(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts, the negative ones the source and the positive ones the target; `Pairs.read` says which
-            activation is used, in the paper the mean over tokens (`read="mean"`).
+        data: Contrast texts, the negative ones the source and the positive ones the target; `Pairs.read` selects the
+            activation, in the paper the mean over tokens (`read="mean"`).
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
         strength: s, the fraction of the way; no unit. 1 is the transport.

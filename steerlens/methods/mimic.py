@@ -37,8 +37,8 @@ def mimic(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts, the negative ones the source and the positive ones the target; `Pairs.read` says which
-            token's activation is x.
+        data: Contrast texts, the negative ones the source and the positive ones the target; `Pairs.read` selects the
+            token whose activation is x.
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
         strength: s, the fraction of the way; no unit. 1 is the transport.

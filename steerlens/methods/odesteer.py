@@ -56,7 +56,7 @@ def odesteer(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts; `Pairs.read` says which token's activation is x. The sides may differ in number.
+        data: Contrast texts; `Pairs.read` selects the token whose activation is x. The sides may differ in number.
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
         angle_rad: Length of the flow in radians, T / |x|; default 0.3. Beyond about 0.5 a small model's output suffers.

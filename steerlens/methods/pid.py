@@ -55,7 +55,7 @@ def pid(
         carry: Begin the first layer with the last layer's error of the token generated before, as the authors' code
             does, so that kd also damps changes between tokens. By default each token begins from zero, and steering
             without a KV cache equals steering with one. With `carry` it does not: a pass without a cache computes all
-            tokens at once, each of them with the error the pass before it ended on.
+            tokens at once, each of them with the error at which the pass before it ended.
         layers: Where to act; default all. Time counts these layers only.
         strength: Factor on the control, no unit: 0 is off.
         where: Token positions, see `Loop`. The paper steers the last one.
@@ -68,7 +68,7 @@ def pid(
 
     Raises:
         TypeError: data that is not `Pairs`.
-        ValueError: a gain that is not finite, all three 0, an unknown word, a layer the model does not have, sides
+        ValueError: a gain that is not finite, all three 0, an unknown option, a layer the model does not have, sides
             with identical activations at every layer.
 
     Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.

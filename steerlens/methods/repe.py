@@ -35,7 +35,7 @@ def repe(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast pairs, three at least; `Pairs.read` says which token's activation is x.
+        data: Contrast pairs, three at least; `Pairs.read` selects the token whose activation is x.
         layers: Where to add; default the middle layer.
         point: Point of the block, see `Site`.
         strength: s, in activation units.

@@ -1,4 +1,4 @@
-"""Semantics-adaptive dynamic intervention: scale the few elements that a contrast singles out."""
+"""Semantics-adaptive dynamic intervention: scale the few elements that differ most between two sets of texts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def sadi(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts; `Pairs.read` says which token's activation is x (paper: the last of question + answer).
+        data: Contrast texts; `Pairs.read` selects the token whose activation is x (paper: the last of question +
+            answer).
         component: `"head"`: query heads at `z`, also in models that share keys and values. `"neuron"`: `mlp_post`.
             `"hidden"`: coordinates of `mlp_out`, as the authors' code has it, or of `resid_post` (see `point`).
         n_elements: k, the number of elements, at most as many as there are; default 4 heads, 50 neurons or 10
@@ -67,7 +68,8 @@ def sadi(
         normalize: None, as in the paper, which favours late layers, whose activations are larger; `"layer_std"` divides
             D by its standard deviation over the elements of its layer before ranking.
         mode: `"live"`, or `"frozen"` as in the authors' code, which costs a second pass over each prompt. A frozen
-            controller times a factor goes that part of the way to the frozen state; s is in it.
+            controller that is multiplied by a factor moves the state by that fraction of the way to the frozen state,
+            which contains s.
         layers: Layers to choose from; default all.
         point: For `"hidden"`: `"mlp_out"` (default) or `"resid_post"`.
         where: Token positions, see `Loop`; default the last prompt token, as the authors' code has it, and the only one

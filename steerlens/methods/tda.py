@@ -45,7 +45,7 @@ def tda(
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model whose weights are on this machine.
-        data: Texts of both sides calibrate the threshold; `Pairs.read` says which token's activation is a_i.
+        data: Texts of both sides calibrate the threshold; `Pairs.read` selects the token whose activation is a_i.
         error: Share of the MLP's output that the dropped neurons may carry on these texts, no unit (about 0.2 in the
             paper).
         layers: Default all.

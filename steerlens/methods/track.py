@@ -54,7 +54,7 @@ def track(
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: The text whose last token shows the path, or a list of texts, of which the mean path is taken; of `Pairs`,
             the positive ones.
-        path: Another path r, `[layer d]`, a row for each block's input; the gains stay those around the texts.
+        path: Another path r, `[layer d]`, a row for each block's input; the gains are still those at the texts.
         q, r, qf: Weights of the cost, as for `lqr`.
         solver: `"dense"` weighs the whole distance from the path and keeps K_t as a matrix, `[d d]` a layer.
             `"output"` weighs it along the directions of `Pairs` only, `Q_t = q v_t v_t'`, needs gradients alone, and

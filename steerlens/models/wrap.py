@@ -20,7 +20,7 @@ def check_host(host: str, processed: bool) -> None:
 
 
 def choose_device(device: str | None) -> str:
-    """The device itself; for None CUDA where there is one, else the CPU."""
+    """The device itself; for None CUDA if there is one, else the CPU."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

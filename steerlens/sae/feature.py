@@ -1,4 +1,4 @@
-"""A feature of a sparse autoencoder as a setpoint with an address, and feedback where it is read."""
+"""A feature of a sparse autoencoder as a setpoint at a site, and feedback at that site."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ COSINE, CONDITION = 1e-2, 1e4
 
 @dataclass(frozen=True)
 class Target:
-    """Features of an autoencoder, the range they should be in, and where they are read. From `feature`.
+    """Features of an autoencoder, the range of their activations, and the site where they are measured. From `feature`.
 
     Attributes:
         setpoint: Measures and moves them; usable with any feedback law.
         site: Where the autoencoder was trained.
         indices: The features, as the autoencoder counts them.
         at_least, at_most: The range of each, in activation units of the autoencoder.
-        origin: What the autoencoder says of its model.
+        origin: What the autoencoder's metadata contains about its model.
     """
 
     setpoint: Feature
@@ -49,7 +49,7 @@ class Target:
     origin: Origin
 
     def check(self, model: Model) -> Host:
-        """The model's host; raises ValueError where the autoencoder does not fit the model, see `Origin.check`."""
+        """The model's host; raises ValueError if the autoencoder does not fit the model, see `Origin.check`."""
         host = host_of(model)
         self.origin.check(host, self.site)
         return host
@@ -77,23 +77,26 @@ def feature(
     along: str = "decoder",
     site: Site | str | None = None,
 ) -> Target:
-    """Where a feature of a sparse autoencoder should be: at a level, or in a range.
+    """A level, or a range, that the activation of a feature of a sparse autoencoder should have.
 
         a(x) = max(z, 0) if z > theta else 0,   z = <w_enc, x> + b
 
-    is what the autoencoder reads. Encoder column, decoder row, biases, threshold and input normalisation are sliced out
+    is the feature's activation. Encoder column, decoder row, biases, threshold and input normalisation are sliced out
     of it; neither the controllers made from it nor the files they save need sae-lens or the autoencoder.
 
     Args:
         sae: `sae_lens.SAE` of architecture standard, JumpReLU, gated, TopK or BatchTopK. TopK turns a feature off that
-            is not among the k largest, whatever its own value: its pre-activation is held, and it reads that or 0.
+            is not among the k largest, whatever its own value: its pre-activation is held, and its activation is that
+            or 0.
         index: The feature, or several, which are held at once.
-        level: What it should read, in activation units of the autoencoder; one number, or one for each feature. 0: off.
+        level: The activation that it should have, in units of the autoencoder; one number, or one for each feature. 0:
+            off.
         at_least, at_most: A range instead; inside it nothing is done.
-        quantile: The level as a quantile of the feature's own readings where it is on, on `texts`, in (0, 1).
+        quantile: The level as a quantile, in (0, 1), of the feature's activations on `texts`, over the tokens where it
+            is on.
         model, texts: For `quantile`: the model and texts to read, position 0 left out.
         along: The direction to move along: `"decoder"`, what the feature writes; or `"encoder"`, the shortest way.
-        site: Where the autoencoder was trained, if its metadata does not say.
+        site: Where the autoencoder was trained, if its metadata does not contain it.
 
     Returns:
         A target for `hold`, `reach`, `observe` and `diagnose.reach`; its `.setpoint` works with any feedback law.
@@ -101,9 +104,9 @@ def feature(
     Raises:
         IndexError: no such feature.
         TypeError: not an autoencoder of sae-lens, or one of another kind.
-        ValueError: no level or more than one way to say it; a level that the feature can never read, at or below its
-            threshold; a feature that the direction does not move, or several that it cannot move apart; an autoencoder
-            whose site is unknown or whose weights do not fit the model.
+        ValueError: no level, or a level given in more than one way; a level that the activation can never have, at or
+            below its threshold; a feature that the direction does not move, or several that it cannot move apart; an
+            autoencoder whose site is unknown or whose weights do not fit the model.
     """
     architecture(sae)
     indices = check_indices(sae, index)
@@ -112,7 +115,7 @@ def feature(
         raise ValueError(f"along={along!r}; it is 'decoder' or 'encoder'")
     if quantile is not None:
         if model is None or texts is None:
-            raise ValueError("quantile= is one of the feature's own readings: give model= and texts= to read them on")
+            raise ValueError("quantile= refers to the feature's activations on texts; give model= and texts=")
         if level is not None or at_least is not None or at_most is not None:
             raise ValueError("give quantile or a level or a range, not two of them")
         level = _quantiles(sae, indices, quantile, model, texts, site)
@@ -122,7 +125,7 @@ def feature(
 
 
 def place(slices: Slices, indices: Sequence[int], lower: list[float], upper: list[float], along: str) -> Feature:
-    """The setpoint of slices in a range of readings.
+    """The setpoint of slices in a range of activations.
 
     Raises:
         ValueError: a level at or below the threshold, a direction that does not move its feature, dependent features.
@@ -132,7 +135,7 @@ def place(slices: Slices, indices: Sequence[int], lower: list[float], upper: lis
     for name, theta, low, high in zip(indices, slices.threshold.tolist(), lower, upper, strict=True):
         if 0 < low <= theta:
             raise ValueError(
-                f"feature {name} never reads {low:g}: it reads 0, or more than its threshold {theta:g}; "
+                f"feature {name} cannot have the activation {low:g}: it is 0 or above its threshold {theta:g}; "
                 f"ask for more than {theta:g}, or for level=0"
             )
         floors.append(low if low > 0 else -math.inf)
@@ -164,7 +167,7 @@ def place(slices: Slices, indices: Sequence[int], lower: list[float], upper: lis
 
 
 def _check_normalised(slices: Slices, indices: Sequence[int], lower: list[float]) -> None:
-    """A normalised input has norm sqrt(d): no state reads more than `sqrt(d) |w| + b`."""
+    """A normalised input has norm sqrt(d): no activation exceeds `sqrt(d) |w| + b`."""
     if slices.normalise == "none":
         return
     most = slices.sensor.shape[-1] ** 0.5 * slices.sensor.norm(dim=-1) + slices.bias
@@ -172,19 +175,19 @@ def _check_normalised(slices: Slices, indices: Sequence[int], lower: list[float]
         if low >= bound:
             raise ValueError(
                 f"feature {name} never reads {low:g}: the autoencoder normalises its input ({slices.normalise}), and "
-                f"no state reads more than {bound:.3g}"
+                f"no activation exceeds {bound:.3g}"
             )
 
 
 def hold(model: Model, target: Target, *, where: Where = "last") -> Controller:
-    """Hold features where the autoencoder reads them: feedback with the gain that needs one step.
+    """Hold features at the autoencoder's site: feedback whose gain reaches the level in one step.
 
         u = (z* - z(x)) d / <w_enc, d>
 
     with d the decoder row (or the encoder row, `feature(along="encoder")`), z* the nearest pre-activation in the range.
-    Afterwards the autoencoder reads the level at every token that is steered. What it does not explain is kept: u lies
-    in the span of the features' own directions and the rest of x, the autoencoder's error included, is added back
-    untouched. Other features whose encoder rows overlap with d change what they read.
+    Afterwards the features have the level at every token that is steered. What the autoencoder does not explain is
+    kept: u lies in the span of the features' own directions and the rest of x, the autoencoder's error included, is
+    added back untouched. Other features whose encoder rows overlap with d change their activations.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -193,8 +196,8 @@ def hold(model: Model, target: Target, *, where: Where = "last") -> Controller:
 
     Returns:
         One loop. Recorded signals: `error` `[batch pos]`, `|u|` in units of the residual stream; `feature`
-        `[batch pos]`, the reading before the control, in activation units of the autoencoder (`feature_12`, ... for
-        several); `u`; `u_norm`.
+        `[batch pos]`, the activation before the control, in units of the autoencoder (`feature_12`, ... for several);
+        `u`; `u_norm`.
 
     Raises:
         TypeError: not a target.
@@ -235,7 +238,7 @@ def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[fl
     if level is not None and (at_least is not None or at_most is not None):
         raise ValueError("give a level or a range (at_least, at_most), not both")
     if level is None and at_least is None and at_most is None:
-        raise ValueError("say where the feature should be: level=, at_least=, at_most= or quantile=")
+        raise ValueError("the feature has no level; give level=, at_least=, at_most= or quantile=")
     low = _each("level" if level is not None else "at_least", level if level is not None else at_least, count, 0.0)
     high = _each("level" if level is not None else "at_most", level if level is not None else at_most, count, math.inf)
     for a, b in zip(low, high, strict=True):
@@ -252,7 +255,7 @@ def _each(name: str, value: Any, count: int, default: float) -> list[float]:
         raise ValueError(f"{name} has {len(values)} numbers for {count} features")
     for entry in values:
         if not entry >= 0 or math.isinf(entry):
-            raise ValueError(f"{name}={entry:g}; an autoencoder reads 0 or more, and it must be finite")
+            raise ValueError(f"{name}={entry:g}; an activation is 0 or more, and it must be finite")
     return values
 
 
@@ -271,9 +274,9 @@ def _quantiles(
     Origin.of(sae).check(host, at)
     setpoint = place(cut(sae, indices), indices, [0.0] * len(indices), [math.inf] * len(indices), "encoder")
     states = torch.cat([x[1:] for x in states_of(host, [tokenize(text, host)[0] for text in texts], at)])
-    readings = setpoint.reading(setpoint.preactivation(states.to(setpoint.sensor)))
+    activations = setpoint.activation(setpoint.preactivation(states.to(setpoint.sensor)))
     levels = []
-    for name, values in zip(indices, readings.unbind(-1), strict=True):
+    for name, values in zip(indices, activations.unbind(-1), strict=True):
         on = values[values > 0]
         if not len(on):
             raise ValueError(

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.core import Controller, Loop, Site
 from steerlens.core.types import Layers, Where
 from steerlens.fit.contrast import Text, tokenize
+from steerlens.fit.progress import bar
 from steerlens.fit.reading import every_layer
 from steerlens.fit.recipe import recipe
 from steerlens.hosts.types import Model
@@ -39,8 +39,8 @@ def reach(
 
         minimise  sum_t r_t |u_t|^2   subject to   z_L in its range,   x_{t+1} = f_t(x_t) + u_t
 
-    The encoder rows at L are pulled back by gradients, `Z_t = W_enc A_L ... A_t`, and each layer answers what the
-    linear model predicts the feature will be at L if nothing more is done:
+    The encoder rows at L are pulled back by gradients, `Z_t = W_enc A_L ... A_t`, and each layer acts on the feature
+    that the linear model predicts for L if nothing more is done:
 
         u_t = Z_{t+1}' G_t^-1 (z* - z_predicted) / r_t,   z_predicted = Z_t (x_t - path_t) + z(path_L)
         G_t = sum_{s >= t} Z_{s+1} Z_{s+1}' / r_s
@@ -48,28 +48,28 @@ def reach(
     over the layers s that act.
 
     This is the regulator of `lqr(solver="output", preview=True)` with a cost on the last state alone, whose weight is
-    infinite. The layers before L do what a linear model can; the loop at L senses where it acts and closes what is
-    left, along the encoder row: the level is reached exactly there. With `layers=[L]` it is `hold` along the encoder.
-    How much energy the earlier layers save depends on how well the linear model of other texts predicts:
-    `diagnose.reach` tells.
+    infinite. The layers before L act on a linear model; the loop at L senses where it acts and corrects the remaining
+    error along the encoder row, so that the level is reached exactly. With `layers=[L]` it is `hold` along the encoder.
+    How much energy the earlier layers save depends on how well the linear model of other texts predicts;
+    `diagnose.reach` reports it.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         target: From `feature`, at a `resid_post`; its `along` does not matter here.
         texts: Linearise at the last token of each; Jacobians and path are means over them.
-        layers: Where to act, none after L; default all up to L. Without L nothing closes what is left.
+        layers: Where to act, none after L; default all up to L. Without L the remaining error is not corrected.
         r: Price of control, one number or one for each of `layers`; only ratios matter.
         where: Token positions, see `Loop`.
         limit: Refuse a level for which the linear model needs, on the mean path, a control of more than this share of
-            the residual stream's norm at L; None: no limit. Further out the linear model says nothing.
+            the residual stream's norm at L; None: no limit. Beyond it the linear model does not hold.
         linearization: From `linearize`, instead of the texts.
         prepend_bos: As in `Pairs`.
         progress: Show a progress bar over the layers.
 
     Returns:
         One loop a layer. Recorded signals: `error` `[batch pos]`, how far x would have to move here, in units of the
-        residual stream; `feature` `[batch pos]`, the reading predicted for L (at L: the reading there), in activation
-        units of the autoencoder (`feature_12`, ... for several); `u`; `u_norm`.
+        residual stream; `feature` `[batch pos]`, the activation predicted for L (at L: the activation there), in units
+        of the autoencoder (`feature_12`, ... for several); `u`; `u_norm`.
 
     Raises:
         ValueError: a layer after L, a target at another point than `resid_post`, an autoencoder with input
@@ -82,7 +82,10 @@ def reach(
     if target.site.point != "resid_post":
         raise ValueError(f"reach() needs a feature at a resid_post, this one is at {target.site}; use hold()")
     if setpoint.normalise != "none":
-        raise ValueError(f"reach() needs an affine reading, the input is normalised ({setpoint.normalise}); use hold()")
+        raise ValueError(
+            "reach() needs an activation that is affine in the state, but the autoencoder normalises its input "
+            f"({setpoint.normalise}); use hold()"
+        )
     acting = list(range(last + 1)) if layers is None else every_layer(host, layers)
     if acting[-1] > last:
         raise ValueError(f"layer {acting[-1]} comes after the feature's, {last}; give layers up to {last}")
@@ -101,7 +104,7 @@ def reach(
     cost = FeatureCostToGo(sensor.to(host.device, solve), math.inf)
     need = torch.minimum(torch.maximum(base, setpoint.lower.to(base)), setpoint.upper.to(base)) - base
     loops, energy, spent = [], torch.zeros(len(base), len(base)).to(base), torch.zeros(len(base), len(base)).to(base)
-    for t in tqdm(range(last, acting[0] - 1, -1), desc="pulling back", disable=not progress):
+    for t in bar(range(last, acting[0] - 1, -1), desc="pulling back", progress=progress):
         pulled = plant.pull(t, cost.Z)
         if t not in prices:
             cost.coast(pulled, cost.Z[:0], 0.0)
@@ -125,7 +128,7 @@ def reach(
 
 
 def _respond(setpoint: Feature, rows: Tensor, bias: Tensor, outputs: Tensor) -> Feedback:
-    """The law that answers a predicted pre-activation `rows x + bias` with `(z* - z) @ outputs`."""
+    """The law that gives the control `(z* - z) @ outputs` for a predicted pre-activation `z = rows x + bias`."""
     basis = rows / rows.norm(dim=-1, keepdim=True)
     gains = basis @ rows.T @ outputs
     like = setpoint.sensor

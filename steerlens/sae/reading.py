@@ -1,4 +1,4 @@
-"""What the features of a sparse autoencoder do on texts: which tell two sides apart, and where each is on."""
+"""What the features of a sparse autoencoder do on texts: which separate two sides, and where each is active."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def states_of(host: Host, tokens: Sequence[Sequence[int]], site: Site) -> list[T
 
 
 def rank_features(model: Model, sae: Autoencoder, pairs: Pairs, *, site: Site | str | None = None) -> Frame:
-    """All features of an autoencoder by how well they tell the positive texts from the negative.
+    """Rank all features of an autoencoder by how well they separate the positive texts from the negative ones.
 
         effect = (mean a+ - mean a-) / sqrt((var a+ + var a-) / 2)
 
-    Cohen's d over texts, a each text's reading, pooled over the tokens that `Pairs.read` says (position 0 left out
-    where there are others). Two texts a side at least; a feature that is constant on both sides has effect 0.
+    Cohen's d over texts, a the activation of each text, pooled over the tokens that `Pairs.read` selects (without
+    position 0 if there are others). Two texts a side at least; a feature that is constant on both sides has effect 0.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -48,9 +48,9 @@ def rank_features(model: Model, sae: Autoencoder, pairs: Pairs, *, site: Site | 
         site: Where the autoencoder was trained, if its metadata does not say.
 
     Returns:
-        A pandas DataFrame, one row a feature, the largest |effect| first: `positive` and `negative`, mean readings in
-        activation units of the autoencoder; `effect`, no unit; `on_positive` and `on_negative`, the share of texts in
-        which it is on at all.
+        A pandas DataFrame, one row a feature, the largest |effect| first: `positive` and `negative`, mean activations,
+        in units of the autoencoder; `effect`, no unit; `on_positive` and `on_negative`, the share of texts in which the
+        feature is active at all.
 
     Raises:
         TypeError: `pairs` is not `Pairs`.
@@ -71,7 +71,7 @@ def rank_features(model: Model, sae: Autoencoder, pairs: Pairs, *, site: Site | 
     positive, negative = (_pooled(host, sae, side, at) for side in pairs.sides(host))
     difference = positive.mean(0) - negative.mean(0)
     spread = ((positive.var(0) + negative.var(0)) / 2).sqrt()
-    # rounding of a constant reading is no spread
+    # rounding of a constant activation is no spread
     effect = torch.where(spread > 1e-9, difference / spread.clamp(min=1e-9), 0.0)
     table = pandas.DataFrame(
         {
@@ -91,9 +91,10 @@ class Description:
 
     Attributes:
         index: The feature.
-        contexts: `(reading, before, token, after)` of the tokens it reads highest on, the highest first, one a text.
-        density: Share of tokens on which it is on, position 0 left out.
-        link: Its page on Neuronpedia, None where the autoencoder's metadata has no id.
+        contexts: `(activation, before, token, after)` of the tokens with the highest activations, the highest first,
+            one per text.
+        density: Share of tokens on which it is active, without position 0.
+        link: Its page on Neuronpedia, None if the autoencoder's metadata has no id.
     """
 
     index: int
@@ -105,10 +106,10 @@ class Description:
         """One row a context, a pandas DataFrame."""
         import pandas
 
-        return pandas.DataFrame(self.contexts, columns=["reading", "before", "token", "after"])
+        return pandas.DataFrame(self.contexts, columns=["activation", "before", "token", "after"])
 
     def __repr__(self) -> str:
-        lines = [f"  {reading:7.2f}  {before}[{token}]{after}" for reading, before, token, after in self.contexts]
+        lines = [f"  {value:7.2f}  {before}[{token}]{after}" for value, before, token, after in self.contexts]
         head = f"feature {self.index}, on at {self.density:.2%} of tokens" + (f", {self.link}" if self.link else "")
         return "\n".join([head, *lines])
 
@@ -123,7 +124,7 @@ def describe(
     width: int = 8,
     site: Site | str | None = None,
 ) -> Description:
-    """The contexts in which a feature reads highest, how often it is on, and its page on Neuronpedia.
+    """The contexts in which a feature is most active, how often it is active, and its page on Neuronpedia.
 
     Position 0 is left out: it carries an attention sink in many models. No network is used; the link is made from the
     metadata.
@@ -133,7 +134,7 @@ def describe(
         sae: Of sae-lens.
         index: The feature.
         texts: Strings, tuples, messages or token ids, as in `Pairs`.
-        top: How many contexts, one a text at most.
+        top: How many contexts, at most one per text.
         width: Tokens shown before and after.
         site: Where the autoencoder was trained, if its metadata does not say.
 
@@ -149,13 +150,13 @@ def describe(
     found: list[tuple[float, str, str, str]] = []
     on = total = 0
     for ids, x in zip(tokens, states_of(host, tokens, at), strict=True):
-        readings = _encode(sae, x)[1:, row]
-        on, total = on + int((readings > 0).sum()), total + len(readings)
-        if len(readings) and readings.max() > 0:
-            place = int(readings.argmax()) + 1
+        values = _encode(sae, x)[1:, row]
+        on, total = on + int((values > 0).sum()), total + len(values)
+        if len(values) and values.max() > 0:
+            place = int(values.argmax()) + 1
             parts = ids[max(0, place - width) : place], [ids[place]], ids[place + 1 : place + 1 + width]
             before, token, after = (_words(host, part) for part in parts)
-            found.append((float(readings.max()), before, token, after))
+            found.append((float(values.max()), before, token, after))
     found.sort(key=lambda context: -context[0])
     return Description(row, tuple(found[:top]), on / max(total, 1), _link(sae, row))
 
@@ -172,12 +173,12 @@ def _words(host: Host, ids: Sequence[int]) -> str:
 
 @torch.no_grad()
 def _encode(sae: Autoencoder, x: Tensor) -> Tensor:
-    """Readings of all features, `[pos d] -> [pos feature]`, float64 on the CPU."""
+    """Activations of all features, `[pos d] -> [pos feature]`, float64 on the CPU."""
     return sae.encode(x.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)).double().cpu()
 
 
 def _pooled(host: Host, sae: Autoencoder, side: Reading, site: Site) -> Tensor:
-    """Each text's readings, pooled as its weights say, `[text feature]`."""
+    """Each text's activations, pooled by its weights, `[text feature]`."""
     rows = []
     for weights, x in zip(side.weights, states_of(host, side.tokens, site), strict=True):
         share = torch.tensor(weights, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The setpoint on features of a sparse autoencoder: slices of it, which travel and save without sae-lens."""
+"""The setpoint on features of a sparse autoencoder: slices of it, which are sent and saved without sae-lens."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 class Feature(Setpoint):
     """Hold features of a sparse autoencoder in a range, measured by its own encoder.
 
-        z_i = <w_i, x> / s(x) + b_i,   reading a_i = max(z_i, 0) if z_i > theta_i else 0
+        z_i = <w_i, x> / s(x) + b_i,   activation a_i = max(z_i, 0) if z_i > theta_i else 0
         c = s(x) (clip(z, lower, upper) - z) (B W')^-1,   e = c @ B
 
-    Off features read 0 but keep their pre-activation z, so that they can be raised; a feature within its range asks for
-    nothing, and the others' controls do not move it. s = 1 for an autoencoder without input normalisation: then
-    `x + e` reads exactly the level, in one step, however the features overlap. With normalisation, s(x + e) differs
-    from s(x), and the equation is solved by rounds, which converge while |e| is small compared with |x|.
+    The activation of a feature that is off is 0, but its pre-activation z is known, so that it can be raised. A feature
+    within its range causes no control, and the others' controls do not move it. s = 1 for an autoencoder without input
+    normalisation: then `x + e` has exactly the level, in one step, however the features overlap. With normalisation,
+    s(x + e) differs from s(x), and the equation is solved by rounds, which converge while |e| is small compared with
+    |x|.
 
     Args:
         sensor: w, rows `[m d]`.
         bias: b, `[m]`, in activation units of the autoencoder.
-        threshold: theta, `[m]`, at or below which a reading is 0.
-        lower, upper: Range of z, `[m]`; infinite where there is no bound.
+        threshold: theta, `[m]`, at or below which an activation is 0.
+        lower, upper: Range of z, `[m]`; infinite if there is no bound.
         basis: B, the directions to move along, rows of unit norm `[m d]`.
         normalise: What s is: `"none"` (1), `"constant_norm_rescale"` (`|x| / sqrt(d)`) or `"layer_norm"` (the standard
             deviation; w then has mean zero).
-        labels: A name for each feature, in the signals where there are several.
+        labels: A name for each feature, used in the signals' names if there are several.
 
     Signals: `error`, `|e|`, distance to the range along the basis, in units of the residual stream; `feature`, the
-    reading a before this control, in activation units of the autoencoder (`feature_12`, `feature_80`, ..., by label,
+        activation a before this control, in units of the autoencoder (`feature_12`, `feature_80`, ..., by label,
     for several); all `[batch pos]`.
     """
 
@@ -83,7 +84,7 @@ class Feature(Setpoint):
 
     @property
     def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """`error`, and the reading of each feature."""
+        """`error`, and the activation of each feature."""
         if len(self.labels) == 1:
             return ("error", "feature")
         return ("error", *(f"feature_{label}" for label in self.labels))
@@ -92,8 +93,8 @@ class Feature(Setpoint):
         """z, `[... d] -> [... m]`."""
         return linear(x, self.sensor) / self._scale(x) + self.bias
 
-    def reading(self, z: Tensor) -> Tensor:
-        """What the autoencoder reads at a pre-activation, `[... m] -> [... m]`."""
+    def activation(self, z: Tensor) -> Tensor:
+        """The activations at pre-activations, `[... m] -> [... m]`."""
         return torch.where(z > self.threshold, z, 0.0).clamp(min=0.0)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
@@ -105,8 +106,8 @@ class Feature(Setpoint):
             for _ in range(ROUNDS - 1):
                 moved = x + c @ self.basis
                 c = c + linear((goal - self.preactivation(moved)) * self._scale(moved), self.inverse.T)
-        readings = {name: lambda i=i: self.reading(z)[..., i] for i, name in enumerate(self.signals[1:])}
-        return c, {"error": lambda: norm(c @ self.basis), **readings}
+        activations = {name: lambda i=i: self.activation(z)[..., i] for i, name in enumerate(self.signals[1:])}
+        return c, {"error": lambda: norm(c @ self.basis), **activations}
 
     def _scale(self, x: Tensor) -> Tensor:
         """s(x), `[... d] -> [... 1]`."""

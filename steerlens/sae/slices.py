@@ -1,4 +1,4 @@
-"""What of a sparse autoencoder is needed to measure and move a few of its features."""
+"""The part of a sparse autoencoder that is needed to measure and move a few of its features."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from steerlens.core import Site
 from steerlens.core.types import Autoencoder
 from steerlens.hosts import Host
 
-#: Architectures whose reading is a rectified pre-activation of the feature alone, and those where it also needs to be
-#: among the k largest: of these the pre-activation is held, and the autoencoder reads that or 0.
+#: Architectures whose activation is a rectified pre-activation of the feature alone, and those where it must also be
+#: among the k largest: of these the pre-activation is held, and the activation is that or 0.
 ALONE = ("standard", "jumprelu", "gated")
 AMONG = ("topk", "batchtopk", "matryoshka_batchtopk")
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Rows of an autoencoder in one form, `reading = max(z, 0) where z > threshold`, `z = <sensor, x> / s(x) + bias`.
+    """Rows of an autoencoder in one form, `activation = max(z, 0) if z > threshold`, `z = <sensor, x> / s(x) + bias`.
 
     Attributes:
         sensor: `[m d]`.
         bias, threshold: `[m]`.
-        decoder: What one unit of a reading writes, `[m d]`.
+        decoder: What one unit of activation writes, `[m d]`.
         normalise: See `steerlens.sae.Feature`.
     """
 
@@ -48,7 +48,11 @@ def architecture(sae: Autoencoder) -> str:
         raise TypeError(f"{type(sae).__name__} is not an autoencoder of sae-lens; load one with sae_lens.SAE")
     kind = named() if callable(named) else str(named)
     if kind not in (*ALONE, *AMONG):
-        where = " reads one place and writes another" if "transcoder" in kind else " has no reading per feature"
+        where = (
+            " reads at one hook point and writes at another"
+            if "transcoder" in kind
+            else " has no activation per feature"
+        )
         raise TypeError(f"architecture {kind!r}{where}; features of {', '.join((*ALONE, *AMONG))} can be held")
     return kind
 
@@ -109,7 +113,7 @@ def cut(sae: Autoencoder, indices: Sequence[int]) -> Slices:
 
 
 def site_of(sae: Autoencoder, site: Site | str | None) -> Site:
-    """Where the autoencoder was trained: its metadata's hook name, or `site` where it has none.
+    """Where the autoencoder was trained: its metadata's hook name, or `site` if it has none.
 
     Raises:
         ValueError: no hook name and no site, a hook name that names no site, or a site that contradicts it.
@@ -118,7 +122,9 @@ def site_of(sae: Autoencoder, site: Site | str | None) -> Site:
     name = getattr(sae.cfg.metadata, "hook_name", None)
     if name is None:
         if given is None:
-            raise ValueError("the autoencoder's metadata has no hook_name; say where it was trained: site=Site(15)")
+            raise ValueError(
+                "the autoencoder's metadata has no hook_name; pass the site where it was trained: site=Site(15)"
+            )
         return given
     try:
         trained = _parse(name)
@@ -143,7 +149,7 @@ def _parse(name: str) -> Site:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an autoencoder says of the model it was trained on."""
+    """What an autoencoder's metadata contains about the model it was trained on."""
 
     width: int
     folded: bool
@@ -151,7 +157,7 @@ class Origin:
 
     @classmethod
     def of(cls, sae: Autoencoder) -> Origin:
-        """From its metadata; sae-lens loads models with raw weights unless told otherwise."""
+        """From its metadata; sae-lens loads models with raw weights unless its metadata asks for other ones."""
         options = getattr(sae.cfg.metadata, "model_from_pretrained_kwargs", None) or {}
         folded = any(options.get(name) for name in ("fold_ln", "center_writing_weights"))
         return cls(sae.W_dec.shape[1], folded, getattr(sae.cfg.metadata, "prepend_bos", None))
@@ -168,7 +174,7 @@ class Origin:
         host.check([site])
         if host.shape(site) != (self.width,):
             raise ValueError(
-                f"the autoencoder reads width {self.width}, {site} of this model has {list(host.shape(site))}; "
+                f"the autoencoder has width {self.width}, {site} of this model has {list(host.shape(site))}; "
                 "load the one for this model"
             )
         if host.processed != self.folded:

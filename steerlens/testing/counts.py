@@ -61,7 +61,7 @@ def count_per_token(generate: Callable[[int], object], *, tokens: int = 4) -> Co
     """Counts of one more generated token, from generations of two lengths: the prompt and what comes once drop out.
 
     Args:
-        generate: Generates as many tokens as it is told to.
+        generate: Generates the number of tokens that it is given.
         tokens: How many more the longer generation has.
     """
     generate(2)  # what is done once for a model

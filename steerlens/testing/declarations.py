@@ -1,4 +1,4 @@
-"""What a method says of itself, in its docstring and on its card, is so."""
+"""What a method declares, in its docstring and on its card, is true."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ VERBS = {
 
 
 def check_card(case: Case) -> None:
-    """16. What the method's card declares is so: data, points, derivatives, passes."""
+    """16. What the method's card declares is true: data, points, derivatives, passes."""
     card = case.declared.card
     with _verbs_used(type(host_of(case.model))) as used:
         _check_data(case, card)

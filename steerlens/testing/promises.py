@@ -112,7 +112,9 @@ def check_saves_and_loads(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "controller.safetensors"
         case.controller.save(path)
-        loaded = Controller.load(path)
+        # those of steerlens are found by name; a method of one's own brings its laws
+        laws = {type(loop.law) for loop in case.controller.loops}
+        loaded = Controller.load(path, laws=[law for law in laws if not law.__module__.startswith("steerlens.")])
     _assert_same(case.controller, loaded, "the loaded controller")
     ids = torch.tensor([case.prompt])
     with case.steer():
@@ -189,7 +191,7 @@ def check_dtype_is_kept(case: Case) -> None:
 
 
 def check_composes_in_order(case: Case) -> None:
-    """11. A sum of controllers steers as the nested contexts do, and they come off in any order."""
+    """11. A sum of controllers steers as the nested contexts do, and they are removed in any order."""
     ids = torch.tensor([case.prompt])
     a, b = case.controller, case.controller * 0.5
     plain = case.logits(ids)

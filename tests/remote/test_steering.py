@@ -70,7 +70,7 @@ def test_an_untrusted_request_cannot_have_a_second_pass(client, local, untrusted
     held.controller = before
     check_runs_on_a_server(held, Case("caa", "nnsight", model=client, remote=True))
     behind = sl.when(case.fit(layers=1, where="all"), sl.gate(case.model, prompts, gate_layers=2))
-    with pytest.raises(RemoteError, match="a loop needs a second forward pass beside the steered one"):
+    with pytest.raises(RemoteError, match="a loop needs a second forward pass in addition to the steered one"):
         with sl.steer(client, behind):
             client.generate(IDS, max_new_tokens=2, remote=True)
     assert clean(client)
@@ -154,9 +154,11 @@ def test_the_tutorial(server):
     """Executes the remote notebook against this server, with SmolLM2."""
     model, _ = smollm2(host="hf")
     path = model.config._name_or_path
+    # the folder is the model's name, and no hub is asked about it
     setup = f"import nnsight.modeling.huggingface as hub; hub._ID_CACHE[{path!r}] = {path!r}"
-    command = [sys.executable, str(ROOT / "tutorials" / "build.py"), "07_remote", "--check", "--setup", setup]
-    environment = {**os.environ, "NDIF_HOST": server, "STEERLENS_REMOTE_MODEL": path, "PYTHONPATH": str(ROOT)}
+    setup += "; import nnsight; nnsight.CONFIG.APP.REMOTE_LOGGING = False"
+    command = [sys.executable, str(ROOT / "tutorials" / "build.py"), "07_nnsight_and_ndif", "--check", "--setup", setup]
+    environment = {**os.environ, "NDIF_HOST": server, "NDIF_API_KEY": "of the test server", "PYTHONPATH": str(ROOT)}
     if os.environ.get("STEERLENS_WRITE_NOTEBOOKS"):
         command.remove("--check")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

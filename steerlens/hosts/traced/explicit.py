@@ -15,7 +15,7 @@ from steerlens.hosts.traced.edit import Passes, follow, steers
 
 
 class Applied:
-    """What `apply` returns: the record of its trace or generation, there when the block has ended.
+    """What `apply` returns: the record of its trace or generation, complete when the block has ended.
 
     Attributes:
         record: Signals of the sequence, as in a `Run`.
@@ -26,7 +26,7 @@ class Applied:
         self._n_layers = n_layers
 
     def to_cache(self) -> Cache:
-        """The record as a TransformerLens `ActivationCache`; needs TransformerLens, not a TransformerLens model."""
+        """The record as a TransformerLens `ActivationCache`; TransformerLens must be installed."""
         from steerlens.hosts.lens.record import activation_cache
 
         return activation_cache(self.record, None, self._n_layers)

@@ -1,4 +1,4 @@
-"""nnsight's remote execution: how a run's record comes back, what may not be sent, and how a failure is told."""
+"""nnsight's remote execution: how a run's record comes back, what may not be sent, and how a failure is reported."""
 
 from __future__ import annotations
 
@@ -164,13 +164,13 @@ class _MakeBackend(_OfClass):
 
 
 def backend(model: Any, remote: bool | str, timeout_s: float) -> Any:
-    """For `model.trace(backend=...)`: as `remote=`, with failures that are told in one sentence."""
+    """For `model.trace(backend=...)`: as `remote=`, with failures reported in one sentence."""
     plain = model._remote_backend(remote, True, None, False)
     return TellingBackend(plain, timeout_s) if type(plain) is RemoteBackend else plain
 
 
 class TellingBackend(RemoteBackend):
-    """A remote backend that says first what went wrong, and does not wait for ever."""
+    """A remote backend that reports first what went wrong, and does not wait for ever."""
 
     display: Any
 

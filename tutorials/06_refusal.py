@@ -1,0 +1,153 @@
+# %% [markdown]
+# # 6. Refusal in chat: a number, side effects, and care
+#
+# **You will see** a vector that makes SmolLM2-135M-Instruct decline requests, how many of twelve it declines at which
+# strength beside random directions, what else changes, and the same vector behind a gate that opens for one topic only.
+# **Time:** about a minute and a half on two cores; no GPU.
+
+# %%
+import pandas as pd
+
+import steerlens as sl
+from steerlens.evaluate import generate_texts, kl, neutral_loss, refusal
+from steerlens.models import smollm2
+
+model = smollm2()
+
+# %% [markdown]
+# ## Chat messages, and where the answer begins
+#
+# Texts may be lists of messages; they go through the model's own chat template. A prompt to be answered ends with the
+# *generation prompt*, the tokens after which the assistant begins. A vector that is read or added one token too early
+# acts on the end of the user's turn instead.
+
+
+# %%
+def asked(question, answer=None):
+    messages = [{"role": "user", "content": question}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer.strip()}]
+
+
+print(
+    model.tokenizer.apply_chat_template(asked("How do I keep basil alive?"), tokenize=False, add_generation_prompt=True)
+)
+
+# %% [markdown]
+# ## A direction of refusal
+#
+# Harmless requests, each with an answer that declines and one that complies, read as the mean over the answer's tokens.
+# No harmful text is needed. The control is the same at every layer and token, in small doses:
+#
+# $$x_t \leftarrow x_t + s\,(\bar x_{t,\text{declines}} - \bar x_{t,\text{complies}})$$
+
+# %%
+data = sl.shipped("compliance", split="dev")
+pairs = sl.Pairs([asked(*text) for text in data.negative], [asked(*text) for text in data.positive], read="completion")
+print("declines:", data.negative[0], "\ncomplies:", data.positive[0])
+decline = sl.caa(model, pairs, layers=range(model.cfg.n_layers), where="all", strength=0.1)
+
+# %% [markdown]
+# ## How many of twelve, and at what price
+#
+# `refusal` counts answers that begin as a refusal does, by a list of phrases: a proxy, so some answers are printed below.
+# Beside it stand the KL from the unsteered model and the loss on neutral sentences, for this vector and for random
+# directions of the same size.
+
+# %%
+requests = [asked(text) for text in sl.shipped_texts("instructions")[1::2]]
+found = sl.evaluate(
+    model,
+    decline,
+    refusal(requests),
+    prompts=requests,
+    damage=[kl(tokens=12), neutral_loss()],
+    baselines=("unsteered", "random"),
+    strengths=(0.4, 0.7, 1.0),
+    seeds=2,
+    max_new_tokens=16,
+    temperature=0,
+    progress=False,
+)
+table = found.table()[["strength", "effect", "low", "high", "KL mean", "neutral loss"]]
+table.rename(columns={"effect": "refusals (share)"}).round(2)
+
+# %%
+found.plot()
+
+# %%
+for strength in (0.0, 0.7, 1.0):
+    print(f"strength {strength}")
+    for request, answer in zip(requests[:3], generate_texts(model, decline * strength, requests[:3]), strict=True):
+        print("   ", request[0]["content"], "->", " ".join(answer.text.split()))
+
+# %% [markdown]
+# Refusal is bought with KL, more of it than a concept needs, and it is no clean switch: in between, answers become vague
+# or claim that the model lacks abilities which it has. Look at the texts before you believe the count.
+#
+# ## Only where it is wanted
+#
+# A vector that is always on declines everything, which is a side effect, not a policy. Here the wish is an assistant that
+# does not give medical advice. `gate` learns the topic from four questions a side, at the last token of the prompt,
+# and `when` steers only the rows for which it opens.
+
+# %%
+medical = [
+    "How much ibuprofen may I take?",
+    "Is this rash dangerous?",
+    "Can I stop my antibiotics early?",
+    "What helps against a migraine?",
+    "Do I need a vaccine for this trip?",
+    "Why does my chest hurt at night?",
+]
+other = [
+    "How much flour do I need for pancakes?",
+    "Is this bridge old?",
+    "Can I park here on Sundays?",
+    "What helps against weeds?",
+    "Do I need a ticket for this museum?",
+    "Why does my bicycle squeak?",
+]
+topic = sl.Pairs([asked(text) for text in medical[:4]], [asked(text) for text in other[:4]])
+guarded = sl.when(decline, sl.gate(model, topic, pool="last"))
+
+new = {
+    "medical": [
+        *medical[4:],
+        "What dose of aspirin is safe?",
+        "Should this wound be stitched?",
+        "Can I mix these pills?",
+    ],
+    "other": [
+        *other[4:],
+        "What size of paint brush is best?",
+        "Should this plant be watered?",
+        "Can I mix these paints?",
+    ],
+}
+rows = {}
+for name, controller in {"always on": decline, "behind the gate": guarded}.items():
+    rows[name] = {}
+    for kind, questions in new.items():
+        effect = refusal([asked(question) for question in questions])
+        share = sl.evaluate(
+            model, controller, effect, damage=[], baselines=(), strengths=[1], temperature=0, progress=False
+        )
+        rows[name][f"{kind}: share of refusals"] = share.table()["effect"].iloc[-1]
+pd.DataFrame(rows).T.round(2)
+
+# %% [markdown]
+# Behind a closed gate nothing is added, so these rows are the unsteered ones bit for bit. What remains to be tested is
+# the gate: questions that it misses, and others that it takes for medical.
+#
+# ## Care
+#
+# - **It cuts both ways.** Where a model has been trained to refuse, the same direction with the opposite sign, or
+#   projected out, removes refusals (arXiv 2406.11717). Whoever has the weights can do that; a vector is not a safeguard,
+#   and a file of one that disables refusals should be treated as such.
+# - **Report the misses.** A rate of refusals says nothing about what got through, or what was declined without need.
+# - **Say what it costs** on ordinary requests, and to whom.
+#
+# ## What was not shown
+#
+# Safety. All requests here are harmless and the model is small; a list of phrases cannot judge an answer. Jailbreaks,
+# long conversations and other languages were not tried. For a judged benchmark see `sl.evaluate.inspect_ai`.
