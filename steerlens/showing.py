@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
+from steerlens.core.progress import bar
 from steerlens.core.tensorfile import write_whole
 from steerlens.evaluate.texts import prompt_ids
 from steerlens.fit.contrast import Text
-from steerlens.fit.progress import bar
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.types import Model
 from steerlens.pages.markup import fragment, legend, number, page, text, wash
@@ -49,8 +49,9 @@ class Shown:
         prompts: As text.
         texts: Continuations, by name of the controller, in the order of the prompts; `"unsteered"` first.
         signal: What colours the tokens.
-        values: The signal's mean over the sites where it was recorded, by name, one `[pos]` for each prompt; NaN at
-            tokens that were not steered. The last token of a text was never read by the model and has none.
+        values: The signal's mean over the sites where it was recorded, by name, one `[pos]` for each prompt. At tokens
+            that were not steered `u_norm` is 0 and any other signal NaN. The last token of a text was never read by the
+            model and has none.
         pieces: What is drawn, by name, for each prompt.
     """
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from steerlens.core.progress import bar
 from steerlens.core.tensorfile import check_fingerprint, read, write
 from steerlens.core.types import Json
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.progress import bar
 from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.types import Model

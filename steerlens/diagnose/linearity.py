@@ -11,11 +11,11 @@ from einops import rearrange
 from torch import Tensor
 
 from steerlens.control.linearization import Linearization
+from steerlens.core.progress import bar
 from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_model, exact_dtype
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.progress import bar
 from steerlens.hosts import Nominal, host_of
 from steerlens.hosts.types import Model
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from steerlens.core import Controller
+from steerlens.core.progress import counting
 from steerlens.core.types import Figure, Frame, Json
 from steerlens.diagnose.result import curves, frame
 from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
 from steerlens.evaluate.bootstrap import draws, ends
 from steerlens.evaluate.meter import Budget, Meter, Values, pooled
 from steerlens.fit.contrast import Text
-from steerlens.fit.progress import bar
 from steerlens.hosts.types import Model
 
 MET, NEVER, NOTHING = "met", "never", "by doing nothing"
@@ -158,7 +158,7 @@ def search(
     name, controller = arms[0].name, arms[0].controller
     assert controller is not None
     start, slope = 1.0, 2.0
-    with bar(total=evaluations, desc=f"calibrate {name}", progress=progress) as shown:
+    with counting(evaluations, desc=f"calibrate {name}", progress=progress) as shown:
         if len(items) >= 2 * COARSE:
             part = _Curve(bench, arms, replace(meter, items=tuple(items[:: len(items) // COARSE])), shown.update)
             found, met, _ = _find(part, limit, max(tolerance, COARSELY), largest, evaluations)

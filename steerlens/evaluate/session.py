@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from steerlens.core.progress import counting
 from steerlens.evaluate.bench import Arm, Bench
 from steerlens.evaluate.evaluation import DOSE, RANDOM_NAME, UNSTEERED_NAME, Measured
 from steerlens.evaluate.log import Log, setting
 from steerlens.evaluate.meter import Meter, Values, digest
-from steerlens.fit.progress import bar
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Session:
         """
         found: list[Measured] = []
         names = [f"{entry.name} {entry.strength:.3g}" for entry in entries]
-        with bar(total=len(entries) * (len(self.meters) + 1), desc="measuring", progress=self.progress) as shown:
+        with counting(len(entries) * (len(self.meters) + 1), desc="measuring", progress=self.progress) as shown:
             for name, entry in zip(names, entries, strict=True):
                 shown.set_description(name)
                 found += self._arm(entry, shown.update)

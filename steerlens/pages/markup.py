@@ -39,7 +39,7 @@ padding:.6em 1em;background:Canvas;color:CanvasText;border-top:1px solid current
 .sl-page .sl-text span[tabindex]:focus::after{background:#15171a;color:#e6e6e6}}
 """
 #: Red, green and blue of what is above and below zero, and the alpha of the largest value: text stays readable on it.
-ABOVE, BELOW, STRONGEST = (240, 128, 20), (40, 130, 235), 0.62
+ABOVE, BELOW, STRONGEST = (240, 128, 20), (40, 130, 235), 0.55
 
 
 def text(value: Any) -> str:

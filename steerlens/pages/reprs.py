@@ -52,7 +52,11 @@ def record_pieces(record: Record) -> str:
     for signal in scalars:
         places = by_place(record, signal)
         values = {place: record[full].double() for place, full in places.items()}
-        steered = {place: value[value.isfinite()] for place, value in values.items()}
+        # a control is 0 where nothing was steered, other signals are NaN there
+        steered = {
+            place: value[value.isfinite() & (value != 0) if signal.endswith("u_norm") else value.isfinite()]
+            for place, value in values.items()
+        }
         means = [float(own.mean()) if own.numel() else float("nan") for own in steered.values()]
         together = torch.cat([own.flatten().cpu() for own in steered.values()])
         some = [float(f(together)) if together.numel() else float("nan") for f in (torch.mean, torch.min, torch.max)]

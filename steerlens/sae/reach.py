@@ -11,9 +11,9 @@ from torch import Tensor
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.progress import bar
 from steerlens.core.types import Layers, Where
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.progress import bar
 from steerlens.fit.reading import every_layer
 from steerlens.fit.recipe import recipe
 from steerlens.hosts.types import Model
