@@ -49,8 +49,9 @@ class Shown:
         prompts: As text.
         texts: Continuations, by name of the controller, in the order of the prompts; `"unsteered"` first.
         signal: What colours the tokens.
-        values: The signal's mean over the sites where it was recorded, by name, one `[pos]` for each prompt. At tokens
-            that were not steered `u_norm` is 0 and any other signal NaN. The last token of a text was never read by the
+        values: The signal of each token, by name, one `[pos]` for each prompt: of `u_norm` the root of the summed
+            squares over the sites where it was recorded, of others the mean. At tokens that were not steered `u_norm`
+            is 0 and any other signal NaN. The last token of a text was never read by the
             model and has none.
         pieces: What is drawn, by name, for each prompt.
     """
@@ -111,8 +112,9 @@ def show(
         sl.show(model, ["I think that"], {"lqr": a, "caa": b}, signal="u_norm")
         sl.show(model, prompts, controller).save("texts.html")
 
-    A token's colour is the signal while the model read that token, the mean over the sites where the controller
-    reports it, on one scale for all texts. A tap or the mouse shows the value, and the layer where it is largest.
+    A token's colour is the signal while the model read that token, on one scale for all texts: over the sites where a
+    controller reports it, the root of the summed squares of `u_norm`, so that controllers of one and of many layers
+    compare, and the mean of others. A tap or the mouse shows the value, and the layer where it is largest.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -152,7 +154,7 @@ def show(
         end = getattr(host.tokenizer, "eos_token_id", None)
         if end in tokens[len(row) :]:
             tokens = tokens[: tokens.index(end, len(row)) + 1]
-        value, notes = _mean(sites, len(tokens))
+        value, notes = _pooled(sites, len(tokens), signal)
         values[name].append(value)
         pieces[name].append(_pieces(tokens, len(row), value, notes, signal, decode))
         texts[name].append(decode(tokens[len(row) :]))
@@ -189,22 +191,22 @@ def _at_sites(run: Run, signal: str) -> dict[str, Tensor]:
     return found
 
 
-def _mean(sites: Mapping[str, Tensor], length: int) -> tuple[Tensor, list[str]]:
-    """The mean over sites at each token, `[pos]`, and which site has the largest value there, in words."""
+def _pooled(sites: Mapping[str, Tensor], length: int, signal: str) -> tuple[Tensor, list[str]]:
+    """The signal over all sites at each token, `[pos]`, and which site has the largest value there, in words."""
     empty = torch.full((length,), torch.nan, dtype=torch.float64)
     if not sites:
         return empty, [""] * length
     layers = [name.partition(".hook_")[0].removeprefix("blocks.") for name in sites]
     padded = [torch.cat([value, empty])[:length] for value in sites.values()]
     stacked = torch.stack(padded)
-    mean = stacked.nanmean(0)
+    known = stacked.isfinite()
+    total = stacked.square().nansum(0).sqrt() if signal == "u_norm" else stacked.nanmean(0)
     notes = []
-    for column in stacked.T:
-        known = column.isfinite()
+    for column, there in zip(stacked.T, known.T, strict=True):
         most = int(column.abs().nan_to_num(-1.0).argmax())
-        several = len(layers) > 1 and bool(known.any())
+        several = len(layers) > 1 and bool(there.any())
         notes.append(f"; largest at layer {layers[most]}: {number(float(column[most]))}" if several else "")
-    return mean, notes
+    return torch.where(known.any(0), total, torch.nan), notes
 
 
 def _pieces(tokens: list[int], prompt: int, value: Tensor, notes: list[str], signal: str, decode: Any) -> list[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def _row(loop: Loop) -> list[Any]:
     setpoint = getattr(loop.law, "setpoint", None)
     if setpoint is not None:
         law += f" to {type(setpoint).__name__}"
-    sensed = "" if loop.sense == loop.act else f", senses {loop.sense}"
+    there = "" if loop.sense.layer == loop.act.layer else f" of layer {loop.sense.layer}"
+    sensed = "" if loop.sense == loop.act else f", senses {loop.sense.point}{there}"
     where = f"mask {list(loop.where.shape)}" if isinstance(loop.where, torch.Tensor) else _where(loop.where)
     gates = ", ".join(type(gate.condition).__name__ for gate in loop.gates)
     return [loop.act.point, law + sensed, where, float(loop.strength), gates]
@@ -110,7 +112,9 @@ def _fitted(recipe: dict[str, Any]) -> str:
     model = recipe.get("model") or {}
     if not model:
         return ""
-    words = f"fitted on {model.get('name') or 'a model'} ({model.get('n_layers')} layers, d = {model.get('d_model')})"
+    # a model from a folder has its path for a name
+    name = re.split(r"[\\/]", model.get("name") or "")[-1] or "a model"
+    words = f"fitted on {name} ({model.get('n_layers')} layers, d = {model.get('d_model')})"
     data = recipe.get("data")
     words += f", data {data if isinstance(data, str) else 'of several sets'}" if data else ""
     return f"<p class=sl-dim>{text(words)}, steerlens {text(recipe.get('steerlens', '?'))}</p>"
