@@ -236,3 +236,30 @@ def test_a_relative_loop_needs_an_error_and_the_whole_text(host):
         controller.fwd_hooks()
     with pytest.raises(ValueError, match="origin='zero'"):
         case.fit(origin="own", setpoint="angular")
+
+
+def test_tracking_and_its_bound_follow_a_relative_loop():
+    """Unsteered, every token is a whole level away; the error is what a run records, and the bound holds."""
+    case, controller = fitted(HOSTS[0], full_gain=True)
+    with case.steer(controller=controller) as run:
+        case.logits(torch.tensor([TEXT]))
+        found = sl.diagnose.tracking(case.model, TEXT, controller=controller.at("last"), record=run.record)
+    levels = torch.cat([loop.law.law.setpoint.level for loop in controller.loops]).double()
+    torch.testing.assert_close(found.unsteered, levels.abs(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.actual, found.recorded, rtol=1e-4, atol=1e-5)
+    assert ((found.actual - found.predicted).abs() <= found.bound * (1 + 1e-4) + 1e-6).all()
+    plant = sl.linearize(case.model, [TEXT], progress=False)
+    costs = sl.diagnose.closed_loop(controller, linearization=plant, along=found)
+    assert torch.isfinite(costs.predicted[controller.layers]).all()
+
+
+def test_the_error_that_tracking_reports_is_that_of_the_shift():
+    case, controller = fitted(HOSTS[0], full_gain=True)
+    plant = sl.linearize(case.model, [TEXT], progress=False)
+    path = sl.diagnose.tracking(case.model, TEXT, controller=controller.at("last"), linearization=plant, bound=False)
+    shift = (path.rollout.states - path.rollout.own).double()
+    for index, loop in enumerate(controller.loops):
+        setpoint = loop.law.law.setpoint
+        t = loop.act.layer
+        expected = (setpoint.level - shift[t].float() @ setpoint.basis[0]).abs()
+        torch.testing.assert_close(path.actual[index].float(), expected[0], rtol=1e-4, atol=1e-5)

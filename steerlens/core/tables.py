@@ -12,7 +12,7 @@ from steerlens.core.sites import POINTS
 
 #: What keeps a second run's names apart.
 _RUN = re.compile(r"^run\d+_")
-#: Views of a record that need another part of steerlens, by name; that part registers them here.
+#: What needs another part of steerlens, such as a plot of a record, by name; that part registers it here.
 VIEWS: dict[str, Callable[..., Any]] = {}
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from steerlens.control.linearization import Linearization
 from steerlens.control.riccati import CostToGo
-from steerlens.core import Controller, Loop, Setpoint, map_tensors
+from steerlens.core import Controller, Law, Loop, Setpoint, map_tensors
 from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.bound import Lyapunov
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.tracking import Tracking
 from steerlens.laws.feedback import Feedback
+from steerlens.laws.relative import Relative
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def closed_loop(
         controller: From `lqr(..., full_gain=True)`: loops of the law `Feedback` that kept their matrix.
         linearization: The plant, from `linearize`.
         along: From `tracking`: the token whose cost is computed; None: both costs are NaN.
-        final: A setpoint for the last block's output; None: the realised cost is without the last term.
+        final: A setpoint for the last block's output; None: the realised cost is without the last term. If levels are
+            counted from the token's own state (`origin="own"`), it is measured on the deviation, too.
         q, r, qf: Weights; default: those of the controller's recipe.
 
     Raises:
@@ -127,6 +129,8 @@ def _costs(
         return predicted, realised
     q, r, qf = weights
     states = along.rollout.states.double().cpu()
+    if any(isinstance(loop.law, Relative) for loop in loops.values()):
+        states = states - along.rollout.own.double().cpu()
     controls = along.rollout.signal("u")
     cost = CostToGo.scalar(qf, A[0].shape[0])
     paid = torch.zeros((), dtype=torch.float64)
@@ -148,8 +152,12 @@ def _error(setpoint: Setpoint, x: Tensor) -> Tensor:
 
 
 def _law(loop: Loop) -> Feedback:
-    """The loop's law in float64 on the CPU."""
-    return map_tensors(loop.law, lambda tensor: tensor.double().cpu())
+    """The loop's feedback law in float64 on the CPU."""
+    return map_tensors(_feedback(loop), lambda tensor: tensor.double().cpu())
+
+
+def _feedback(loop: Loop) -> Law:
+    return loop.law.law if isinstance(loop.law, Relative) else loop.law
 
 
 def _loops(controller: Controller, T: int) -> dict[int, Loop]:
@@ -158,7 +166,8 @@ def _loops(controller: Controller, T: int) -> dict[int, Loop]:
     loops: dict[int, Loop] = {}
     for loop in controller.loops:
         t = loop.act.layer
-        if not isinstance(loop.law, Feedback) or loop.law.matrix is None:
+        law = _feedback(loop)
+        if not isinstance(law, Feedback) or law.matrix is None:
             raise ValueError(f"the loop at {loop.act} holds no whole gain; fit it with lqr(..., full_gain=True)")
         if t in loops:
             raise ValueError(f"two loops act at block {t}; closed_loop takes one regulator at a time")

@@ -146,7 +146,7 @@ def _judge(
     x = nominal.states[last + 1].detach().double().cpu()
     sensor = setpoint.sensor.double()
     z = sensor @ x + setpoint.bias.double()
-    steered = roll(blocks, nominal.states[0], controller, position)
+    steered = roll(blocks, nominal.states[0], controller, position, nominal.states)
     reached = sensor @ steered.states[last + 1].double().cpu() + setpoint.bias.double()
     rows = _pulled(nominal, sensor, last, min(site.layer for site in acting))
     # of several loops at a site the total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.control.linearization import Linearization
-from steerlens.core import Controller, Loop, Now, Pass, Record, Site, map_tensors
+from steerlens.core import Companion, Controller, Loop, Now, Pass, Record, Site, map_tensors
 from steerlens.hosts import Host, Nominal
 
 Block = Callable[[Tensor], Tensor]
@@ -22,11 +22,13 @@ class Rollout:
     Attributes:
         states: `x[0] ... x[T]`, `[layer+1 d]`: the state before each block, and the last block's output.
         record: The signals, one token.
+        own: The unsteered states, `[layer+1 d]`.
     """
 
-    def __init__(self, states: Tensor, record: Record):
+    def __init__(self, states: Tensor, record: Record, own: Tensor):
         self.states = states
         self.record = record
+        self.own = own
 
     def signal(self, name: str) -> dict[int, Tensor]:
         """One signal by layer, a number or `[d]` each; empty if no loop reports it."""
@@ -34,7 +36,24 @@ class Rollout:
         return {layer: value[0, 0] for layer, value in self.record.layers(name).items()} if held else {}
 
 
-def roll(blocks: Sequence[Block], start: Tensor, controller: Controller | None, position: int) -> Rollout:
+class KnownPath(Companion):
+    """The unsteered states of one token, known beforehand.
+
+    Args:
+        states: `x[0] ... x[T]`, `[d]` each, as in `Rollout`.
+    """
+
+    def __init__(self, states: Sequence[Tensor]):
+        self._path = states
+
+    def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
+        """Of the sites, between blocks."""
+        return {site: self._path[site.layer + (site.point == "resid_post")][None, None] for site in sites}
+
+
+def roll(
+    blocks: Sequence[Block], start: Tensor, controller: Controller | None, position: int, own: Sequence[Tensor]
+) -> Rollout:
     """Send a state through blocks, with the controller acting between them as it does in the model.
 
     The same `Pass` as in the model runs the loops, so strength, composition and dtype are those of a real run.
@@ -44,9 +63,10 @@ def roll(blocks: Sequence[Block], start: Tensor, controller: Controller | None, 
         start: x[0], `[d]`.
         controller: Acts on the residual stream; None: nothing acts.
         position: Absolute position of the token, the last of its prompt.
+        own: The token's unsteered states, `x[0] ... x[T]`, `[d]` each: what levels with `origin="own"` count from.
     """
     run = Pass(controller.loops if controller is not None else (), record="all")
-    run.begin((1, 1), past=position, device=start.device)
+    run.begin((1, 1), past=position, device=start.device, companion=lambda kept: KnownPath(own))
     x, states = start[None, None], [start]
     with torch.no_grad():
         for t, block in enumerate(blocks):
@@ -54,7 +74,7 @@ def roll(blocks: Sequence[Block], start: Tensor, controller: Controller | None, 
             states[-1] = x[0, 0]
             x = run.at(Site(t, "resid_post"), block(x[0])[None])
             states.append(x[0, 0])
-    return Rollout(torch.stack(states), run.log)
+    return Rollout(torch.stack(states), run.log, torch.stack(list(own)))
 
 
 def plant_of(host: Host, nominal: Nominal, linearization: Linearization | None) -> list[Tensor]:
@@ -105,15 +125,16 @@ def close(
         ValueError: a step depends on more than the state before its block.
     """
     blocks = affine(nominal, jacobians, dtype)
+    own = [state.to(dtype) for state in nominal.states]
     closed, forcing = [], []
     for t, A in enumerate(jacobians):
         x = nominal.states[t].to(dtype)
         acting = [loop for loop in controller.loops if loop.act.layer == t]
-        _check_markov(acting, x)
+        _check_markov(acting, nominal.states, dtype)
 
         def step(x: Tensor, t: int = t, acting: list[Loop] = acting) -> Tensor:
             run = Pass(acting, record=None)
-            run.begin((1, 1), past=position, device=x.device)
+            run.begin((1, 1), past=position, device=x.device, companion=lambda kept: KnownPath(own))
             after = blocks[t](run.at(Site(t, "resid_pre"), x[None, None])[0])
             return run.at(Site(t, "resid_post"), after[None])[0, 0]
 
@@ -126,7 +147,7 @@ def close(
 def check_followed(controller: Controller) -> None:
     """Raises ValueError for a loop that a rollout of the last token cannot follow."""
     for loop in controller.loops:
-        for site in (loop.act, loop.sense):
+        for site in (loop.act, loop.sense, loop.reference or loop.sense):
             if site.point not in _RESIDUAL:
                 raise ValueError(
                     f"the loop {loop.name!r} is at {site}, inside a block; this diagnosis follows the residual stream "
@@ -139,13 +160,17 @@ def check_followed(controller: Controller) -> None:
             )
 
 
-def _check_markov(acting: Sequence[Loop], x: Tensor) -> None:
+def _check_markov(acting: Sequence[Loop], own: Sequence[Tensor], dtype: torch.dtype) -> None:
     for loop in acting:
-        if (loop.sense, loop.act) != (Site(loop.act.layer, "resid_pre"), Site(loop.act.layer, "resid_post")):
+        x = own[loop.act.layer].to(dtype)
+        before = Site(loop.act.layer, "resid_pre")
+        if (loop.sense, loop.act) != (before, Site(loop.act.layer, "resid_post")):
             words = f"senses {loop.sense} and acts at {loop.act}, not before and after one block"
+        elif loop.reference not in (None, before):
+            words = f"senses {loop.sense} and refers to {loop.reference}"
         else:
-            now = Now()
-            map_tensors(loop.law, lambda tensor: tensor.to(x)).act(x[None, None], now)
+            now = Now(reference=x[None, None])
+            map_tensors(loop.law, lambda tensor, x=x: tensor.to(x)).act(x[None, None], now)
             if not now.layers and not now.sequence:
                 continue
             words = f"remembers earlier layers ({type(loop.law).__name__})"

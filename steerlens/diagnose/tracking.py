@@ -18,6 +18,7 @@ from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Nominal, host_of
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Feedback
+from steerlens.laws.relative import Relative
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,18 @@ def tracking(
     jacobians = plant_of(host, nominal, linearization)
     dtype, position = exact_dtype(host), len(tokens) - 1
     start = nominal.states[0]
-    unsteered = roll(nominal.blocks, start, controller * 0, position)
-    actual = roll(nominal.blocks, start, controller, position)
-    predicted = roll(affine(nominal, jacobians, dtype), start.to(dtype), controller, position)
+    own = nominal.states
+    exactly = [state.to(dtype) for state in own]
+    unsteered = roll(nominal.blocks, start, controller * 0, position, own)
+    actual = roll(nominal.blocks, start, controller, position, own)
+    predicted = roll(affine(nominal, jacobians, dtype), start.to(dtype), controller, position, exactly)
     layers = tuple(actual.signal("error"))
     if not layers:
         raise ValueError("no loop of this controller reports an error; tracking needs a setpoint")
     blank = torch.full((len(jacobians) + 1,), torch.nan)
     gap, limit, feature = blank, blank, dict[int, Tensor]()
     if bound:
-        rollouts = [actual, *(roll(nominal.blocks, start, controller * scale, position) for scale in scales)]
+        rollouts = [actual, *(roll(nominal.blocks, start, controller * scale, position, own) for scale in scales)]
         loop, forcing = close(nominal, jacobians, controller, position, dtype)
         _check_affine(loop, forcing, predicted.states - torch.stack(nominal.states).to(dtype))
         gap, limit, feature = _bounds(nominal, jacobians, loop, controller, rollouts, predicted)
@@ -184,9 +187,11 @@ def _bounds(
     remainder = curvature / 2 * size**2
     squares: dict[int, Tensor] = {}
     for part in controller.loops:
-        if isinstance(part.law, Feedback):
+        law = part.law.law if isinstance(part.law, Relative) else part.law
+        if isinstance(law, Feedback):
             t = part.sense.layer
-            rows = _error_rows(part.law.setpoint, x[t])
+            # the reference does not move with the state, so that a deviation changes both kinds of error alike
+            rows = _error_rows(law.setpoint, x[t])
             squares[t] = squares.get(t, torch.zeros(()).to(x)) + _feature_bound(rows, t, weights, remainder) ** 2
     return gap, limit, {t: square.sqrt() for t, square in squares.items()}
 
