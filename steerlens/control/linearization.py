@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steerlens.core.progress import bar
 from steerlens.core.tensorfile import check_fingerprint, read, write
 from steerlens.core.types import Json
 from steerlens.fit.contrast import Text, tokenize
@@ -228,7 +227,14 @@ class Blocks(Plant):
 
 def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     """Blocks from the last one to `first`, under a progress bar."""
-    yield from bar(range(len(plant) - 1, first - 1, -1), desc="linearising blocks", progress=progress)
+    layers = range(len(plant) - 1, first - 1, -1)
+    if progress:
+        # not at the top: on a server, which shows no bar, this function runs without steerlens
+        from steerlens.core.progress import bar
+
+        yield from bar(layers, desc="linearising blocks")
+    else:
+        yield from layers
 
 
 def check_texts(tokens: Sequence[Sequence[int]]) -> None:
