@@ -70,7 +70,7 @@ def pid(
     Returns:
         One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
         units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts), with
-        `origin="own"` also `reference`, see `lqr`; `angle_rad`
+        `origin="own"` also `reference` (`reference_0`, `reference_1` and so on), see `lqr`; `angle_rad`
         with the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
 
     Raises:
