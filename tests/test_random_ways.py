@@ -9,6 +9,7 @@ import torch
 
 import steerlens as sl
 from steerlens.testing import discover_hosts, padding
+from tests.reference import Running
 from tests.sequence_cases import Library, batch_of, compare, controls_of, generation
 from tests.test_random_sequences import each
 from tests.test_sequence_turns import by_hand
@@ -24,6 +25,14 @@ def wide(name, family):
 
 def of_length(draw, length):
     return draw.text(length, length)
+
+
+def remembering(draw, family):
+    """A controller whose laws may remember tokens; under a mask such a law also sees those that are left out."""
+    while True:
+        controller = draw.controller(family, memory=True)
+        if all(isinstance(loop.where, (str, slice)) or not isinstance(loop.law, Running) for loop in controller.loops):
+            return controller
 
 
 @pytest.mark.parametrize("name", HUGGING)
@@ -46,7 +55,7 @@ def test_prompts_in_chunks(name):
 
     def case(lib, draw):
         texts = [of_length(draw, draw.randint(5, 10))]
-        controller = draw.controller(lib.family, memory=draw.random() < 0.5)
+        controller = remembering(draw, lib.family)
         try:
             seen = generation(lib, texts, draw.randint(2, 4), controller, prefill_chunk_size=draw.randint(2, 4))
         except RuntimeError as error:
@@ -63,7 +72,7 @@ def test_beams(name):
     def case(lib, draw):
         length, beams = draw.randint(2, 7), draw.randint(2, 4)
         texts = [of_length(draw, length) for _ in range(draw.randint(1, 2))]
-        controller = draw.controller(lib.family, memory=True)
+        controller = remembering(draw, lib.family)
         options = {"num_beams": beams, "num_return_sequences": draw.randint(1, beams)}
         seen = generation(lib, texts, draw.randint(2, 4), controller, **options)
         compare(seen, lib.reference(controller), produced="beams")
@@ -76,7 +85,7 @@ def test_prompt_lookup(name):
     def case(lib, draw):
         piece = draw.text(2, 4)
         text = [*piece, *draw.text(1, 3), *piece]
-        controller = draw.controller(lib.family, memory=draw.random() < 0.5)
+        controller = remembering(draw, lib.family)
         seen = generation(lib, [text], draw.randint(3, 6), controller, prompt_lookup_num_tokens=draw.randint(1, 3))
         seen.logits = {}
         seen.controls = {site: u[:, : len(seen.tokens[0]) - 1] for site, u in seen.controls.items()}
@@ -141,5 +150,8 @@ def test_scoring(name):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_scoring_in_float64(name):
-    """Rounding falls by eight orders of magnitude, so what is left is no difference of another kind."""
-    each(name, 12, lambda lib, draw: scored(wide(lib.name, lib.family), draw, 1e-10), offset=9500)
+    """Rounding falls by six orders of magnitude, so what is left is no difference of another kind.
+
+    Of GPT-2: RMS norms compute in float32, whatever the model's dtype.
+    """
+    each(name, 9, lambda lib, draw: scored(wide(lib.name, "gpt2"), draw, 1e-10), offset=9500)
