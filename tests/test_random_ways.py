@@ -27,12 +27,9 @@ def of_length(draw, length):
     return draw.text(length, length)
 
 
-def remembering(draw, family):
-    """A controller whose laws may remember tokens; under a mask such a law also sees those that are left out."""
-    while True:
-        controller = draw.controller(family, memory=True)
-        if all(isinstance(loop.where, (str, slice)) or not isinstance(loop.law, Running) for loop in controller.loops):
-            return controller
+def remembers_a_mask(controller):
+    """Whether a law that remembers tokens acts under a mask: it sees those that the mask leaves out, too."""
+    return any(isinstance(loop.law, Running) and not isinstance(loop.where, (str, slice)) for loop in controller.loops)
 
 
 @pytest.mark.parametrize("name", HUGGING)
@@ -55,7 +52,7 @@ def test_prompts_in_chunks(name):
 
     def case(lib, draw):
         texts = [of_length(draw, draw.randint(5, 10))]
-        controller = remembering(draw, lib.family)
+        controller = draw.controller(lib.family, memory=draw.random() < 0.5)
         try:
             seen = generation(lib, texts, draw.randint(2, 4), controller, prefill_chunk_size=draw.randint(2, 4))
         except RuntimeError as error:
@@ -72,8 +69,10 @@ def test_beams(name):
     def case(lib, draw):
         length, beams = draw.randint(2, 7), draw.randint(2, 4)
         texts = [of_length(draw, length) for _ in range(draw.randint(1, 2))]
-        controller = remembering(draw, lib.family)
+        controller = draw.controller(lib.family, memory=True)
         options = {"num_beams": beams, "num_return_sequences": draw.randint(1, beams)}
+        if remembers_a_mask(controller):
+            return
         seen = generation(lib, texts, draw.randint(2, 4), controller, **options)
         compare(seen, lib.reference(controller), produced="beams")
 
@@ -85,7 +84,9 @@ def test_prompt_lookup(name):
     def case(lib, draw):
         piece = draw.text(2, 4)
         text = [*piece, *draw.text(1, 3), *piece]
-        controller = remembering(draw, lib.family)
+        controller = draw.controller(lib.family, memory=draw.random() < 0.5)
+        if any(isinstance(loop.law, Running) for loop in controller.loops):
+            return  # it keeps its last column only, and what is rejected may end before that
         seen = generation(lib, [text], draw.randint(3, 6), controller, prompt_lookup_num_tokens=draw.randint(1, 3))
         seen.logits = {}
         seen.controls = {site: u[:, : len(seen.tokens[0]) - 1] for site, u in seen.controls.items()}
@@ -99,8 +100,9 @@ def test_loops_by_hand(name):
     def case(lib, draw):
         texts = [draw.text() for _ in range(draw.randint(1, 3))]
         controller = draw.controller(lib.family, batch=draw.choice([None, len(texts)]))
-        # Gemma's sliding window counts the pads between a short prompt and what follows it, steered or not
-        side = "left" if name == "hooked" or lib.family == "gemma" else draw.choice(["left", "right"])
+        side = "left" if name == "hooked" else draw.choice(["left", "right"])
+        if lib.family == "gemma":  # its sliding window counts the pads behind a short prompt, steered or not
+            side = "left"
         seen = by_hand(lib, texts, side, controller, draw.randint(1, 4))
         reference = lib.reference(controller)
         for row, (tokens, prompt) in enumerate(zip(seen.tokens, seen.prompts, strict=True)):
@@ -154,4 +156,9 @@ def test_scoring_in_float64(name):
 
     Of GPT-2: RMS norms compute in float32, whatever the model's dtype.
     """
-    each(name, 9, lambda lib, draw: scored(wide(lib.name, "gpt2"), draw, 1e-10), offset=9500)
+
+    def case(lib, draw):
+        if lib.family == "gpt2":
+            scored(wide(lib.name, lib.family), draw, 1e-10)
+
+    each(name, 18, case, offset=9500)
