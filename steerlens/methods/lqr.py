@@ -114,8 +114,8 @@ def lqr(
         all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
         the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units (`projection_0`, `projection_1`
         and so on for several concepts); with `origin="own"` also `reference`, `<v_t, x_t unsteered>`, or `reference_0`,
-        `reference_1` and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of the
-        predicted errors of later layers; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
+        `reference_1` and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of
+        the predicted errors of later layers; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
 
     Raises:
         TypeError: data that is not `Pairs`.
