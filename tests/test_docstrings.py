@@ -15,7 +15,7 @@ from steerlens import models, testing
 from steerlens.fit.method import exported
 
 API = Path(__file__).parents[1] / "docs" / "api"
-MODULES = {module.__name__: module for module in (sl, sl.sae, sl.diagnose, sl.evaluate, models, testing)}
+MODULES = {module.__name__: module for module in (sl, sl.sae, sl.diagnose, sl.evaluate, sl.sharing, models, testing)}
 #: Public names by full name: what can be documented, so no modules and no version.
 PUBLIC = {
     f"{owner}.{name}": getattr(module, name)
