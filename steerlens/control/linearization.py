@@ -229,10 +229,10 @@ def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     """Blocks from the last one to `first`, under a progress bar."""
     layers = range(len(plant) - 1, first - 1, -1)
     if progress:
-        # not at the top: in a notebook it is a class that a server lacks
-        from tqdm.auto import tqdm
+        # not at the top: on a server, which shows no bar, this function runs without steerlens
+        from steerlens.core.progress import bar
 
-        yield from tqdm(layers, desc="linearising blocks")
+        yield from bar(layers, desc="linearising blocks")
     else:
         yield from layers
 

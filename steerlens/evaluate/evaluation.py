@@ -12,7 +12,7 @@ from torch import Tensor
 from steerlens.core.types import Figure, Frame, Json
 from steerlens.diagnose.result import frame
 from steerlens.evaluate.bootstrap import interval, mean_interval
-from steerlens.evaluate.card import evaluation_card
+from steerlens.evaluate.card import evaluation_card, evaluation_html
 from steerlens.evaluate.meter import Values, item_means, pooled
 from steerlens.plots import load_plotly
 
@@ -36,13 +36,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of an evaluation: its effect, with an interval, and its damage on items that it was not chosen on."""
+    """A row of an evaluation: its effect, with an interval, and its damage on items that it was not chosen on.
+
+    Attributes:
+        layer: Of a row of a sweep; else None.
+    """
 
     arm: str
     strength: float
     effect: float
     interval: tuple[float, float]
     damage: float
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,8 @@ class Evaluation:
         name, strength = max(inside, key=lambda arm: inside[arm])
         held = self.change(name, strength)[1::2]
         damage = pooled(self.values(name, strength, meter)[1::2], at)
-        return Choice(name, strength, float(held.mean()), mean_interval(held, level=level), damage)
+        layer = int(name.split()[1]) if self.protocol.get("verb") == "sweep" else None
+        return Choice(name, strength, float(held.mean()), mean_interval(held, level=level), damage, layer)
 
     def plot(self, against: str | None = None) -> Figure:
         """Effect against a meter of damage, one curve a method with intervals of the effect; the random band is grey.
@@ -234,6 +240,9 @@ class Evaluation:
     def card(self) -> str:
         """The tables and the protocol as Markdown, for an appendix."""
         return evaluation_card(self)
+
+    def _repr_html_(self) -> str:
+        return evaluation_html(self)
 
     def __repr__(self) -> str:
         return f"Evaluation({self.effect}: {len(self.arms)} rows, {len(self.change(*self.arms[0]))} items)"

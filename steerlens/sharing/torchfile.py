@@ -7,7 +7,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,7 +66,11 @@ _STORAGES = ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Short", "Cha
 _NAMES = frozenset((*_TENSOR, *(f"torch {kind}Storage" for kind in _STORAGES)))
 
 
-def read_torch(path: str | Path) -> Any:
+#: Tensors and plain values, in dictionaries, lists and tuples.
+Held: TypeAlias = Any
+
+
+def read_torch(path: str | Path) -> Held:
     """Tensors and plain values from a file that `torch.save` wrote, in dictionaries, lists and tuples.
 
     Such a file is a pickle, a program that runs when it is read. Here its instructions are looked at first, and only
@@ -117,15 +121,9 @@ def _check(data: bytes) -> None:
             if len(programs) != 1 or programs[0].file_size > LARGEST_PICKLE or len(entries) > 10_000:
                 raise ValueError("it is no archive of tensors that torch.save wrote")
             program = archive.read(programs[0])
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        UnicodeError,
-        IndexError,
-    ) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # zipfile has no list of what a damaged archive provokes
         raise ValueError(
             f"it is no archive that torch.save wrote ({type(error).__name__}); a bare pickle is not read, because it "
             "can run any code"

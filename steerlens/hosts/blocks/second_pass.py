@@ -15,6 +15,8 @@ from torch.func import functional_call
 from steerlens.core import Companion, Direction, Site
 from steerlens.hosts.blocks.attention import PlainAttention
 from steerlens.hosts.blocks.graph import watch
+from steerlens.hosts.blocks.hf import plain_mask
+from steerlens.hosts.blocks.text import text_of
 from steerlens.hosts.blocks.turns import forward_mode_turn
 
 #: A module, whether the state is its `"input"` or its `"output"`, into how many heads it is to be split (0: none), and
@@ -31,7 +33,7 @@ class BaseCompanion(Companion):
         spots: Where each site's state is.
         args, kwargs: Of the call; a KV cache among them is neither read nor written.
         past: Number of tokens that it holds.
-        kept: What earlier passes of the sequence left: by direction the KV caches of its own.
+        kept: What earlier passes of the sequence left: by direction the KV caches of its own, and their tokens.
     """
 
     def __init__(
@@ -53,18 +55,31 @@ class BaseCompanion(Companion):
         self.kept = kept
 
     def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
-        """The unsteered states of the call's tokens; with a KV cache of their own if the sequence goes on."""
-        if self.past or goes_on:
-            if self.past == 0:
-                self.kept["states"] = Tracks()
-            tracks = self.kept.get("states")
-            if tracks is None or tracks.length != self.past:
-                require_whole(self.past)
-            assert tracks is not None
+        """The unsteered states of the call's tokens; with a KV cache of their own if the sequence goes on.
+
+        If that cache lacks what came before, as the answers of a chat, they are those of the whole text, read at once.
+        """
+        if self.past == 0 and goes_on:
+            self.kept["states"] = Tracks()
+        tracks = self.kept.get("states")
+        if tracks is not None and tracks.length == self.past and (self.past or goes_on):
             with self.aside(), torch.inference_mode(False), torch.no_grad():
                 return self._run(sites, {}, tracks.sides[0])
+        args, kwargs = ((), self._whole()) if self.past else (self.args, self._own())
         with self.aside(), torch.no_grad():
-            return gather(self.spots(sites), lambda: self.base(*self.args, **self._own(), use_cache=False), self._rows)
+            return gather(self.spots(sites), lambda: self.base(*args, **kwargs, use_cache=False), self._rows)
+
+    def note(self) -> None:
+        """Keep token ids, or embeddings, and the positions that the call gives them."""
+        name, tokens = _tokens(self.args, self.kwargs)
+        text_of(self.kept, self.past).add(self.past, {name: tokens, "position_ids": self.kwargs.get("position_ids")})
+
+    def _whole(self) -> dict[str, Any]:
+        """Arguments of a pass over the whole text so far."""
+        length = self.past + _tokens(self.args, self.kwargs)[1].shape[1]
+        mask = plain_mask(self.kwargs.get("attention_mask"))
+        whole = text_of(self.kept, self.past).whole(length)
+        return whole | {"attention_mask": mask if mask is None else mask[:, :length].long()}
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Forward-mode derivatives, or central differences where the direction carries a step.
@@ -230,13 +245,12 @@ class _Kept:
 _SIDES = ("keys", "values")
 
 
-def require_whole(past: int) -> None:
-    """Raises RuntimeError where a prompt does not begin in this pass."""
-    if past:
-        raise RuntimeError(
-            f"a loop needs the unsteered state of the whole text, but {past} of its tokens went through the model "
-            "before it was steered, or at positions that `where` leaves out; begin with an empty KV cache"
-        )
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Tensor]:
+    """What a call reads, ids or embeddings, and the argument's name."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return name, kwargs[name]
+    return "input_ids", args[0]
 
 
 class _EnoughError(Exception):
