@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.types import Model
+
+Item = TypeVar("Item")
 
 
 class Plant:
@@ -227,14 +230,17 @@ class Blocks(Plant):
 
 def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     """Blocks from the last one to `first`, under a progress bar."""
-    layers = range(len(plant) - 1, first - 1, -1)
-    if progress:
-        # not at the top: in a notebook it is a class that a server lacks
-        from tqdm.auto import tqdm
+    yield from over(range(len(plant) - 1, first - 1, -1), "linearising blocks", progress)
 
-        yield from tqdm(layers, desc="linearising blocks")
-    else:
-        yield from layers
+
+def over(items: Iterable[Item], what: str, progress: bool) -> Iterable[Item]:
+    """The items, under a progress bar if one is asked for."""
+    if not progress:
+        return items
+    # not at the top: in a notebook it is a class that a server lacks
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=what)
 
 
 def check_texts(tokens: Sequence[Sequence[int]]) -> None:

@@ -37,7 +37,11 @@ def hf_pass(steered: Steered, beside: Callable[..., Any], inner: Callable[..., A
 
 
 def hf_generations(steered: Steered, model: nn.Module) -> list[Wrapped]:
-    """Around transformers' `generate`, and what it calls before each pass of its own."""
+    """Around transformers' `generate`, and what it calls before each pass of its own.
+
+    Upstream: transformers (5.22) gives a pass no sign of the call of `generate` that it serves, nor of its beams; goes
+    when a cache carries both.
+    """
     return [
         Wrapped(model, "generate", partial(_generate, steered)),
         Wrapped(model, "prepare_inputs_for_generation", partial(_prepare, steered)),

@@ -174,7 +174,10 @@ def _kept(layer: Any) -> Any:
 
 
 class _Unwritten(Tensor):
-    """A state that Mamba's step leaves as it was: it would overwrite what the gradient needs, and reads it no more."""
+    """A state that Mamba's step leaves as it was: it would overwrite what the gradient needs, and reads it no more.
+
+    Upstream: transformers (5.22) updates recurrent states in place; goes, with `_kept`, when its cache replaces them.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
