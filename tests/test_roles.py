@@ -168,6 +168,19 @@ def test_generation_with_and_without_a_cache_is_that_of_hooks(name, host):
         assert tokens.tolist() == expected.tolist(), f"use_cache={use_cache}"
 
 
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", ["falcon_new", "falcon_alibi_seq", "bloom", "gpt2"])
+def test_a_branch_that_is_sensed_is_what_it_put_out_also_where_a_block_adds_to_it_in_place(name, host):
+    model, expected = loaded(name, host), truth_of(name).read(IDS)
+    v = torch.nn.functional.normalize(torch.linspace(-1, 2, 32), dim=0)
+    law = sl.Feedback(sl.Level(v, 3.0), v[None])
+    for point in ("attn_out", "mlp_out"):
+        loop = sl.Loop(law, sl.Site(1, "resid_post"), sl.Site(1, point), where="all")
+        with sl.steer(model, sl.Controller([loop])) as run:
+            logits_of(model, IDS)
+        close(run.record["projection", 1][:, 1:], (expected[1, point] @ v)[:, 1:], point)
+
+
 #: Not linearised, and why.
 CURVED = {"gemma4_kvshared": "keys and values of an earlier block", "openai_gpt": "has no KV cache"}
 #: TransformerLens 3.9's own cached pass is another one.

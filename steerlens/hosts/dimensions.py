@@ -185,8 +185,9 @@ class Dimensions:
 
     def remark(self, fingerprint: dict[str, Any]) -> str | None:
         """What a user should know of a controller that may be attached; None where there is nothing."""
-        if bool(fingerprint.get("adapter")) != bool(self.adapter()):
-            here, there = ("one", "none") if self.adapter() else ("none", "one")
+        mine = self.adapter()
+        if bool(fingerprint.get("adapter")) != bool(mine) and (mine or self.probe()):
+            here, there = ("one", "none") if mine else ("none", "one")
             return (
                 f"this model has {here} of PEFT's adapters beside its weights, the controller was fitted on one with "
                 f"{there}: both are the same model only if the adapter has been merged into the other's weights"

@@ -67,7 +67,7 @@ class Anatomy(Dimensions):
 
     def adapter(self) -> list[float]:
         """As `Dimensions.adapter`."""
-        return [] if self.away else adapter_of(layer._module for layer in reversed(self.layers))
+        return [] if self.away else adapter_of([layer._module for layer in self.layers][::-1])
 
     def apart(self) -> str | None:
         """As `Dimensions.apart`."""
