@@ -73,6 +73,10 @@ def effective(model, path):
 def test_every_point_of_an_adapted_model_is_read_and_written(name, form, host):
     reference = Truth(name, adapted(name).get_base_model())
     model = hosted(adapted(name), form, host)
+    if (name, form, host) == ("gpt2", "inside", "bridge"):
+        with pytest.raises(TypeError, match="leaves out the adapter of PEFT at attention's joint matrix"):
+            host_of(model)
+        return
     adapter, expected = host_of(model), reference.read(IDS)
     close(logits_of(model, IDS), reference.run(IDS), "logits")
     sites = [sl.Site(layer, point) for layer in range(3) for point in POINTS]
@@ -154,7 +158,8 @@ def test_an_adapter_that_no_probe_reads_is_remarked_and_another_one_refused():
     with pytest.warns(UserWarning, match="none of PEFT's adapters .* on one with one"), sl.steer(plain, controller):
         pass
     with pytest.warns(UserWarning, match="one of PEFT's adapters .* on one with none"):
-        sl.steer(models[0], sl.caa(plain, PAIRS, layers=[1])).detach()
+        sl.steer(models[0], sl.caa(plain, PAIRS, layers=[1]))
+    sl.clear(models[0])
 
 
 def test_switching_an_adapter_off_gives_the_model_without():

@@ -26,7 +26,7 @@ def _bitsandbytes(model, bits):
     for path, module in model.named_modules():
         if isinstance(module, (library.nn.Linear4bit, library.nn.Linear8bitLt)):
             kind = library.nn.Params4bit if bits == 4 else library.nn.Int8Params
-            options = {"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
+            options = {"quant_type": "nf4", "blocksize": 32} if bits == 4 else {"has_fp16_weights": False}
             module.weight = kind(state[f"{path}.weight"], requires_grad=False, **options).to("cpu")
     model.load_state_dict({k: v for k, v in state.items() if "proj" not in k}, strict=False, assign=True)
     return model.eval()
@@ -82,7 +82,12 @@ def test_what_needs_the_matrices_or_their_gradient_is_refused_by_name(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_fitted_on_the_quantised_model_is_near_that_of_the_full_one(form):
     full, small = traced(build("llama")), traced(quantised(form, build("llama")))
-    for method, options in (("caa", {"layers": [1]}), ("lqr", {"progress": False, "linearize_on": 1})):
+    methods = [("caa", {"layers": [1]}), ("lqr", {"progress": False, "linearize_on": 1})]
+    if form == "torch int8":
+        # it rounds activations by the largest of the whole text, so that a token alone is another one
+        with pytest.raises(RuntimeError, match=r"with a KV cache and .* without one"):
+            sl.lqr(small, PAIRS, **methods.pop()[1])
+    for method, options in methods:
         pair = [getattr(sl, method)(model, PAIRS, **options) for model in (full, small)]
         a, b = ([sl.core.tensors_of(loop.law)[0] for loop in controller.loops] for controller in pair)
         for mine, theirs in zip(a, b, strict=True):

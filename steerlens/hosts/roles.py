@@ -202,7 +202,9 @@ def refuse_other_kinds(kind: str, config: Any) -> None:
     """Raises TypeError for a model that does not go from left to right through one stack of blocks."""
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(f"cannot steer a {kind}: it has an encoder and a decoder, steerlens knows one stack of blocks")
-    if "MaskedLM" in kind:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # "vision": images only
+    if "MaskedLM" in kind or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise TypeError(f"cannot steer a {kind}: it is bidirectional, {BOTH_WAYS}")
 
 

@@ -25,7 +25,7 @@ def matrix_of(module: Any) -> Any:
     """
     module = unwrapped(module)
     weight = getattr(module, "weight", None)
-    if weight is None or not _at_work(module) or not weight.is_floating_point() or weight.ndim != 2:
+    if weight is None or not adapts(module) or not weight.is_floating_point() or weight.ndim != 2:
         return weight
     swapped = sides_swapped(module)
     units = torch.eye(weight.shape[0 if swapped else 1], dtype=weight.dtype, device=weight.device)
@@ -50,7 +50,7 @@ def adapter_of(blocks: Iterable[Any]) -> list[float]:
     found: dict[int, float] = {}
     for block in blocks:
         for module in block.modules():
-            for value in _parts(module) if _at_work(module) else ():
+            for value in _parts(module) if adapts(module) else ():
                 if value.numel():
                     found[id(value)] = round(float(value.detach().flatten()[0]), 6)
         if found:
@@ -106,8 +106,9 @@ def dtype_of(block: Any) -> torch.dtype:
     return next(floats, torch.get_default_dtype())
 
 
-def _at_work(module: Any) -> bool:
-    """Whether an adapter of PEFT changes what a module does, and is not part of its weights."""
+def adapts(module: Any) -> bool:
+    """Whether an adapter of PEFT changes what a linear map does, and is not part of its weights."""
+    module = unwrapped(module)
     if not getattr(module, "adapter_layer_names", None) or getattr(module, "base_layer", None) is None:
         return False
     return not module.merged and not module.disable_adapters and bool(_parts(module))

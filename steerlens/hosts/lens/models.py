@@ -27,7 +27,7 @@ from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
 from steerlens.hosts.roles import Layout, output_matrix, refuse_other_kinds, submodule
 from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
-from steerlens.hosts.weights import adapter_of, held_apart, is_quantised, matrix_of, sides_swapped
+from steerlens.hosts.weights import adapter_of, adapts, held_apart, is_quantised, matrix_of, sides_swapped
 
 try:
     from transformer_lens import HookedTransformer
@@ -56,6 +56,12 @@ class BridgeHost(LensHost):
         self.layouts = [Layout(block, inner.config.get_text_config()) for block in model.blocks]
         for layout in self.layouts:
             layout.check(type(inner).__name__)
+        for block in model.blocks:
+            if adapts(getattr(getattr(block, "attn", None), "qkv", None)):
+                raise TypeError(
+                    f"this {type(model).__name__} leaves out the adapter of PEFT at attention's joint matrix, which "
+                    "TransformerLens takes apart; merge it first: model = model.merge_and_unload()"
+                )
         self.name = str(getattr(inner.config, "_name_or_path", None) or "")
         self.quantised = is_quantised(inner)
 
