@@ -23,31 +23,22 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def kept(how, folder):
     model = build("llama")
-    if how.startswith("all"):
-        if how == "all on the CPU":
-            accelerate.cpu_offload(model, execution_device="cpu")
-        else:
-            accelerate.disk_offload(model, folder, execution_device="cpu")
-        model.hf_device_map = {"": "cpu"}  # as `from_pretrained` leaves it, so that nobody moves the model
-        return model
     places = dict.fromkeys((*PARTS, "lm_head"), "cpu")
-    if how == "one block on disk":
-        places["model.layers.1"] = "disk"
+    for block in {"one block on disk": (1,), "all blocks on disk": (0, 1, 2)}.get(how, ()):
+        places[f"model.layers.{block}"] = "disk"
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
-HOW = ("all on the CPU", "all on disk", "one block on disk", "by a device map")
+HOW = ("all blocks on disk", "one block on disk", "by a device map")
 
 
 def hosted(how, host, folder):
-    """The model on a host; TransformerLens does not load all of them, or not so that they run."""
+    """The model on a host; TransformerLens does not load what is on disk."""
     try:
-        model = wrap(host, "tests/llama", kept(how, folder), tokenizer(), processed=False, prepend_bos=False)
-        logits_of(model, IDS)
-    except (KeyError, ValueError, NotImplementedError) as error:
+        return wrap(host, "tests/llama", kept(how, folder), tokenizer(), processed=False, prepend_bos=False)
+    except ValueError as error:
         assert host == "bridge"
-        pytest.skip(f"{host} does not run it: {type(error).__name__}: {error}")
-    return model
+        pytest.skip(f"{host} does not load it: {error}")
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -85,7 +76,7 @@ def test_methods_are_fitted_as_on_the_plain_model_or_refused(how, host, tmp_path
 
 
 def test_no_offloaded_model_is_taken_for_one_on_a_server(tmp_path):
-    adapter = host_of(hosted("all on disk", "nnsight", tmp_path))
+    adapter = host_of(hosted("all blocks on disk", "nnsight", tmp_path))
     assert not adapter.away
     with pytest.raises(NotImplementedError, match="output weights of the MLP are not here"):
         adapter.neuron_writes(1)

@@ -27,6 +27,7 @@ def _bitsandbytes(model, bits):
         if isinstance(module, (library.nn.Linear4bit, library.nn.Linear8bitLt)):
             kind = library.nn.Params4bit if bits == 4 else library.nn.Int8Params
             options = {"quant_type": "nf4", "blocksize": 32} if bits == 4 else {"has_fp16_weights": False}
+            module.support_avx512bf16_for_cpu = False  # its layout needs larger matrices
             module.weight = kind(state[f"{path}.weight"], requires_grad=False, **options).to("cpu")
     model.load_state_dict({k: v for k, v in state.items() if "proj" not in k}, strict=False, assign=True)
     return model.eval()

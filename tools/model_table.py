@@ -45,8 +45,8 @@ TAIL = """
 | a model | is steered and fitted as | refused by name |
 | --- | --- | --- |
 | with an adapter of PEFT: LoRA, IA3 and their like, merged or not. nnsight takes the `PeftModel`, TransformerBridge the model inside, `peft_model.get_base_model()` | the model with the adapter in its weights: equal controllers, equal fingerprints | `cold_fd` until the adapter is merged; prompt and prefix tuning, whose virtual tokens shift positions |
-| in 8 or 4 bits: bitsandbytes, PyTorch's dynamic int8 | itself; a controller of the full model of the same name attaches with a note | `cold_fd`, `tda`, `diagnose.direct`, which read or move the matrices |
-| offloaded by accelerate to memory or disk, or spread by a `device_map` | the plain model | `cold_fd` and `tda` where weights are offloaded |
+| in 8 or 4 bits: bitsandbytes, PyTorch's dynamic int8 | itself; a controller of the full model of the same name attaches with a note | `cold_fd`, `tda`, `diagnose.direct`, which read or move the matrices; `lqr` on dynamic int8, whose pass with a KV cache is another one |
+| some or all blocks offloaded by accelerate, or spread by a `device_map` | the plain model | `cold_fd` and `tda` where weights are offloaded; TransformerLens loads nothing that is on disk, nnsight runs nothing whose embedding is |
 
 A fingerprint holds eight weights of the last block, with the adapter in them, and eight numbers of an adapter that is not merged. If only one
 of two models has such an adapter and the eight weights agree, attaching notes it: whether it has been merged into the other cannot be seen.
