@@ -122,4 +122,4 @@ env: .venv/ready .venv-lens4/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lens4 .venv-docs docs/tutorials build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lens4 .venv-docs docs/tutorials docs/reproductions build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -115,7 +115,7 @@ steps = torch.linspace(0, 1.6, 17).tolist()
 for row in range(4):
     levels = [float(barrier.value(move(barrier, length, steps=8)[row])) for length in steps]
     figure.add_scatter(x=steps, y=levels, name=f"held-out state {row}", mode="lines+markers")
-figure.add_hline(y=0, line_dash="dot", annotation_text="even odds")
+figure.add_hline(y=0, line={"dash": "dot", "color": "black", "width": 2}, opacity=1, annotation_text="even odds")
 figure.update_xaxes(title_text="length of the flow (rad)")
 figure.update_yaxes(title_text="barrier h (logit)")
 figure.update_layout(title="The log-density ratio along the flow", template="simple_white", width=900, height=420)

@@ -203,5 +203,5 @@ def test_a_controller_as_hooks_steers_one_pass_as_steer_does(method, where, fami
 
 def test_hooks_refuse_what_needs_another_pass():
     case = Case("tda", "bridge")
-    with pytest.raises(ValueError, match="needs a second pass over the prompt"):
+    with pytest.raises(ValueError, match="needs a second pass over the text"):
         case.controller.fwd_hooks()

@@ -60,11 +60,11 @@ found = sl.evaluate(
     decline,
     refusal(requests),
     prompts=requests,
-    damage=[kl(tokens=12), neutral_loss()],
+    damage=[kl(tokens=8), neutral_loss()],
     baselines=("unsteered", "random"),
-    strengths=(0.4, 0.7, 1.0),
-    seeds=2,
-    max_new_tokens=16,
+    strengths=(0.5, 0.75, 1.0),
+    seeds=1,
+    max_new_tokens=12,
     temperature=0,
     progress=False,
 )
@@ -75,65 +75,45 @@ table.rename(columns={"effect": "refusals (share)"}).round(2)
 found.plot()
 
 # %%
-for strength in (0.0, 0.7, 1.0):
+for strength in (0.0, 1.0):
     print(f"strength {strength}")
-    for request, answer in zip(requests[:3], generate_texts(model, decline * strength, requests[:3]), strict=True):
+    for request, answer in zip(
+        requests[:3], generate_texts(model, decline * strength, requests[:3], max_new_tokens=16), strict=True
+    ):
         print("   ", request[0]["content"], "->", " ".join(answer.text.split()))
 
 # %% [markdown]
-# Refusal is bought with KL, more of it than a concept needs, and it is no clean switch: in between, answers become vague
-# or claim that the model lacks abilities which it has. Look at the texts before you believe the count.
+# Refusal is bought with KL, more of it than a concept needs (random directions of the same norm move the output far less),
+# and it is no clean switch: answers become vague, or claim that the model lacks abilities which it has. At the largest
+# strength the count falls, because "I'm not sure what you're asking" is in no list of phrases. Read before you count.
 #
 # ## Only where it is wanted
 #
-# A vector that is always on declines everything, which is a side effect, not a policy. Here the wish is an assistant that
-# does not give medical advice. `gate` learns the topic from four questions a side, at the last token of the prompt,
-# and `when` steers only the rows for which it opens.
+# A vector that is always on declines everything, which is a side effect, not a policy. Suppose that an assistant should
+# not give medical advice. `gate` learns the topic from six medical questions against twelve other requests, at the last
+# token of the prompt, and `when` steers only the rows of a batch for which it opens.
 
 # %%
 medical = [
-    "How much ibuprofen may I take?",
-    "Is this rash dangerous?",
+    "How much ibuprofen may I take for my back?",
+    "Is this red rash on my arm dangerous?",
     "Can I stop my antibiotics early?",
     "What helps against a migraine?",
-    "Do I need a vaccine for this trip?",
+    "Do I need a vaccine before the trip?",
     "Why does my chest hurt at night?",
 ]
-other = [
-    "How much flour do I need for pancakes?",
-    "Is this bridge old?",
-    "Can I park here on Sundays?",
-    "What helps against weeds?",
-    "Do I need a ticket for this museum?",
-    "Why does my bicycle squeak?",
-]
-topic = sl.Pairs([asked(text) for text in medical[:4]], [asked(text) for text in other[:4]])
+topic = sl.Pairs([asked(text) for text in medical], [asked(text) for text in sl.shipped_texts("instructions")[::2]])
 guarded = sl.when(decline, sl.gate(model, topic, pool="last"))
 
-new = {
-    "medical": [
-        *medical[4:],
-        "What dose of aspirin is safe?",
-        "Should this wound be stitched?",
-        "Can I mix these pills?",
-    ],
-    "other": [
-        *other[4:],
-        "What size of paint brush is best?",
-        "Should this plant be watered?",
-        "Can I mix these paints?",
-    ],
-}
+new = ["What dose of aspirin is safe?", "Should this wound be stitched?", "Are these sleeping pills addictive?"]
+prompts = [*[asked(text) for text in new], *requests[1:7]]
+options = {"damage": [], "baselines": (), "strengths": [0.75], "max_new_tokens": 12, "temperature": 0}
 rows = {}
 for name, controller in {"always on": decline, "behind the gate": guarded}.items():
-    rows[name] = {}
-    for kind, questions in new.items():
-        effect = refusal([asked(question) for question in questions])
-        share = sl.evaluate(
-            model, controller, effect, damage=[], baselines=(), strengths=[1], temperature=0, progress=False
-        )
-        rows[name][f"{kind}: share of refusals"] = share.table()["effect"].iloc[-1]
-pd.DataFrame(rows).T.round(2)
+    measured = sl.evaluate(model, controller, refusal(prompts), prompts=prompts, progress=False, **options)
+    declined = measured.change(*measured.arms[-1])
+    rows[name] = {"medical": f"{declined[:3].sum():.0f} of 3", "other": f"{declined[3:].sum():.0f} of 6"}
+pd.DataFrame(rows).T
 
 # %% [markdown]
 # Behind a closed gate nothing is added, so these rows are the unsteered ones bit for bit. What remains to be tested is

@@ -8,9 +8,11 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from steerlens.cli.converting import convert_command
 from steerlens.cli.demo import run_demo
 from steerlens.cli.doctor import doctor_command
 from steerlens.cli.fitting import fit_command, generate_command
+from steerlens.cli.inspecting import inspect_command
 from steerlens.cli.lists import cite_command, methods_command, models_command
 from steerlens.cli.measure import calibrate_command, compare_command, sweep_command
 from steerlens.cli.mistakes import Commands
@@ -44,6 +46,8 @@ app.command("generate")(generate_command)
 app.command("compare")(compare_command)
 app.command("calibrate")(calibrate_command)
 app.command("sweep")(sweep_command)
+app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
 app.command("cite")(cite_command)
 app.command("doctor")(doctor_command)
 

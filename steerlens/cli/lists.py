@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from steerlens.cli.catalogue import method_table, write_table
 from steerlens.cli.options import known_method
 from steerlens.fit.card import NEEDS
 from steerlens.fit.method import exported
+from steerlens.sharing.citations import arxiv_number, bibtex
 
 AS_JSON = typer.Option(False, "--json", help="Print the answer as JSON.")
 
@@ -59,7 +59,7 @@ def cite_command(
     """Print the papers of the methods that you used as BibTeX."""
     sources = {name: known_method(name).source for name in names or exported(methods)}
     entries = bibtex()
-    numbers = {name: re.findall(r"arXiv (\d{4}\.\d{5})", source)[0] for name, source in sources.items()}
+    numbers = {name: arxiv_number(source) for name, source in sources.items()}
     if as_json:
         found = [
             {"method": name, "arxiv": numbers[name], "bibtex": entries[numbers[name]], "notes": source}
@@ -72,12 +72,6 @@ def cite_command(
         for number in dict.fromkeys(numbers.values()):
             used = ", ".join(name for name in sources if numbers[name] == number)
             typer.echo(f"% {used}\n{entries[number]}\n")
-
-
-def bibtex() -> dict[str, str]:
-    """The entry of each paper that a method comes from, by its number at arXiv."""
-    entries = _data("methods.bib").strip().split("\n\n")
-    return {re.findall(r"eprint = \{(.*?)\}", entry)[0]: entry for entry in entries}
 
 
 def _data(name: str) -> str:

@@ -161,6 +161,83 @@ class Controller:
 
         return cls(*read_controller(path, laws))
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        file: str = "controller.safetensors",
+        private: bool | None = None,
+        license: str | None = None,
+        data_license: str | None = None,
+        evaluation: object = None,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Put it on the Hugging Face Hub: its file, and a page made from its recipe.
+
+        Needs the extra `hub`. The page names the method, its arguments, the data's hash, the model's fingerprint, the
+        hook points and tokens, and whom to cite. The repository is made if there is none.
+
+        Args:
+            repo: `user/name`.
+            file: Name of its file there, in `.safetensors`.
+            private: Whether a new repository is private; default as your account has it.
+            license: Of the controller, as the Hub abbreviates it, such as `"mit"`.
+            data_license: Of the data that it was fitted on, for the page.
+            evaluation: For the page: what `steerlens.compare` returned, or Markdown.
+            message: Of the commit.
+            token: Of the Hub; default the one of `hf auth login`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            OSError: it cannot be written there; a ConnectionError if the Hub does not answer, a PermissionError without
+                a token that may write.
+            ValueError: not a name of a repository.
+            TypeError, ValueError: as `save`.
+        """
+        from steerlens.core.tables import VIEWS  # not at the top: this module travels, and the Hub does not
+
+        options = {"private": private, "license": license, "data_license": data_license, "evaluation": evaluation}
+        url: str = VIEWS["push"](self, repo, file=file, message=message, token=token, **options)
+        return url
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo: str,
+        *,
+        revision: str | None = None,
+        file: str = "controller.safetensors",
+        laws: Iterable[type[Part]] = (),
+        token: str | None = None,
+    ) -> Controller:
+        """Read a controller from the Hugging Face Hub, or from the cache if it is there.
+
+        Needs the extra `hub`. The file is checked as by `load`: nothing in it is executed.
+
+        Args:
+            repo: `user/name`.
+            revision: Branch, tag or commit; default the main branch. Only a whole commit hash names the same file for
+                ever.
+            file: Name of its file there.
+            laws: As for `load`.
+            token: Of the Hub, for a private repository; default the one of `hf auth login`.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            OSError: it cannot be read; a FileNotFoundError if there is no such repository, revision or file, a
+                ConnectionError if the Hub does not answer and the cache lacks it, a PermissionError if conditions
+                are to be accepted.
+            ValueError: not a name of a repository, or the file is refused as by `load`.
+        """
+        from steerlens.core.tables import VIEWS
+
+        found: Controller = VIEWS["pull"](repo, revision=revision, file=file, laws=laws, token=token)
+        return found
+
     def _each(self, change: Callable[[Loop], Loop]) -> Controller:
         return Controller([change(loop) for loop in self.loops], self.recipe)
 

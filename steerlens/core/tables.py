@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-#: Views of a record that need another part of steerlens, by name; that part registers them here.
+#: What needs another part of steerlens, such as a plot of a record, by name; that part registers it here.
 VIEWS: dict[str, Callable[..., Any]] = {}
 
 

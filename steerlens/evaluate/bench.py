@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Controller
+from steerlens.core import Controller, Site
 from steerlens.evaluate.scoring import Kept, Reduce, log_probabilities, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
@@ -218,26 +218,53 @@ class Bench:
         rows = self.continuations(self.prompts[:DOSED], self.max_new_tokens)
         if arm.controller is None:
             return [[math.nan if arm.instruction else 0.0] for _ in rows]
+        norms = self._recorded(arm, rows, "u_norm")
+        states = self.host.states(
+            [[*prompt, *completion] for prompt, completion in rows], list(norms), batch=self.batch
+        )
+        found = []
+        for index, (prompt, completion) in enumerate(rows):
+            scored = slice(len(prompt) - 1, len(prompt) + len(completion))
+            sizes = (states[site][index][scored].double().cpu().flatten(1).norm(dim=1) for site in norms)
+            shares = [norm[index][scored] / size for norm, size in zip(norms.values(), sizes, strict=True)]
+            # a token that no loop steers has the dose 0
+            found.append(torch.stack(shares).nanmean(0).nan_to_num().tolist())
+        return found
+
+    def controls(self, arm: Arm, rows: Sequence[Row]) -> list[Tensor]:
+        """The control at the tokens whose logits are scored, `[site completion+1 *shape]` for each row, float64.
+
+        0 at tokens that no loop steers, and of an arm without a controller: one site, of the residual stream.
+
+        Raises:
+            ValueError: the sites where the controller acts have several shapes.
+        """
+        if arm.controller is None:
+            width = self.host.shape(Site(0, "resid_post"))
+            return [torch.zeros(1, len(completion) + 1, *width, dtype=torch.float64) for _, completion in rows]
+        shapes = {self.host.shape(site) for site in arm.controller.sites}
+        if len(shapes) > 1:
+            raise ValueError(f"{arm.name} acts on states of the shapes {sorted(shapes)}; give it loops of one shape")
+        found = []
+        for start in range(0, len(rows), self.batch):
+            part = rows[start : start + self.batch]
+            held = self._recorded(arm, part, "u")
+            found += [
+                torch.stack([u[index][len(prompt) - 1 : len(prompt) + len(completion)] for u in held.values()])
+                for index, (prompt, completion) in enumerate(part)
+            ]
+        return [u.nan_to_num() for u in found]
+
+    def _recorded(self, arm: Arm, rows: Sequence[Row], signal: str) -> dict[Site, Tensor]:
+        """A signal of the whole control at each site where an arm acts, `[row pos ...]`, float64; NaN if unsteered."""
         whole, lengths = [[*prompt, *completion] for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
-        sites = arm.controller.sites
         ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], self.host.device)
-        with torch.no_grad(), steer(self.host, arm.controller, strength=arm.strength, record=("u_norm",)) as run:
+        assert arm.controller is not None
+        with torch.no_grad(), steer(self.host, arm.controller, strength=arm.strength, record=(signal,)) as run:
             with run.scoring(lengths):
                 self._pass_over(ids, mask)
-            names = {site: (held.total or held.own[0])["u_norm"] for site, held in run.signals.items()}
-            norms = {site: run.record[name].double().cpu() for site, name in names.items()}
-        states = self.host.states(whole, sites, batch=self.batch)
-        shares = torch.full((len(sites), *ids.shape), torch.nan, dtype=torch.float64)
-        for number, site in enumerate(sites):
-            for index, state in enumerate(states[site]):
-                size = state.double().flatten(1).norm(dim=1)
-                shares[number, index, : len(size)] = norms[site][index, : len(size)] / size
-        means = shares.nanmean(0)
-        # of the tokens whose logits are scored; a token that no loop steers has the dose 0
-        return [
-            means[index, length - 1 : len(row)].nan_to_num().tolist()
-            for index, (row, length) in enumerate(zip(whole, lengths, strict=True))
-        ]
+            names = {site: (held.total or held.own[0])[signal] for site, held in run.signals.items()}
+            return {site: run.record[name].double().cpu() for site, name in names.items()}
 
     def _pass_over(self, ids: Tensor, mask: Tensor) -> None:
         """A forward pass for what is recorded in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steerlens.sharing import hub  # noqa: F401 (enters itself in the table that Controller.push_to_hub reads)
 from steerlens.sharing.gguf import from_gguf, to_gguf
 from steerlens.sharing.interventions import to_interventions
 from steerlens.sharing.lm_eval import from_lm_eval, to_lm_eval
