@@ -13,6 +13,7 @@ from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.graph import watch
 from steerlens.hosts.blocks.nominal import Capture, Nominal, Thaw
 from steerlens.hosts.blocks.turns import turn_of
+from steerlens.hosts.weights import device_of
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def nominal(base: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int])
     """
     require_context(tokens)
     _require_own_keys(base)
-    device = next(blocks[0].parameters()).device
+    device = device_of(blocks[0])
     ids = torch.as_tensor(tokens, device=device)[None]
     with turn_of(blocks[0]), torch.inference_mode(False), torch.no_grad():
         whole = _whole_path(base, blocks, ids)

@@ -188,7 +188,7 @@ def gradients_at(
     """
     need_weights_beside(anatomy, "it takes no gradients")
     module = anatomy.model._module
-    device = next(module.parameters()).device
+    device = device_of(module)
     ids, mask = ids.to(device), mask.to(device)
 
     def forward() -> Tensor:
