@@ -137,7 +137,11 @@ class Reference:
             row: Of the batch, for masks that differ by row.
         """
         ends = [prompt] * len(tokens) if isinstance(prompt, int) else list(prompt)
-        gates = [[self._decide(gate, tokens[: ends[0]], row) for gate in loop.gates] for loop in self.loops]
+        # a prompt in parts is another prompt with each of them, and is decided about anew
+        gates = {
+            end: [[self._decide(gate, tokens[:end], row) for gate in loop.gates] for loop in self.loops]
+            for end in set(ends)
+        }
         states: dict[Any, Tensor] = {}
         controls: dict[Any, Tensor] = {}
         sequence: dict[Any, Any] = {}
@@ -157,7 +161,7 @@ class Reference:
                         token, layers[t].setdefault(loop.group, {}), sequence.setdefault(loop.group, {})
                     )
                     factor = loop.strength
-                    for decided in gates[index]:
+                    for decided in gates[ends[t]][index]:
                         factor *= decided
                     for schedule in loop.schedules:
                         step = t - (ends[t] - 1)

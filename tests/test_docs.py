@@ -19,6 +19,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 START = ROOT / "docs" / "index.md"
 FENCE = re.compile(r"^( *)(`{3,})(\w*)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*$")
+#: Folders of pages that are made of notebooks when the site is built.
+MADE = ("tutorials/", "reproductions/")
 #: Why a snippet may stand on a page and not be run. Nothing else is an excuse.
 EXCUSES = ("needs a server", "needs a model from the hub", "a sketch of a file of its own")
 #: Snippets that may be excused, all pages together.
@@ -86,7 +88,7 @@ def test_links_and_images_lead_to_files(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
     for target in targets:
         file, _, anchor = target.partition("#")
-        if re.match(r"\w+:", target) or (file.startswith("tutorials/") and page.parent.name == "docs"):
+        if re.match(r"\w+:", target) or (file.startswith(MADE) and page.parent.name == "docs"):
             continue  # elsewhere, or made when the site is built
         path = (page.parent / file).resolve() if file else page
         assert path.exists(), f"{page.name} links to {target}"
@@ -104,8 +106,9 @@ def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     listed = set(re.findall(r"[\w/]+\.md", nav))
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
-    assert {page for page in pages if not page.startswith("tutorials/")} <= listed
-    made = {"tutorials/index.md", *(f"tutorials/{path.stem}.md" for path in (ROOT / "tutorials").glob("*.ipynb"))}
+    assert {page for page in pages if not page.startswith(MADE)} <= listed
+    notebooks = [path for folder in MADE for path in (ROOT / folder).glob("*.ipynb")]
+    made = {f"{path.parent.name}/{path.stem}.md" for path in notebooks} | {f"{folder}index.md" for folder in MADE}
     assert listed <= pages | made
 
 

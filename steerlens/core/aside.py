@@ -19,8 +19,11 @@ from steerlens.core.sites import Site
 class Companion:
     """Abstract: runs the model beside a steered forward pass, on the same tokens and unsteered. A host makes it."""
 
+    def note(self) -> None:
+        """Keep the tokens of the pass that begins, for a prompt that a later one completes; nothing by default."""
+
     def states(self, sites: Ordered[Site], *, goes_on: bool) -> dict[Site, Tensor]:
-        """The unsteered states of the pass that begins, `[batch pos ...]` each.
+        """The unsteered states of the pass that begins, or of its whole sequence so far, `[batch pos ...]` each.
 
         Args:
             goes_on: Later passes of the sequence will be asked for, too: keep what they need.
@@ -102,6 +105,8 @@ class Aside:
         clean = self._clean if alone else self._asked
         if alone and positions.past < positions.end and positions.start < positions.seen:
             clean = [*clean, *self._late]
+        if clean and beside is not None:
+            beside.note()
         missing = [summary for summary in clean if id(summary) not in sequence.pooled]
         missing = missing if positions.past < positions.end else []
         referring = [loop for loop in self._referring if observed or loop.strength]
@@ -124,9 +129,15 @@ class Aside:
         pooled = {summary.site for summary in summaries}
         referred = {loop.reference for loop in referring if loop.reference is not None}
         found = beside.states(sorted(pooled | referred), goes_on=goes_on)
-        sequence.references = {site: found[site] for site in referred}
+        for site in sorted(pooled | referred):
+            if site not in found:
+                raise RuntimeError(f"a loop needs the state at '{site}', and this pass ends before it")
+        sequence.references = {site: found[site][:, -positions.length :] for site in referred}
         for site in pooled:
-            sequence.states.setdefault((site, "apart"), []).append(found[site])
+            before = sequence.states.setdefault((site, "apart"), [])
+            if found[site].shape[1] == positions.seen:
+                before.clear()
+            before.append(found[site])
         if not positions.complete:
             return
         whole = positions.whole()

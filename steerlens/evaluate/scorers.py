@@ -111,7 +111,7 @@ def alignment(direction: Tensor, prompts: Sequence[Text] | None = None, *, token
     A controller that was meant for something else and points along r does that, too.
 
     Args:
-        direction: r, of the shape of the states where the controller acts.
+        direction: r, of the shape of the states where the controller acts: `[d]`, or `[head d_head]` at `z`.
         prompts: Whose continuations by the unsteered model are steered; None: the prompts of the evaluation.
         tokens: Length of the continuations.
         sign: 1 if the direction is wanted, -1 if it is not, 0 if it is only reported.

@@ -36,19 +36,36 @@ def hf_pass(steered: Steered, beside: Callable[..., Any], inner: Callable[..., A
         return output
 
 
-def hf_generations(steered: Steered, model: nn.Module) -> list[Wrapped]:
+#: Ways of transformers to generate for texts that come and go, packed into one row.
+_CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def hf_generations(steered: Steered, model: nn.Module, *, whole: bool = False) -> list[Wrapped]:
     """Around transformers' `generate`, and what it calls before each pass of its own.
+
+    Args:
+        whole: Passes must go through all blocks.
 
     Upstream: transformers (5.22) gives a pass no sign of the call of `generate` that it serves, nor of its beams; goes
     when a cache carries both.
     """
     return [
-        Wrapped(model, "generate", partial(_generate, steered)),
+        Wrapped(model, "generate", partial(_generate, steered, whole)),
         Wrapped(model, "prepare_inputs_for_generation", partial(_prepare, steered)),
+        *(Wrapped(model, name, partial(_refuse, name)) for name in _CONTINUOUS if hasattr(model, name)),
     ]
 
 
-def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _refuse(name: str, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(f"{name}() packs texts into one row, which cannot be steered; use generate()")
+
+
+def _generate(steered: Steered, whole: bool, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if whole and _option(inner, args, kwargs, "assistant_early_exit"):
+        raise NotImplementedError(
+            "assistant_early_exit runs the first blocks by themselves, which cannot be steered on nnsight; give "
+            "another model as assistant_model"
+        )
     generation = Generation(hf.prompt_end(args, kwargs), announced=True)
     # transformers tells which beams a text came from only in the form with all results
     unwrap = _searches(inner, args, kwargs) and not kwargs.get("return_dict_in_generate")
@@ -72,10 +89,16 @@ def _searches(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     """Whether a call of `generate` is a beam search that returns plain tokens."""
     own = getattr(getattr(inner, "__self__", None), "generation_config", None)
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    if any(getattr(config, "return_dict_in_generate", False) for config in (given or own,)):
+    if getattr(given or own, "return_dict_in_generate", False):
         return False
-    beams = kwargs.get("num_beams") or getattr(given, "num_beams", None) or getattr(own, "num_beams", None)
-    return (beams or 1) > 1
+    return (_option(inner, args, kwargs, "num_beams") or 1) > 1
+
+
+def _option(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """An option of a call of `generate`, or of the configuration that it uses."""
+    own = getattr(getattr(inner, "__self__", None), "generation_config", None)
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    return kwargs.get(name) or getattr(given, name, None) or getattr(own, name, None)
 
 
 def _prepare(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

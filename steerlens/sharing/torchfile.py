@@ -75,6 +75,9 @@ def read_torch(path: str | Path) -> Any:
 
     Memory: about the file's size, twice.
 
+    Args:
+        path: The file.
+
     Raises:
         OSError: no such file, or it cannot be read.
         ValueError: anything else: an older format, one that holds objects, a damaged one.

@@ -33,6 +33,8 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     cache = kwargs.get(CACHES[0])
     if cache is None:
         cache = kwargs.get(CACHES[1])
+    if mask is None and tokens.shape[1] > 1:
+        _refuse_packed(kwargs, cache)
     past = length_of(cache)
     return {
         "shape": (tokens.shape[0], tokens.shape[1]),
@@ -43,6 +45,18 @@ def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         "cache": cache,
         "tokens": tokens,
     }
+
+
+def _refuse_packed(kwargs: dict[str, Any], cache: Any) -> None:
+    """Raises NotImplementedError for several texts in one row, which transformers tells apart by their positions."""
+    positions = kwargs.get("position_ids")
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if not packed and cache is None and isinstance(positions, Tensor) and positions.ndim == 2:
+        packed = bool((positions.diff(dim=-1) != 1).any())
+    if packed:
+        raise NotImplementedError(
+            "several texts packed into one row cannot be steered; give each a row of its own, and a mask of its pads"
+        )
 
 
 #: Names of the cache among the arguments and in the output of a base model; Mamba's is the second.

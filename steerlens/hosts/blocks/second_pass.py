@@ -15,6 +15,8 @@ from torch.func import functional_call
 from steerlens.core import Companion, Direction, Site
 from steerlens.hosts.blocks.attention import PlainAttention
 from steerlens.hosts.blocks.graph import watch
+from steerlens.hosts.blocks.hf import plain_mask
+from steerlens.hosts.blocks.text import text_of
 from steerlens.hosts.blocks.turns import forward_mode_turn
 
 #: A module, whether the state is its `"input"` or its `"output"`, into how many heads it is to be split (0: none), and
@@ -99,6 +101,14 @@ class Call:
         given = next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
         return given.shape[0]
 
+    @property
+    def tokens(self) -> tuple[str, Tensor]:
+        """What the call reads, ids or embeddings, and the argument's name."""
+        for name in ("input_ids", "inputs_embeds"):
+            if self.kwargs.get(name) is not None:
+                return name, self.kwargs[name]
+        return "input_ids", self.args[0]
+
     def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copies without what a pass of its own settles by itself."""
         settled = ("past_key_values", "use_cache", "return_dict")
@@ -120,7 +130,7 @@ class BaseCompanion(Companion):
     Args:
         second: Runs the model.
         call: What is being steered.
-        kept: What earlier passes of the sequence left: by direction the KV caches of its own.
+        kept: What earlier passes of the sequence left: by direction the KV caches of its own, and their tokens.
     """
 
     def __init__(self, second: SecondPass, call: Call, kept: dict[Any, Any]):
@@ -129,19 +139,33 @@ class BaseCompanion(Companion):
         self.kept = kept
 
     def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
-        """The unsteered states of the call's tokens; with a KV cache of their own if the sequence goes on."""
+        """The unsteered states of the call's tokens; with a KV cache of their own if the sequence goes on.
+
+        If that cache lacks what came before, as the answers of a chat, they are those of the whole text, read at once.
+        """
         past = self.call.past
-        if not past and not goes_on:
-            with self.second.aside(), torch.no_grad():
-                return self.second.run(sites, self.call)
-        if past == 0:
+        if past == 0 and goes_on:
             self.kept["states"] = Tracks()
         tracks = self.kept.get("states")
-        if tracks is None or tracks.length != past:
-            require_whole(past)
-        assert tracks is not None
-        with self.second.aside(), torch.inference_mode(False), torch.no_grad():
-            return self.second.run(sites, self.call, track=tracks.sides[0])
+        if tracks is not None and tracks.length == past and (past or goes_on):
+            with self.second.aside(), torch.inference_mode(False), torch.no_grad():
+                return self.second.run(sites, self.call, track=tracks.sides[0])
+        call = self._whole() if past else self.call
+        with self.second.aside(), torch.no_grad():
+            return self.second.run(sites, call)
+
+    def note(self) -> None:
+        """Keep token ids, or embeddings, and the positions that the call gives them."""
+        name, tokens = self.call.tokens
+        positions = self.call.kwargs.get("position_ids")
+        text_of(self.kept, self.call.past).add(self.call.past, {name: tokens, "position_ids": positions})
+
+    def _whole(self) -> Call:
+        """A call with the whole text so far."""
+        length = self.call.past + self.call.tokens[1].shape[1]
+        mask = plain_mask(self.call.kwargs.get("attention_mask"))
+        whole = text_of(self.kept, self.call.past).whole(length)
+        return Call((), whole | {"attention_mask": mask if mask is None else mask[:, :length].long()}, past=0)
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Forward-mode derivatives, or central differences where the direction carries a step.
@@ -256,15 +280,6 @@ class _Kept:
 
 
 _SIDES = ("keys", "values")
-
-
-def require_whole(past: int) -> None:
-    """Raises RuntimeError where a prompt does not begin in this pass."""
-    if past:
-        raise RuntimeError(
-            f"a loop needs the unsteered state of the whole text, but {past} of its tokens went through the model "
-            "before it was steered, or at positions that `where` leaves out; begin with an empty KV cache"
-        )
 
 
 class _EnoughError(Exception):

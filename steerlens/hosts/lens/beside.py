@@ -10,7 +10,8 @@ from torch import Tensor
 
 from steerlens.core import Companion, Direction, Site
 from steerlens.hosts.blocks.context import FixedContext
-from steerlens.hosts.blocks.second_pass import gather, require_whole
+from steerlens.hosts.blocks.second_pass import gather
+from steerlens.hosts.blocks.text import text_of
 from steerlens.hosts.lens.hookpoints import Bare
 from steerlens.hosts.lens.seats import place_of
 
@@ -52,29 +53,38 @@ class BlocksCompanion(Companion):
         self.kept = kept
 
     def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
-        """The unsteered states of the call's tokens; with keys and values of their own if the sequence goes on."""
-        model = self.host.model
-        entries = self._entries() if self.past or goes_on else {}
+        """The unsteered states of the call's tokens; with keys and values of their own if the sequence goes on.
+
+        If those lack what came before, the states are those of the whole text.
+        """
+        model, entering = self.host.model, self.state
+        entries: Entries | None = self.kept.get("states")
+        if self.past == 0 or entries is None or entries.length != self.past:
+            if self.past:
+                whole = text_of(self.kept, self.past).whole(self.past + self.state.shape[1])
+                entering, self.options["shortformer_pos_embed"] = whole["state"], whole.get("positions")
+            entries = self._begun() if self.past or goes_on else Entries({})
+        held = entries.blocks
 
         def run() -> None:
-            state = self.state
+            state = entering
             for index, block in enumerate(model.blocks[self.layer :], self.layer):
-                state = block(state, past_kv_cache_entry=entries.get(index), **self.options)
+                state = block(state, past_kv_cache_entry=held.get(index), **self.options)
 
         with Bare(model), torch.no_grad():
             return gather({site: (*place_of(module), 0, 1.0) for site, module in self.host.find(sites).items()}, run)
 
-    def _entries(self) -> dict[int, KeptEntry]:
-        """Keys and values of the tokens so far, by block."""
-        if self.past == 0:
-            like = self.state.new_zeros(len(self.state), 0, *_heads(self.host.model.cfg))
-            blocks = range(self.layer, self.host.n_layers)
-            self.kept["states"] = Entries({block: KeptEntry(like, like) for block in blocks})
-        entries: Entries | None = self.kept.get("states")
-        if entries is None or entries.length != self.past:
-            require_whole(self.past)
-        assert entries is not None
-        return entries.blocks
+    def note(self) -> None:
+        """Keep what goes into the blocks."""
+        piece = {"state": self.state.detach(), "positions": self.options.get("shortformer_pos_embed")}
+        text_of(self.kept, self.past).add(self.past, piece)
+
+    def _begun(self) -> Entries:
+        """Keys and values of a text that begins."""
+        like = self.state.new_zeros(len(self.state), 0, *_heads(self.host.model.cfg))
+        blocks = range(self.layer, self.host.n_layers)
+        entries = self.kept["states"] = Entries({block: KeptEntry(like, like) for block in blocks})
+        return entries
 
     def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
         """Raises NotImplementedError."""

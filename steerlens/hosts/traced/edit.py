@@ -287,6 +287,10 @@ def follow(
             if step == 0:
                 raise
             return  # the generation is over: the loop asked for a pass that never came
+        if type(call["tokens"]).__name__ == "FakeTensor":
+            return  # `scan` looks for shapes, which no control changes
+        if first is not None:
+            refuse_untold(call, run, step)
         companion = None
         if second is not None and inputs is not None and not _weightless(base._module):
             companion = partial(BaseCompanion, second, Call(inputs[0], inputs[1], int(call["past"])))
@@ -324,6 +328,17 @@ def steers(worker: Any) -> bool:
 def _weightless(module: Any) -> bool:
     """Whether this is a sandbox's copy of the model, which has the modules and not their weights."""
     return module is None or next(module.parameters()).is_meta
+
+
+def refuse_untold(call: dict[str, Any], run: Pass, step: int) -> None:
+    """Raises NotImplementedError for passes that are told apart by their caches only, which a server does not show."""
+    option = None
+    if step == 0 and int(call["past"]) > 0:
+        option = "past_key_values"
+    elif step and call["shape"][1] > 1 and call["shape"][1] != run.positions.seen + 1:
+        option = "prefill_chunk_size, prompt_lookup_num_tokens or assistant_model"
+    if option is not None:
+        raise NotImplementedError(f"{option} cannot be steered on a server, where caches are not seen; leave it out")
 
 
 def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
         base.register_forward_pre_hook(enter, with_kwargs=True),
         base.register_forward_hook(leave, with_kwargs=True),
     ]
-    return [*map(_Handle, handles), *hf_generations(steered, model)]
+    return [*map(_Handle, handles), *hf_generations(steered, model, whole=True)]
 
 
 class _Handle:
