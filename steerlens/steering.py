@@ -28,6 +28,8 @@ from steerlens.core.types import Cache, Figure, PromptLengths, RecordSpec, Where
 from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.steered import Steered
 from steerlens.hosts.types import Model
+from steerlens.pages.markup import fragment, text
+from steerlens.pages.reprs import controller_html, controller_pieces, record_html, record_pieces
 from steerlens.plots import plot_record
 
 if TYPE_CHECKING:
@@ -234,6 +236,11 @@ class Run:
         """Tracking error and control norm by layer and token, a plotly figure."""
         return self.record.plot()
 
+    def _repr_html_(self) -> str:
+        state = "removed from" if self._removed else "attached to"
+        head = f"<p><b>Run</b>, {state} a {text(type(self._host.model).__name__)}</p>"
+        return fragment(head, controller_pieces(self.controller), record_pieces(self.record))
+
     def __enter__(self) -> Run:
         return self
 
@@ -324,4 +331,4 @@ def _cache(record: Record, model: Model | None) -> Cache:
     return activation_cache(record, known, max(layers) + 1 if model is None else host_of(model).n_layers)
 
 
-VIEWS.update(plot=plot_record, cache=_cache)
+VIEWS.update(plot=plot_record, cache=_cache, controller=controller_html, record=record_html)

@@ -276,7 +276,8 @@ def test_one_file_and_one_line_make_a_method(copy):
     assert "| two sets of texts | any point | no |" in row
     assert row.endswith("| arXiv 2501.00001 |")
     assert "brand_new    Add half the mean difference." in answers["listed"]
-    assert answers["cited"].strip() == "brand_new: A. Nobody, On halves (arXiv 2501.00001)."
+    assert "eprint = {2501.00001}" in answers["cited"]
+    assert "note = {A. Nobody, On halves (arXiv 2501.00001).}" in answers["cited"]
 
 
 def test_a_forgotten_line_is_reported_by_name(copy):

@@ -99,6 +99,64 @@ def test_a_mistake_in_a_law_is_named_at_attach(mistake, tiny_model):
     assert "\n" not in str(caught.value)
 
 
+class Band(sl.Setpoint):
+    """Sound; each mistake replaces something of it."""
+
+    signals = ("error",)
+
+    def __init__(self):
+        self.basis = DIRECTION[None]
+
+    def measure(self, x):
+        c = 1 - x @ DIRECTION
+        return c[..., None], {"error": lambda: c.abs()}
+
+
+def whole(x):
+    return x, {"error": lambda: x[..., 0]}
+
+
+SETPOINTS = {
+    "no measure": ({"measure": sl.Setpoint.measure}, "defines no measure"),
+    "only c": ({"measure": lambda self, x: x @ DIRECTION[:, None]}, "returns a Tensor; it returns a pair, coordinates"),
+    "signals": (
+        {"measure": lambda self, x: (x @ DIRECTION[:, None], {"eror": lambda: x[..., 0]})},
+        "returns the signals eror, but declares error",
+    ),
+    "no error": ({"signals": ()}, "declares no signal 'error'"),
+    "the state itself": (
+        {"measure": lambda self, x: whole(x)},
+        r"gives coordinates \[1, 1, 32\] that cannot be lifted",
+    ),
+    "no axis": (
+        {"measure": lambda self, x: (x @ DIRECTION, {"error": lambda: x[..., 0]})},
+        r"gives coordinates \[1, 1\] and an error|cannot be lifted",
+    ),
+    "no basis": ({"__init__": lambda self: None}, "cannot be lifted to an error: .* has no attribute 'basis'"),
+    "basis of another width": (
+        {"__init__": lambda self: setattr(self, "basis", DIRECTION[None, :3])},
+        r"and an error \[1, 1, 3\] for states \[1, 1, 32\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("law", [lambda s: sl.Feedback(s, DIRECTION[None]), lambda s: sl.Pid(s, 0.1, 0.1, 0.0)])
+@pytest.mark.parametrize("mistake", SETPOINTS)
+def test_a_mistake_in_a_setpoint_is_named_at_attach(mistake, law, tiny_model):
+    changes, words = SETPOINTS[mistake]
+    setpoint = type("Mine", (Band,), changes)()
+    with pytest.raises(ValueError, match=words) as caught:
+        sl.steer(tiny_model("bridge"), sl.Controller([sl.Loop(law(setpoint), SITE)]))
+    assert "the Mine of the " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sound_setpoint_is_attached_and_none_the_worse_for_the_trial(tiny_model):
+    setpoint = Band()
+    sl.steer(tiny_model("bridge"), sl.Controller([sl.Loop(sl.Feedback(setpoint, DIRECTION[None]), SITE)])).remove()
+    assert set(vars(setpoint)) == {"basis"}
+
+
 def test_a_law_without_a_control_at_zero_is_none_of_a_mistake(tiny_model):
     """It divides by |x|; a model's states are not zero."""
     law = law_of(lambda self, x, now: (x / x.norm(dim=-1, keepdim=True), {}))

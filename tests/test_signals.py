@@ -71,7 +71,7 @@ def test_zeroing_a_recorded_control_is_leaving_its_loop_out(host, method):
     with torch.no_grad():
         with case.steer(controller=controller) as run:
             names = [name for site in run.signals.values() for name in (own["u"] for own in site.own)]
-            order = [action.index for site in run.signals for action in run._pass._stops[site.order].actions]
+            order = [index for site in run.signals for index, loop in enumerate(controller.loops) if loop.act == site]
             patched = {
                 index: case.model.run_with_hooks(IDS, fwd_hooks=[(name, lambda u, hook: 0 * u)])
                 for name, index in zip(names, order, strict=True)

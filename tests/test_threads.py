@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from functools import partial
 
@@ -13,6 +12,7 @@ import steerlens as sl
 from steerlens.core import tensors_of
 from steerlens.models import tiny
 from steerlens.testing import Case, discover_hosts
+from steerlens.testing.sequences import together
 
 HOSTS = discover_hosts()
 TEXTS = [[[seed + 1, seed + 7, seed + 20, seed + 3]] for seed in range(4)]
@@ -24,26 +24,6 @@ def switches():
     attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
     level = torch.autograd.forward_ad._current_level
     return attention, level, torch.get_default_dtype(), torch.random.get_rng_state().tolist()
-
-
-def together(*calls):
-    """Run functions at the same time, each in a thread of its own; their results, or what they raised."""
-    results = [None] * len(calls)
-    barrier = threading.Barrier(len(calls))
-
-    def work(index):
-        barrier.wait(timeout=60)
-        try:
-            results[index] = calls[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=300)
-    return results
 
 
 def assert_same(got, wanted, what):

@@ -72,9 +72,9 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# With the others held, the effects of the layers add up to most of the change. While the others react, they add up to
-# little of it, and that is feedback at work: when one control is missing, later loops measure the gap and fill it. So
-# "which layer matters?" has two answers, and an ablation of one layer gives the first.
+# With the others held, the effects of the layers add up to the whole change. While the others react, they add up to less
+# than a third of it, and that is feedback at work: when one control is missing, later loops measure the gap and fill it.
+# So "which layer matters?" has two answers, and an ablation of one layer gives the first.
 #
 # ## Patching the controller's own signal
 #

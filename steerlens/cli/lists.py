@@ -58,11 +58,12 @@ def cite_command(
 ) -> None:
     """Print the papers of the methods that you used as BibTeX."""
     sources = {name: known_method(name).source for name in names or exported(methods)}
-    entries = bibtex()
-    numbers = {name: arxiv_number(source) for name, source in sources.items()}
+    numbers = {name: arxiv_number(source) or name for name, source in sources.items()}
+    # a method of one's own is not in the file of entries
+    entries = {number: _plain_entry(name, sources[name]) for name, number in numbers.items()} | bibtex()
     if as_json:
         found = [
-            {"method": name, "arxiv": numbers[name], "bibtex": entries[numbers[name]], "notes": source}
+            {"method": name, "arxiv": arxiv_number(source), "bibtex": entries[numbers[name]], "notes": source}
             for name, source in sources.items()
         ]
         typer.echo(json.dumps(found))
@@ -83,3 +84,10 @@ def _table(page: str) -> list[dict[str, str]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     names = [name.strip("`") for name in rows[0]]
     return [dict(zip(names, row, strict=False)) for row in rows[2:]]
+
+
+def _plain_entry(name: str, source: str) -> str:
+    """An entry made of a method's docstring, whose source names the authors."""
+    number = arxiv_number(source)
+    arxiv = f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n" if number else ""
+    return f"@misc{{{name},\n{arxiv}  note = {{{source}}}\n}}"

@@ -233,14 +233,14 @@ def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     yield from over(range(len(plant) - 1, first - 1, -1), "linearising blocks", progress)
 
 
-def over(items: Iterable[Item], what: str, progress: bool) -> Iterable[Item]:
+def over(items: Sequence[Item], what: str, progress: bool) -> Iterable[Item]:
     """The items, under a progress bar if one is asked for."""
     if not progress:
         return items
-    # not at the top: in a notebook it is a class that a server lacks
-    from tqdm.auto import tqdm
+    # not at the top: on a server, which shows no bar, this function runs without steerlens
+    from steerlens.core.progress import bar
 
-    return tqdm(items, desc=what)
+    return bar(items, desc=what)
 
 
 def check_texts(tokens: Sequence[Sequence[int]]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core.law import Law, Loop, legal
+from steerlens.core.law import Law, Loop, Setpoint, Signals, legal
 from steerlens.core.now import Now
 from steerlens.core.numbers import check_numbers
-from steerlens.core.part import map_tensors, tensors_of
+from steerlens.core.part import Part, map_tensors, tensors_of
 from steerlens.core.prompt import Condition, Gate
 from steerlens.core.signals import COMMON, name_signals
 from steerlens.core.sites import Site
@@ -90,6 +90,8 @@ class Trial:
             tangent=torch.zeros(1, 1, *acted, dtype=dtype) if loop.tangent else None,
             reference=torch.zeros(1, 1, *shape(loop.reference), dtype=dtype) if loop.reference else None,
         )
+        for setpoint in setpoints_of(law):
+            _watch(setpoint, f"the {type(setpoint).__name__} of {what}")
         zeros = torch.zeros(1, 1, *sensed, dtype=dtype)
         u, signals = self._pair(_tried(lambda: law.act(zeros, now), what, sensed))
         if u.shape != (1, 1, *acted):
@@ -147,6 +149,60 @@ class Trial:
                 )
 
 
+class MisfitError(ValueError):
+    """A setpoint's mistake, as a whole sentence."""
+
+
+def setpoints_of(value: Any) -> list[Setpoint]:
+    """The setpoints in a law, wherever it keeps them."""
+    if isinstance(value, (list, tuple)):
+        inner = list(value)
+    elif isinstance(value, Part):
+        inner = list(vars(value).values())
+    else:
+        return []
+    own = [value] if isinstance(value, Setpoint) else []
+    return own + [found for entry in inner for found in setpoints_of(entry)]
+
+
+def _watch(setpoint: Setpoint, what: str) -> None:
+    """Let a setpoint, a copy for the trial, check its measurements when its law asks for them."""
+    own = setpoint.measure
+
+    def measure(x: Tensor) -> tuple[Tensor, Signals]:
+        if type(setpoint).measure is Setpoint.measure:
+            raise MisfitError(f"{what} defines no measure(x), which returns coordinates and signals")
+        if "error" not in setpoint.signals:
+            raise MisfitError(
+                f"{what} declares no signal 'error', the distance to the setpoint: signals = ('error', ...)"
+            )
+        returned = own(x)
+        if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Tensor)):
+            got = type(returned).__name__
+            raise MisfitError(
+                f"measure of {what} returns a {got}; it returns a pair, coordinates and signals: c, {{...}}"
+            )
+        c, signals = returned
+        if not isinstance(signals, Mapping) or set(signals) != set(setpoint.signals):
+            names = ", ".join(sorted(map(str, signals))) if isinstance(signals, Mapping) else type(signals).__name__
+            declared = ", ".join(sorted(setpoint.signals))
+            raise MisfitError(f"measure of {what} returns the signals {names or 'none'}, but declares {declared}")
+        try:
+            lifted = setpoint.lift(c)
+        except Exception as error:
+            raise MisfitError(
+                f"{what} gives coordinates {list(c.shape)} that cannot be lifted to an error: {error}"
+            ) from error
+        if c.shape[:-1] != x.shape[:-1] or lifted.shape != x.shape:
+            raise MisfitError(
+                f"{what} gives coordinates {list(c.shape)} and an error {list(lifted.shape)} for states "
+                f"{list(x.shape)}; they are [... m], with m rows of the basis, and the error has the states' shape"
+            )
+        return c, signals
+
+    vars(setpoint)["measure"] = measure
+
+
 def _check_gate(gate: Gate, loop: Loop, shape: Shape) -> None:
     """Decides once about a zero state."""
     here = map_tensors(gate, lambda tensor: tensor.detach().cpu().float())
@@ -169,6 +225,8 @@ def _check_gate(gate: Gate, loop: Loop, shape: Shape) -> None:
 def _tried(function: Callable[[], Any], what: str, sensed: Sequence[int]) -> Any:
     try:
         return function()
+    except MisfitError as error:
+        raise ValueError(str(error)) from error.__cause__
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"{what} does not fit a state of shape {list(sensed)}: {error}") from error
     except Exception as error:

@@ -127,6 +127,11 @@ class Controller:
         loops = f"{len(self)} loop{'s' * (len(self) != 1)} at layer{'s' * (len(self.layers) != 1)}"
         return f"Controller({method}: {loops} {_ranges(self.layers)}, {size})"
 
+    def _repr_html_(self) -> str:
+        from steerlens.core.tables import VIEWS  # as for files: only the user's side needs it
+
+        return VIEWS["controller"](self)
+
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file: tensors, and everything else as JSON in its header.
 

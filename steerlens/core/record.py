@@ -112,6 +112,11 @@ class Record(Mapping[str, Tensor]):
         size = "" if first is None else " of {} rows, {} tokens".format(*self[first].shape[:2])
         return f"Record({len(self)} signals{size}: {described(self)})"
 
+    def _repr_html_(self) -> str:
+        from steerlens.core.tables import VIEWS
+
+        return VIEWS["record"](self)
+
     def layers(self, signal: str) -> dict[int, Tensor]:
         """One signal by layer: `layers("error")[5]` is `record["blocks.5.hook_steer_error"]`."""
         found = {}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from steerlens.core.sites import POINTS
+
+#: What keeps a second run's names apart.
+_RUN = re.compile(r"^run\d+_")
 #: What needs another part of steerlens, such as a plot of a record, by name; that part registers it here.
 VIEWS: dict[str, Callable[..., Any]] = {}
 
@@ -41,6 +46,24 @@ def parts_of(full: str) -> tuple[int, str]:
     """Layer and signal of a hook name: `blocks.5.hook_steer_u_norm` is `(5, "u_norm")`."""
     head, _, signal = full.partition(".hook_steer_")
     return int(head.removeprefix("blocks.")), signal
+
+
+def by_place(record: Mapping[str, Tensor], signal: str) -> dict[tuple[int, str], str]:
+    """Full names of one signal by layer and point; the point is empty where a layer has one site.
+
+    Where several loops act at one site it is their total, if the signal has one.
+    """
+    found = {}
+    for full in record:
+        layer, tail = parts_of(full)
+        plain = _RUN.sub("", tail)
+        point = next((point for point in POINTS if plain == f"{point}_{signal}"), None)
+        if plain == signal or tail == signal:
+            found[layer, ""] = full
+        elif point is not None:
+            found[layer, point] = full
+    order = ("", *POINTS)
+    return dict(sorted(found.items(), key=lambda entry: (entry[0][0], order.index(entry[0][1]))))
 
 
 def _ranges(layers: list[int]) -> str:

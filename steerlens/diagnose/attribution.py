@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
+from steerlens.core.progress import bar
 from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.given import Weighted, given, run
 from steerlens.diagnose.metrics import Metric, Metrics, each_metric, measure, metric_name
@@ -166,7 +167,7 @@ def attribute(
     parts = _parts(controller, by)
     rows = [
         _one(host, controller, parts, chosen, torch.tensor([ids]), others == "held", exact, batch, trust)
-        for ids, chosen in zip(tokens, metrics, strict=True)
+        for ids, chosen in bar(list(zip(tokens, metrics, strict=True)), desc="attributing")
     ]
     effects, estimates, steered, unsteered = (torch.stack(column) for column in zip(*rows, strict=True))
     return Attribution(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Site
+from steerlens.core.progress import bar
 from steerlens.core.types import Autoencoder, Layers
 from steerlens.diagnose.attribution import listed
 from steerlens.diagnose.components import Components
@@ -70,7 +71,7 @@ def carriers(
     view = _view(host, controller, components, layers)
     passes = [
         _differentiate(host, controller, view, chosen, torch.tensor([ids]), trust)
-        for ids, chosen in zip(tokens, metrics, strict=True)
+        for ids, chosen in bar(list(zip(tokens, metrics, strict=True)), desc="differentiating")
     ]
     shares = [torch.cat([view.share(g, *x) for g, x in sites]) for sites, _, _ in passes]
     changes = [torch.stack([(g * (x - y)).sum() for g, (x, y) in sites]).sum() for sites, _, _ in passes]
@@ -220,7 +221,7 @@ def _patch(
     """The metric of steered passes in which one component each is unsteered, `[place]`."""
     values = []
     with torch.inference_mode(False), torch.no_grad():
-        for start in range(0, len(places), batch):
+        for start in bar(range(0, len(places), batch), desc="leaving out"):
             part = places[start : start + batch]
             loops = []
             for number in sorted({number for number, _ in part}):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from steerlens.core.types import Figure, Frame
@@ -83,7 +84,7 @@ class Components:
         title = f"{self.title}<br><sup>{self.metric}</sup>"
         if set(self.kinds) == {"head"}:
             rows, heads = sorted(set(self.layers)), max(self.units) + 1
-            grid = self.value.view(len(rows), heads)
+            grid = rearrange(self.value, "(layer head) -> layer head", head=heads)
             limit = float(grid.abs().max()) or 1.0
             scale = {
                 "colorscale": "RdBu",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor
 
 from steerlens.core import Controller, Site
@@ -130,17 +131,17 @@ def _integrate(
     """The mean gradient along the line from the unsteered to the steered final state, `[1 pos d]`."""
     where, weights = _gauss_legendre(nodes)
     with torch.inference_mode(False), torch.enable_grad():
-        steps = ((where - 1).view(-1, 1, 1).to(dx) * dx).requires_grad_()
+        steps = (rearrange((where - 1).to(dx), "node -> node 1 1") * dx).requires_grad_()
         probe = Controller([given(steps, final)])
         values = measure(metric, run(host, controller + probe, ids.expand(nodes, -1), trust=trust)[0])
         (gradients,) = torch.autograd.grad(values.sum(), steps)
-    return (weights.view(-1, 1, 1).to(dx) * gradients).sum(0, keepdim=True)
+    return einsum(weights.to(dx), gradients, "node, node pos d -> pos d")[None]
 
 
 def _heads(host: Host, layer: int, moved: dict[Site, Tensor], attention: Tensor) -> list[Tensor]:
     """Changes of what the heads of a layer write, `[1 pos d]` each."""
     z = moved[Site(layer, "z")]
-    writes = torch.einsum("bphk,hkd->hbpd", z, host.head_writes(layer).to(z))
+    writes = einsum(z, host.head_writes(layer).to(z), "batch pos head d_head, head d_head d -> head batch pos d")
     off = float((writes.sum(0) - attention).norm())
     if off > 1e-3 * float(attention.norm()) + 1e-6:
         raise NotImplementedError(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steerlens.control.linearization import Linearization
+from steerlens.core.progress import bar
 from steerlens.core.types import Figure, Frame
 from steerlens.diagnose.result import curves, frame
 from steerlens.diagnose.rollout import check_model, exact_dtype
@@ -131,7 +131,7 @@ def linearity(
     v = _directions(directions, host.d_model, generator).to(nominals[0].states[0])
     tests = [_Test(nominal, v, sizes, start, exact_dtype(host)) for nominal in nominals]
     similarity = []
-    for t in tqdm(range(host.n_layers), desc="testing blocks", disable=not progress):
+    for t in bar(range(host.n_layers), desc="testing blocks", progress=progress):
         plants = [] if linearization is None else [linearization.jacobians[t].to(v.device, exact_dtype(host))]
         if linearization is None or len(nominals) > 1:
             own = [nominal.jacobian(t).to(exact_dtype(host)) for nominal in nominals]

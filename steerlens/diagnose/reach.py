@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from steerlens.core import Controller, Site, name_signals
@@ -58,16 +59,22 @@ class Reach:
         """One row a prompt and feature, a pandas DataFrame."""
         prompts, m = self.before.shape
 
-        def each(value: Tensor) -> Tensor:
-            return value[:, None].expand(prompts, m).flatten()
+        def of_prompts(value: Tensor) -> Tensor:
+            return repeat(value, "prompt -> (prompt feature)", feature=m)
+
+        def of_features(value: Tensor) -> Tensor:
+            return repeat(value, "feature -> (prompt feature)", prompt=prompts)
+
+        def of_both(value: Tensor) -> Tensor:
+            return rearrange(value, "prompt feature -> (prompt feature)")
 
         columns = {
-            "prompt": torch.arange(prompts).repeat_interleave(m),
+            "prompt": of_prompts(torch.arange(prompts)),
             "feature": list(self.features) * prompts,
-            "at_least": self.at_least.expand(prompts, m).flatten(),
-            "at_most": self.at_most.expand(prompts, m).flatten(),
-            **{name: getattr(self, name).flatten() for name in ("before", "predicted", "reached", "bound")},
-            **{name: each(getattr(self, name)) for name in ("energy", "least", "share")},
+            "at_least": of_features(self.at_least),
+            "at_most": of_features(self.at_most),
+            **{name: of_both(getattr(self, name)) for name in ("before", "predicted", "reached", "bound")},
+            **{name: of_prompts(getattr(self, name)) for name in ("energy", "least", "share")},
         }
         return frame(columns, "prompt")
 

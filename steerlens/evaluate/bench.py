@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Site
+from steerlens.core.progress import bar
 from steerlens.evaluate.scoring import Kept, Reduce, log_probabilities, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
@@ -156,7 +157,7 @@ class Bench:
 
             return kl_of_rows(self.host, _steering(arm), rows, plain, self.batch)
         found: list[list[float]] = []
-        for start in range(0, len(rows), self.batch):
+        for start in bar(range(0, len(rows), self.batch), desc="scoring texts"):
             part = slice(start, start + self.batch)
             reference = self._reference(plain[part])
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from steerlens.core import Controller
+from steerlens.core.progress import counting
 from steerlens.core.types import Figure, Frame, Json
 from steerlens.diagnose.result import curves, frame
 from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
@@ -158,13 +158,13 @@ def search(
     name, controller = arms[0].name, arms[0].controller
     assert controller is not None
     start, slope = 1.0, 2.0
-    with tqdm(total=evaluations, desc=f"calibrate {name}", disable=not progress, leave=False) as bar:
+    with counting(evaluations, desc=f"calibrate {name}", progress=progress) as shown:
         if len(items) >= 2 * COARSE:
-            part = _Curve(bench, arms, replace(meter, items=tuple(items[:: len(items) // COARSE])), bar.update)
+            part = _Curve(bench, arms, replace(meter, items=tuple(items[:: len(items) // COARSE])), shown.update)
             found, met, _ = _find(part, limit, max(tolerance, COARSELY), largest, evaluations)
             if met == MET:
                 start, slope = found, part.slope(limit)
-        curve = _Curve(bench, arms, meter, bar.update)
+        curve = _Curve(bench, arms, meter, shown.update)
         strength, met, note = _find(curve, limit, tolerance, largest, evaluations, start, slope)
         if met == MET and len(curve.measured) < 2:
             curve(0.9 * strength)  # the interval needs a slope

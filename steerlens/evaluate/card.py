@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from steerlens.pages.markup import details, fragment, table, text
+
 #: What no evaluation of this kind measures.
 ELSEWHERE = "knowledge (MMLU and the like), a judge's opinion, longer texts, other languages"
 
@@ -44,15 +46,26 @@ def evaluation_card(found: Any) -> str:
     return "\n".join(lines)
 
 
+def evaluation_html(found: Any) -> str:
+    """The table, and the rest of the card folded under it."""
+    card = evaluation_card(found).splitlines()
+    title = card[0].replace("**", "")
+    notes = "".join(f"<p>{text(line[2:])}</p>" for line in card if line.startswith("- "))
+    return fragment(f"<p><b>Evaluation</b> &middot; {text(title)}</p>", table(*_cells(found)), details("notes", notes))
+
+
 def _table(found: Any) -> str:
+    names, rows = _cells(found)
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
+
+
+def _cells(found: Any) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns, and a row of words for each arm and strength."""
     rows = found.table().reset_index().to_dict("records")
     names = [name for name in rows[0] if name not in ("low", "high")]
     several = len({own.seed for own in found.measured if own.arm == "random"})
-    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
-    for row in rows:
-        cells = [_cell(name, row, several) for name in names]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return names, [[_cell(name, row, several) for name in names] for row in rows]
 
 
 def _cell(name: str, row: dict[str, Any], several: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from steerlens.core.types import Figure, Frame, Json
 from steerlens.diagnose.result import frame
 from steerlens.evaluate.bootstrap import interval, mean_interval
-from steerlens.evaluate.card import evaluation_card
+from steerlens.evaluate.card import evaluation_card, evaluation_html
 from steerlens.evaluate.meter import Values, item_means, pooled
 from steerlens.plots import load_plotly
 
@@ -234,6 +234,9 @@ class Evaluation:
     def card(self) -> str:
         """The tables and the protocol as Markdown, for an appendix."""
         return evaluation_card(self)
+
+    def _repr_html_(self) -> str:
+        return evaluation_html(self)
 
     def __repr__(self) -> str:
         return f"Evaluation({self.effect}: {len(self.arms)} rows, {len(self.change(*self.arms[0]))} items)"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller
+from steerlens.core.progress import bar
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.batches import pad
 from steerlens.hosts.types import Model
@@ -80,7 +81,7 @@ def scored_logits(
             )
     found: dict[int, Any] = {}
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    for start in range(0, len(rows), batch):
+    for start in bar(range(0, len(rows), batch), desc="scoring texts"):
         chosen = longest_first[start : start + batch]
         given = [rows[index] for index in chosen]
         ids, mask, _ = pad(given, [[0.0] * len(row) for row in given], host.device)

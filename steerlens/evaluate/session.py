@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from steerlens.core.progress import counting
 from steerlens.evaluate.bench import Arm, Bench
 from steerlens.evaluate.evaluation import DOSE, RANDOM_NAME, UNSTEERED_NAME, Measured
 from steerlens.evaluate.log import Log, setting
@@ -51,11 +50,10 @@ class Session:
         """
         found: list[Measured] = []
         names = [f"{entry.name} {entry.strength:.3g}" for entry in entries]
-        bar = tqdm(total=len(entries) * (len(self.meters) + 1), disable=not self.progress, leave=False)
-        with bar:
+        with counting(len(entries) * (len(self.meters) + 1), desc="measuring", progress=self.progress) as shown:
             for name, entry in zip(names, entries, strict=True):
-                bar.set_description(name)
-                found += self._arm(entry, bar.update)
+                shown.set_description(name)
+                found += self._arm(entry, shown.update)
         return tuple(found)
 
     def _arm(self, entry: Entry, tick: Callable[[], Any]) -> list[Measured]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from steerlens.core import Controller
+from steerlens.core.progress import bar
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.types import Model
@@ -71,7 +72,7 @@ def generate_texts(
         for _, members in sorted(by_length.items())
         for start in range(0, len(members), batch)
     ]
-    for number, members in enumerate(groups):
+    for number, members in enumerate(bar(groups, desc="writing texts")):
         rows = torch.tensor([ids[index] for index in members])
         # the libraries sample with the global generator; it is put back
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(host)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Site
+from steerlens.core.progress import bar
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.objectives import Labelled, Objective, labelled
 from steerlens.hosts import Host
@@ -25,7 +26,7 @@ def example_gradients(
     texts = labelled(data, host, aim.sides)
     per = 2 if aim.sides == "both" else 1
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for start in range(0, len(texts), batch * per):
+    for start in bar(range(0, len(texts), batch * per), desc="gradients"):
         chosen = texts[start : start + batch * per]
 
         def loss(logits: Tensor, chosen: list[Labelled] = chosen) -> Tensor:

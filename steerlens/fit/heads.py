@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Site
+from steerlens.core.progress import bar
 from steerlens.fit.logistic import linear_probe
 
 
@@ -25,7 +26,7 @@ def head_accuracy(positive: Tensor, negative: Tensor, *, held_out: float, seed: 
     labels, truth = (torch.cat([torch.ones(len(a)), torch.zeros(len(b))]) for a, b in (train, test))
     seen, unseen = torch.cat(train).double(), torch.cat(test).double()
     scores = []
-    for head in range(seen.shape[1]):
+    for head in bar(range(seen.shape[1]), desc="probing heads"):
         weights, intercept = linear_probe(seen[:, head], labels)
         scores.append(((unseen[:, head] @ weights + intercept > 0) == (truth > 0)).double().mean())
     return torch.stack(scores)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlens.core import Pass, Site
+from steerlens.core.progress import bar
 from steerlens.hosts.attachment import Attachment
 from steerlens.hosts.batches import pad
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
@@ -185,7 +186,7 @@ class Host(Dimensions):
         self.trust(sites)
         longest_first = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
         rows: dict[int, list[Tensor]] = {}
-        for start in range(0, len(tokens), batch):
+        for start in bar(range(0, len(tokens), batch), desc="reading activations"):
             chosen = longest_first[start : start + batch]
             given = [tokens[row] for row in chosen]
             own = [[0.0] * len(text) for text in given] if weights is None else [weights[row] for row in chosen]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from einops import reduce
+
 from steerlens.core import POINTS, Controller, Loop
 from steerlens.core.types import Layers
 from steerlens.fit.card import Card
@@ -57,7 +59,7 @@ def actadd(
     loops = []
     for site in sites:
         check_finite(read[site], site, model)
-        positive, negative = read[site].view(2, len(data), length, *model.shape(site)).mean(1)
+        positive, negative = reduce(read[site], "(side pair pos) ... -> side pos ...", "mean", side=2, pos=length)
         for position, vector in enumerate(positive - negative):
             where = slice(position, position + 1)
             loops.append(Loop(Add(vector), site, where=where, strength=strength))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import POINTS, Controller, Direction, Loop
+from steerlens.core.progress import bar
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
@@ -128,7 +129,7 @@ def _losses(
     """The mean loss over the examples, in parts."""
     per = 2 if aim.sides == "both" else 1
     count = len(texts) // per
-    for start in range(0, len(texts), batch * per):
+    for start in bar(range(0, len(texts), batch * per), desc="gradients"):
         chosen = texts[start : start + batch * per]
         ids, mask, _ = pad([text.tokens for text in chosen], [text.weights() for text in chosen], host.device)
 

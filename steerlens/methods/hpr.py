@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site, map_tensors
+from steerlens.core.progress import bar
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
@@ -86,7 +87,7 @@ def hpr(
     # stable: layers that score the same go by depth
     chosen = sorted(sorted(sites, key=lambda site: scores[site], reverse=True)[:n_layers])
     loops, errors = [], []
-    for site in chosen:
+    for site in bar(chosen, desc="training rotations"):
         positive, negative = states[site]
         if torch.equal(positive, negative):
             raise ValueError(f"both sides have identical activations at {site}; do all texts end in the same token?")

@@ -17,6 +17,7 @@ from steerlens.hosts import Host, host_of
 from steerlens.hosts.types import Model
 from steerlens.laws import single
 from steerlens.laws.feedback import Feedback
+from steerlens.pages.reprs import target_html
 from steerlens.sae.reading import states_of
 from steerlens.sae.setpoint import Feature
 from steerlens.sae.slices import Origin, Slices, architecture, check_indices, cut, site_of
@@ -52,6 +53,9 @@ class Target:
         host = host_of(model)
         self.origin.check(host, self.site)
         return host
+
+    def _repr_html_(self) -> str:
+        return target_html(self)
 
     @property
     def arguments(self) -> Json:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant
 from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.progress import bar
 from steerlens.core.types import Layers, Where
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.reading import every_layer
@@ -104,7 +104,7 @@ def reach(
     cost = FeatureCostToGo(sensor.to(host.device, solve), math.inf)
     need = torch.minimum(torch.maximum(base, setpoint.lower.to(base)), setpoint.upper.to(base)) - base
     loops, energy, spent = [], torch.zeros(len(base), len(base)).to(base), torch.zeros(len(base), len(base)).to(base)
-    for t in tqdm(range(last, acting[0] - 1, -1), desc="pulling back", disable=not progress):
+    for t in bar(range(last, acting[0] - 1, -1), desc="pulling back", progress=progress):
         pulled = plant.pull(t, cost.Z)
         if t not in prices:
             cost.coast(pulled, cost.Z[:0], 0.0)

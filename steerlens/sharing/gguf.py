@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from steerlens.core import Controller, Site
 from steerlens.core.files import check_recipe
 from steerlens.core.tensorfile import digest, parse_json
+from steerlens.core.types import Layers, Where
 from steerlens.laws.single import add
 from steerlens.sharing.ggufile import read_gguf, write_gguf
 from steerlens.sharing.plain import EVERY_TOKEN, merged, plain_loops
@@ -29,8 +29,8 @@ _NAME = re.compile(r"direction\.(\d{1,6})")
 def from_gguf(
     path: str | Path,
     *,
-    layers: int | Sequence[int] | None = None,
-    where: Any = EVERY_TOKEN,
+    layers: Layers = None,
+    where: Where = EVERY_TOKEN,
     strength: float = 1.0,
 ) -> Controller:
     """A control vector from a GGUF file, as `to_gguf`, repeng and llama.cpp's cvector-generator write it.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.types import Json
 from steerlens.sharing.plain import added, every_token, plain_loops, refuse
 
 FORM = "an intervention spec"
@@ -23,7 +24,7 @@ _NAMES = {
 MOST_POSITIONS = 4096
 
 
-def to_interventions(controller: Controller) -> dict[str, dict[str, Any]]:
+def to_interventions(controller: Controller) -> dict[str, Json]:
     """A controller as TransformerLens 4's intervention specs, for models that a server runs.
 
         logits = bridge(tokens, intervene=steerlens.sharing.to_interventions(controller))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from steerlens.core import Controller, Loop
 from steerlens.core.law import finite
+from steerlens.core.types import Json, Where
+from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add, Project
 from steerlens.sharing.modules import Names
 from steerlens.sharing.plain import EVERY_TOKEN, added, clamped, need_every_token, plain_loops, refuse
@@ -20,7 +22,9 @@ FORM = "lm-eval's steered model"
 _KEYS = {"steering_vector", "steering_coefficient", "action", "bias", "head_index", "description"}
 
 
-def from_lm_eval(source: Any, *, model: Any = None, where: Any = EVERY_TOKEN, strength: float = 1.0) -> Controller:
+def from_lm_eval(
+    source: str | Path | Json, *, model: Model | None = None, where: Where = EVERY_TOKEN, strength: float = 1.0
+) -> Controller:
     """The steering of lm-eval's `steered` model.
 
         x <- x + s c v                            action "add", at the output of the module, at every token
@@ -54,7 +58,7 @@ def from_lm_eval(source: Any, *, model: Any = None, where: Any = EVERY_TOKEN, st
     return Controller(sorted(loops, key=lambda loop: loop.act), _recipe(source, strength))
 
 
-def to_lm_eval(controller: Controller, path: str | Path, *, model: Any = None) -> None:
+def to_lm_eval(controller: Controller, path: str | Path, *, model: Model | None = None) -> None:
     """Write a controller for lm-eval: `lm_eval --model steered --model_args pretrained=...,steer_path=FILE`.
 
     lm-eval steers every token, padding too. It computes in the model's dtype, steerlens in float32: in a 16-bit model

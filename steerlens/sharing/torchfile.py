@@ -7,7 +7,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,7 +66,11 @@ _STORAGES = ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Short", "Cha
 _NAMES = frozenset((*_TENSOR, *(f"torch {kind}Storage" for kind in _STORAGES)))
 
 
-def read_torch(path: str | Path) -> Any:
+#: Tensors and plain values, in dictionaries, lists and tuples.
+Held: TypeAlias = Any
+
+
+def read_torch(path: str | Path) -> Held:
     """Tensors and plain values from a file that `torch.save` wrote, in dictionaries, lists and tuples.
 
     Such a file is a pickle, a program that runs when it is read. Here its instructions are looked at first, and only

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Controller
+from steerlens.core.types import Layers, Where
+from steerlens.hosts.types import Model
 from steerlens.laws.single import add
 from steerlens.sharing.gguf import from_gguf
 from steerlens.sharing.modules import Names
 from steerlens.sharing.plain import EVERY_TOKEN
 
+#: A vector, `[d]` or `[head d_head]`.
+Numbers: TypeAlias = Tensor | Sequence[float]
+#: An object of a library that steerlens does not import, or a file of it; its attributes are checked.
+Foreign: TypeAlias = Any
+
 
 def from_tensor(
-    vectors: Mapping[int, Any] | Tensor | Sequence[Any],
+    vectors: Mapping[int, Numbers] | Tensor | Sequence[Numbers],
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     point: str = "resid_post",
-    where: Any = EVERY_TOKEN,
+    where: Where = EVERY_TOKEN,
     strength: float = 1.0,
 ) -> Controller:
     """Steering vectors of your own, one for each layer.
@@ -55,7 +62,7 @@ def from_tensor(
     return Controller(loops, {"method": "from_tensor", "arguments": {"point": point, "strength": float(strength)}})
 
 
-def by_layer(vectors: Any, layers: int | Sequence[int] | None) -> dict[int, Any]:
+def by_layer(vectors: Any, layers: Layers) -> dict[int, Any]:
     """The vectors that are meant, by layer, in the order of the layers."""
     if isinstance(vectors, Mapping):
         try:
@@ -77,10 +84,10 @@ def by_layer(vectors: Any, layers: int | Sequence[int] | None) -> dict[int, Any]
 
 
 def from_repeng(
-    vector: Any,
+    vector: Foreign,
     *,
-    layers: int | Sequence[int] | None = None,
-    where: Any = EVERY_TOKEN,
+    layers: Layers = None,
+    where: Where = EVERY_TOKEN,
     strength: float = 1.0,
 ) -> Controller:
     """A control vector of repeng, an object or a file that its `export_gguf` wrote.
@@ -114,11 +121,11 @@ def from_repeng(
 
 
 def from_steering_vectors(
-    vector: Any,
+    vector: Foreign,
     *,
-    layers: int | Sequence[int] | None = None,
-    model: Any = None,
-    where: Any = EVERY_TOKEN,
+    layers: Layers = None,
+    model: Model | None = None,
+    where: Where = EVERY_TOKEN,
     strength: float = 1.0,
 ) -> Controller:
     """A `SteeringVector` of the library steering-vectors.
@@ -156,11 +163,11 @@ def from_steering_vectors(
 
 
 def from_hidden_directions(
-    source: Any,
+    source: Foreign,
     *,
-    layers: int | Sequence[int] | None = None,
-    model: Any = None,
-    where: Any = EVERY_TOKEN,
+    layers: Layers = None,
+    model: Model | None = None,
+    where: Where = EVERY_TOKEN,
     strength: float = 1.0,
 ) -> Controller:
     """A direction or a baked bias of hidden-directions.

@@ -60,10 +60,10 @@ def run_check(check: Callable[[Case], None], case: Case) -> None:
 
 
 def _must_fail(call: Callable[[], object], what: str, words: str, case: Case) -> None:
-    said = None
+    message = None
     try:
         call()
     except Exception as error:
-        said = str(error)
-    assert said is not None, f"{case!r} declares that {what} fails ({words!r}), but it passes"
-    assert words in said, f"{case!r} declares {words!r} for {what}, it failed with {said!r}"
+        message = str(error)
+    assert message is not None, f"{case!r} declares that {what} fails ({words!r}), but it passes"
+    assert words in message, f"{case!r} declares {words!r} for {what}, it failed with {message!r}"

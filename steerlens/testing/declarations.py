@@ -129,21 +129,23 @@ def _check_data(case: Case, card: Card) -> None:
     for kind, data in trials.items():
         if order.index(kind) > enough:
             continue  # what takes sets of texts takes any richer form of them
-        said = None
+        message = None
         try:
             case.fit(data=data)
         except (TypeError, ValueError) as error:
-            said = str(error)
+            message = str(error)
         taken = order.index(kind) >= enough
-        assert (said is None) == taken, f"the card says needs={card.needs!r}; with {kind}: {said or 'it fits'}"
+        assert (message is None) == taken, f"the card says needs={card.needs!r}; with {kind}: {message or 'it fits'}"
     if card.needs == "texts":
         return
-    said = None
+    message = None
     try:
         case.fit(data=[trials["sets"], trials["completions"]])
     except TypeError as error:
-        said = str(error)
-    assert (said is None) == card.concepts, f"the card says concepts={card.concepts}; with two: {said or 'it fits'}"
+        message = str(error)
+    assert (message is None) == card.concepts, (
+        f"the card says concepts={card.concepts}; with two: {message or 'it fits'}"
+    )
 
 
 def _check_points(case: Case, card: Card) -> None:
@@ -155,10 +157,10 @@ def _check_points(case: Case, card: Card) -> None:
     if "point" not in parameters or "component" in parameters:
         return
     for point in host_of(case.model).points():
-        said = None
+        message = None
         try:
             fitted = case.fit(point=point)
             assert {site.point for site in fitted.sites} == {point}
         except ValueError as error:
-            said = str(error)
-        assert (said is None) == (point in card.points), f"{point}: {said or 'not on the card, but it fits'}"
+            message = str(error)
+        assert (message is None) == (point in card.points), f"{point}: {message or 'not on the card, but it fits'}"

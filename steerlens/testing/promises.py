@@ -332,12 +332,12 @@ def _failing(controller: Controller) -> Controller:
 
 
 def _assert_raises(call: Callable[[], Any], words: str) -> None:
-    said = None
+    message = None
     try:
         call()
     except RuntimeError as error:
-        said = str(error)
-    assert words in (said or "no error"), f"expected an error with the words {words!r}, got {said!r}"
+        message = str(error)
+    assert words in (message or "no error"), f"expected an error with the words {words!r}, got {message!r}"
 
 
 def _assert_same(a: Controller, b: Controller, what: str) -> None:

@@ -93,13 +93,15 @@ def check_threads(case: Case) -> None:
             return [*tensors_of([loop.parts for loop in controller.loops]), mine.logits(ids)]
 
     wanted = [work(mine) for mine in cases]
-    for got, expected in zip(_together([partial(work, mine) for mine in cases]), wanted, strict=True):
+    for got, expected in zip(together(*(partial(work, mine) for mine in cases)), wanted, strict=True):
+        if isinstance(got, BaseException):
+            raise got
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b), "two threads give other numbers than one after the other"
 
 
-def _together(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Results of functions that run at the same time, each in a thread of its own."""
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Results of functions that run at the same time, each in a thread of its own, or what they raised."""
     results: list[Any] = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
@@ -115,9 +117,6 @@ def _together(calls: list[Callable[[], Any]]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join(timeout=600)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
     return results
 
 

@@ -54,7 +54,8 @@ def test_a_fit_on_the_server_is_the_local_one_or_refused(method, trusted, client
     assert clean(client)
 
 
-def test_differences_on_a_server_show_a_bar_over_the_texts(client, local, untrusted, capsys):
+def test_differences_on_a_server_show_a_bar_over_the_texts(client, local, untrusted, capsys, monkeypatch):
+    monkeypatch.setattr("steerlens.core.progress.DELAY_S", 0)
     sl.lqr(sl.remote(client), local("lqr").data, solver="scalar", linearize_on=2, progress=True)
     assert "differences on the server" in capsys.readouterr().err
     sl.lqr(sl.remote(client), local("lqr").data, solver="scalar", linearize_on=1, progress=False)
