@@ -254,6 +254,8 @@ class Passes:
     def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
         """Begin a pass of a run; `call` as `call_shape` gives it."""
         past = int(call["past"])
+        if type(self) is Passes:
+            refuse_untold(call["shape"][1], past, run.positions.seen, step)
         run.begin(
             call["shape"],
             past=run.positions.seen if past < 0 else past,
@@ -289,8 +291,6 @@ def follow(
             return  # the generation is over: the loop asked for a pass that never came
         if type(call["tokens"]).__name__ == "FakeTensor":
             return  # `scan` looks for shapes, which no control changes
-        if first is not None:
-            refuse_untold(call, run, step)
         companion = None
         if second is not None and inputs is not None and not _weightless(base._module):
             companion = partial(BaseCompanion, second, Call(inputs[0], inputs[1], int(call["past"])))
@@ -330,13 +330,19 @@ def _weightless(module: Any) -> bool:
     return module is None or next(module.parameters()).is_meta
 
 
-def refuse_untold(call: dict[str, Any], run: Pass, step: int) -> None:
-    """Raises NotImplementedError for passes that are told apart by their caches only, which a server does not show."""
+def refuse_untold(length: int, past: int, seen: int, step: int) -> None:
+    """Raises NotImplementedError for a pass that could be told from others by its cache only.
+
+    Args:
+        length, past: Of the pass, and columns in its cache, -1 if that does not count them.
+        seen: Columns after the pass before it.
+        step: Number of the pass.
+    """
     option = None
-    if step == 0 and int(call["past"]) > 0:
-        option = "past_key_values"
-    elif step and call["shape"][1] > 1 and call["shape"][1] != run.positions.seen + 1:
-        option = "prefill_chunk_size, prompt_lookup_num_tokens or assistant_model"
+    if step == 0:
+        option = "past_key_values" if past > 0 else None
+    elif not (length == 1 and past in (seen, -1)) and not (length == seen + 1 and past == 0):
+        option = "prefill_chunk_size, prompt_lookup_num_tokens, assistant_model or guidance_scale"
     if option is not None:
         raise NotImplementedError(f"{option} cannot be steered on a server, where caches are not seen; leave it out")
 

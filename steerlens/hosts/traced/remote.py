@@ -107,6 +107,8 @@ class _Generate(_OfClass):
         except WithBlockNotFoundError:
             pass
         if not kwargs.get("remote"):
+            # `remote=False` is for nnsight, and no argument of the model
+            kwargs.pop("remote", None)
             return model.interleave(function, *args, **kwargs)
         return _generate_in_a_block(model, args, kwargs)
 
