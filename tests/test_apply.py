@@ -215,6 +215,17 @@ def test_a_generation_is_followed_as_in_steer(options):
     assert snapshot(model) == before
 
 
+def test_remote_false_is_generation_here():
+    case = Case("caa", "nnsight")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with case.steer():
+        expected = case.model.generate(IDS, **options)
+        assert torch.equal(case.model.generate(IDS, **options, remote=False), expected)
+        with case.model.generate(IDS, **options, remote=False) as tracer:
+            tokens = tracer.result.save()
+    assert torch.equal(tokens, expected)
+
+
 def test_scored_tokens_are_steered_as_generated_ones():
     case = Case("lqr", "nnsight")
     model, controller = case.model, case.controller
