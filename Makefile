@@ -89,7 +89,7 @@ roles: .venv/ready
 tutorials: .venv/ready
 	$(BIN)/python tutorials/build.py --check
 
-# The site, by two builders, every warning fatal; build/site holds what mkdocs made
+# The site, by two builders, every warning fatal; .site holds what mkdocs made
 docs: .venv-docs/ready
 	$(PYTHON) tools/tutorial_pages.py
 	.venv-docs/bin/zensical build --strict --clean
@@ -135,4 +135,4 @@ env: .venv/ready .venv-lens4/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lens4 .venv-docs docs/tutorials docs/reproductions build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lens4 .venv-docs docs/tutorials docs/reproductions .site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -16,6 +16,7 @@ from steerlens.evaluate import Generation, calibrate, generate_texts, kl
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.shipped import shipped, shipped_texts
 from steerlens.hosts import host_of
+from steerlens.laws.relative import Relative
 from steerlens.methods import caa, lqr
 from steerlens.models import smollm2
 from steerlens.plots import plot_record
@@ -146,6 +147,10 @@ def _layers(table: Any, controller: Controller, record: Record) -> Any:
         layer = loop.act.layer
         steered = ~record.layers("error")[layer][0].isnan()
         means = [float(signals[name][layer][0][steered].mean()) for name in signals]
-        setpoint = float(torch.as_tensor(loop.law.setpoint.level))  # type: ignore[attr-defined]
+        # a level that is counted from the token's own unsteered state has a setpoint for each token
+        law = loop.law.law if isinstance(loop.law, Relative) else loop.law
+        setpoint = float(torch.as_tensor(law.setpoint.level))
+        if isinstance(loop.law, Relative):
+            setpoint += float(record["reference", layer][0][steered].mean())
         rows.add_row(str(layer), *(f"{value:.2f}" for value in (setpoint, *means)))
     return rows
