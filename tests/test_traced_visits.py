@@ -10,7 +10,9 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import steerlens as sl
 from steerlens.hosts import host_of
-from steerlens.testing import Case, discover_hosts
+from steerlens.testing import Case, counts_of_steering, discover_hosts
+
+walk = pytest.importorskip("steerlens.hosts.traced.walk")
 
 pytestmark = pytest.mark.skipif("nnsight" not in discover_hosts(), reason="needs nnsight")
 IDS = torch.tensor([[3, 17, 25, 29, 41, 22, 9]])
@@ -95,7 +97,7 @@ def test_a_sensor_sees_what_reaches_the_block(name, tiny_model):
 
 def test_a_generation_is_the_same_with_a_second_edit_that_does_nothing(tiny_model):
     """The second edit makes every sensor visit its place; the tokens' logits are equal to the last bit."""
-    case = Case("lqr", "nnsight", model=tiny_model("nnsight"))
+    case = Case("lqr", "nnsight", model=tiny_model("nnsight"), options={"paper": True})
     case.controller = case.fit()
     with sl.steer(case.model, case.controller, record="all") as run:
         alone = case.generate(IDS)
@@ -109,9 +111,29 @@ def test_a_generation_is_the_same_with_a_second_edit_that_does_nothing(tiny_mode
             torch.testing.assert_close(beside.record[name], value, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("method", ["lqr", "pid", "caa", "odesteer"])
+def test_the_fast_path_is_the_plain_one(method, tiny_model, monkeypatch):
+    """Behind one switch: tokens and record are equal to the last bit, and the fast path makes fewer calls."""
+    case = Case(method, "nnsight", model=tiny_model("nnsight"))
+    case.controller = case.fit()
+    found, calls = {}, {}
+    for fast in (True, False):
+        monkeypatch.setattr(walk, "FAST", fast)
+        with sl.steer(case.model, case.controller, record="all") as run:
+            found[fast] = case.generate(IDS), dict(run.record)
+        calls[fast] = counts_of_steering(case)
+    assert torch.equal(found[True][0], found[False][0])
+    assert found[True][1].keys() == found[False][1].keys()
+    for name, value in found[True][1].items():
+        torch.testing.assert_close(value, found[False][1][name], rtol=0, atol=0, equal_nan=True)
+    assert calls[True].operations == calls[False].operations
+    if len(case.controller.loops) > 1:
+        assert calls[True].calls < calls[False].calls
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_pass_that_breaks_off_between_two_visits_leaves_nothing_behind(tiny_model, error):
-    case = Case("lqr", "nnsight", model=tiny_model("nnsight"))
+    case = Case("lqr", "nnsight", model=tiny_model("nnsight"), options={"paper": True})
     case.controller = case.fit()
     block = case.model.model.layers[LAYER]._module
 

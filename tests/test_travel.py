@@ -62,7 +62,19 @@ def test_what_an_edit_runs_travels():
     from steerlens.hosts.traced import anatomy, differences, edit, explicit
     from steerlens.steering import _prepare
 
-    things = [edit.follow, edit.Tap, graph.pool, explicit.apply_here, _prepare, Ambassador, anatomy.gradients_at]
+    things = [
+        edit.follow,
+        edit.Plain,
+        edit.Enter,
+        edit.Carry,
+        edit.Before,
+        edit.Mid,
+        graph.pool,
+        explicit.apply_here,
+        _prepare,
+        Ambassador,
+        anatomy.gradients_at,
+    ]
     things += [differences.differences, anatomy.call_beside, gains.gains_beside, gains.Gains, gains.Blocks]
     things += [nominal.Nominal, nominal.Capture, context.FixedContext, context.Times, readout.Readout]
     for thing in (*things, anatomy.Anatomy, Labelled, Objective):

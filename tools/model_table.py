@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (rows of a table are one line each)
 """Write docs/models.md, and its copy in the package, from a run over the tiny models of tests/architectures.py.
 
     python tools/model_table.py            # in an environment with TransformerLens and nnsight
@@ -36,6 +37,23 @@ pass without one, with both numbers; with TransformerLens 3.9 that is so for mod
 
 | architecture | TransformerBridge | nnsight | `lqr` |
 | --- | --- | --- | --- |
+"""
+
+TAIL = """
+## Adapters, fewer bits, weights kept elsewhere
+
+| a model | is steered and fitted as | refused by name |
+| --- | --- | --- |
+| with an adapter of PEFT: LoRA, IA3 and their like, merged or not. nnsight takes the `PeftModel`, TransformerBridge the model inside, `peft_model.get_base_model()` | the model with the adapter in its weights: equal controllers, equal fingerprints | `cold_fd` until the adapter is merged; prompt and prefix tuning, whose virtual tokens shift positions |
+| in 8 or 4 bits: bitsandbytes, PyTorch's dynamic int8 | itself; a controller of the full model of the same name attaches with a note | `cold_fd`, `tda`, `diagnose.direct`, which read or move the matrices; `lqr` on dynamic int8, whose pass with a KV cache is another one |
+| some or all blocks offloaded by accelerate, or spread by a `device_map` | the plain model | `cold_fd` and `tda` where weights are offloaded; TransformerLens loads nothing that is on disk, nnsight runs nothing whose embedding is |
+
+A fingerprint holds eight weights of the last block, with the adapter in them, and eight numbers of an adapter that is not merged. If only one
+of two models has such an adapter and the eight weights agree, attaching notes it: whether it has been merged into the other cannot be seen.
+`tests/test_adapters.py`, `tests/test_quantised.py` and `tests/test_offload.py` hold this on tiny models on the CPU; no GPU was used.
+
+Bidirectional models are refused by what their attention says of itself (`is_causal`), and blocks that no table knows by a trial: a state that changes
+with a token behind it.
 """
 
 
@@ -78,7 +96,7 @@ def main() -> None:
         else:
             text += f"| {name} | {points(name, 'bridge')} | {points(name, 'nnsight')} | {linear(name)} |\n"
     for place in PLACES:
-        place.write_text(text)
+        place.write_text(text + TAIL)
 
 
 def offered(host: Any, everything: tuple[str, ...]) -> str:

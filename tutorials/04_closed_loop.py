@@ -31,12 +31,12 @@ effect = propensity(sl.shipped("sentiment", split="held_out")[:14])
 # - **one layer**, **every layer** (open loop): $u_t = s\,\mu_t v_t$, whatever the state is.
 # - **A-LQR from zero**, the paper's setpoint: $e_t = (\lambda\mu_t - \langle v_t, x_t\rangle)\,v_t$, $u_t = K_t e_t$. It
 #   asks every token for the *same* value along $v_t$.
-# - **A-LQR from the token's own state** (`origin="own"`): $e_t = (\lambda\mu_t + \langle v_t, x^0_t\rangle - \langle v_t,
-#   x_t\rangle)\,v_t$ with $x^0_t$ the unsteered state of the same token, from a second pass. It asks for a *shift* of
-#   $\lambda\mu_t$ and holds it; gently, where control is expensive (`r=10`), or firmly (`r=1`).
+# - **A-LQR from the token's own state** (`origin="own"`):
+#   $e_t = (\lambda\mu_t + \langle v_t, x^0_t\rangle - \langle v_t, x_t\rangle)\,v_t$ with $x^0_t$ the unsteered state of
+#   the same token, from a second pass. It asks for a *shift* of $\lambda\mu_t$ and holds it; gently, where control is
+#   expensive (`r=10`), or firmly (`r=1`).
 #
-# Strength multiplies a loop's gain, and a gain far above the designed one can make it unstable. So the levels are chosen
-# such that the strength at the budget is below 1.
+# Strength multiplies a loop's gain, and too high a gain makes it unstable: choose a level that needs no strength above 1.
 
 # %%
 vectors = sl.caa(model, dev, layers=range(model.cfg.n_layers))

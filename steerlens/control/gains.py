@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from steerlens.control.linearization import Blocks, Linearization, Plant
+from steerlens.control.linearization import Blocks, Linearization, Plant, over
 from steerlens.control.regulator import FactoredGain, Weights, solve
 from steerlens.control.targets import Targets
 from steerlens.core import Law
@@ -115,7 +115,7 @@ def gains_for(
     except UntrustedError:
         if solver != "scalar":
             raise
-    plant = Tangents(host, tokens, {t: bases[t] for t in controlled})
+    plant = Tangents(host, tokens, {t: bases[t] for t in controlled}, progress=progress)
     return gains_of(plant, solver, weights, controlled, bases, device=host.device, keep=keep)
 
 
@@ -144,12 +144,20 @@ class Tangents(Plant):
         host: Takes the differences.
         tokens: Token ids of the texts.
         directions: By block, `[m d]`.
+        progress: Show a progress bar over the texts, each of which is one request to a server.
     """
 
-    def __init__(self, host: Host, tokens: Sequence[Sequence[int]], directions: dict[int, Tensor]):
+    def __init__(
+        self,
+        host: Host,
+        tokens: Sequence[Sequence[int]],
+        directions: dict[int, Tensor],
+        *,
+        progress: bool = False,
+    ):
         self.n_texts = len(tokens)
         self.states = torch.zeros(host.n_layers + 1, 0)
-        found = [host.tangents(text, directions) for text in tokens]
+        found = [host.tangents(text, directions) for text in over(tokens, "differences on the server", progress)]
         self._pushed = {t: torch.stack([each[t] for each in found]).mean(0) for t in directions}
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import Dimensions, Host, host_of
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.types import Model
+
+Item = TypeVar("Item")
 
 
 class Plant:
@@ -227,14 +230,17 @@ class Blocks(Plant):
 
 def backwards(plant: Plant, *, progress: bool, first: int = 0) -> Iterator[int]:
     """Blocks from the last one to `first`, under a progress bar."""
-    layers = range(len(plant) - 1, first - 1, -1)
-    if progress:
-        # not at the top: on a server, which shows no bar, this function runs without steerlens
-        from steerlens.core.progress import bar
+    yield from over(range(len(plant) - 1, first - 1, -1), "linearising blocks", progress)
 
-        yield from bar(layers, desc="linearising blocks")
-    else:
-        yield from layers
+
+def over(items: Sequence[Item], what: str, progress: bool) -> Iterable[Item]:
+    """The items, under a progress bar if one is asked for."""
+    if not progress:
+        return items
+    # not at the top: on a server, which shows no bar, this function runs without steerlens
+    from steerlens.core.progress import bar
+
+    return bar(items, desc=what)
 
 
 def check_texts(tokens: Sequence[Sequence[int]]) -> None:

@@ -179,7 +179,7 @@ class Pass:
             )
         self._reached = stop.order
         if stop.kept:
-            self._states[stop.order] = x
+            self._states[stop.order] = x.clone() if stop.branch else x
         if stop.summarised:
             self.aside.see(site, x)
         if not stop.actions:

@@ -89,18 +89,20 @@ class Stop:
         site: Where it is.
         order: Of the site, see `Site`.
         kept: A later loop needs the state that is here.
+        branch: It is what a branch puts out, to which some blocks add in place.
         summarised: A summary of the prompt is made of the state that is here.
         actions: Loops that act here, in their order.
         shown: Signals of all of them together, as in `Action`; see `SiteSignals`.
         spent: Orders of sites whose states no loop after this site needs.
     """
 
-    __slots__ = ("actions", "kept", "order", "shown", "site", "spent", "summarised")
+    __slots__ = ("actions", "branch", "kept", "order", "shown", "site", "spent", "summarised")
 
     def __init__(self, site: Site, *, kept: bool, summarised: bool, actions: list[Action], shown: list[Shown]):
         self.site = site
         self.order = site.order
         self.kept = kept
+        self.branch = site.point in ("attn_out", "mlp_out")
         self.summarised = summarised
         self.actions = actions
         self.shown = shown

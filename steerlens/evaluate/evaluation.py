@@ -36,13 +36,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of an evaluation: its effect, with an interval, and its damage on items that it was not chosen on."""
+    """A row of an evaluation: its effect, with an interval, and its damage on items that it was not chosen on.
+
+    Attributes:
+        layer: Of a row of a sweep; else None.
+    """
 
     arm: str
     strength: float
     effect: float
     interval: tuple[float, float]
     damage: float
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,8 @@ class Evaluation:
         name, strength = max(inside, key=lambda arm: inside[arm])
         held = self.change(name, strength)[1::2]
         damage = pooled(self.values(name, strength, meter)[1::2], at)
-        return Choice(name, strength, float(held.mean()), mean_interval(held, level=level), damage)
+        layer = int(name.split()[1]) if self.protocol.get("verb") == "sweep" else None
+        return Choice(name, strength, float(held.mean()), mean_interval(held, level=level), damage, layer)
 
     def plot(self, against: str | None = None) -> Figure:
         """Effect against a meter of damage, one curve a method with intervals of the effect; the random band is grey.

@@ -75,8 +75,7 @@ class Dimensions:
             NotImplementedError: the weights are not here, or the block has no such matrix.
         """
         weight = self._out_weight(layer)
-        if self.quantised:
-            raise NotImplementedError("the output weights of the MLP are quantised; fit on full precision")
+        self.need_plain_matrices()
         if weight is None or weight.device.type == "meta":
             raise NotImplementedError("the output weights of the MLP are not here; build the model with its weights")
         return weight.detach() if weight.shape[0] == self.d_mlp else weight.detach().T
@@ -98,6 +97,19 @@ class Dimensions:
         """The matrix of which `probe` tells a few numbers; None if none is there in floating point."""
         return self._out_weight(self.n_layers - 1)
 
+    def adapter(self) -> list[float]:
+        """A few numbers of the adapter of PEFT that is at work beside the weights; empty if there is none."""
+        return []
+
+    def apart(self) -> str | None:
+        """Why the parameters are not in one place, a sentence; None where they are."""
+        return None
+
+    def need_plain_matrices(self) -> None:
+        """Raises NotImplementedError if the weights cannot be read as matrices of numbers."""
+        if self.quantised:
+            raise NotImplementedError("the output weights of this model are quantised; fit on full precision")
+
     def need_parameters(self) -> None:
         """Raises NotImplementedError where the parameters are not those of the published model."""
         if self.quantised:
@@ -105,6 +117,9 @@ class Dimensions:
                 "the weights of this model are quantised, so that no small step of its parameters exists; use the "
                 "model at full precision"
             )
+        apart = self.apart()
+        if apart is not None:
+            raise NotImplementedError(apart)
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Shape of the state at a site, without batch and position."""
@@ -149,7 +164,7 @@ class Dimensions:
             "processed": self.processed,
             "probe": self.probe(),
             "name": self.name,
-        }
+        } | ({"adapter": adapter} if (adapter := self.adapter()) else {})
 
     def differences(self, fingerprint: dict[str, Any]) -> list[str]:
         """How this model differs from the one a controller was fitted on, in words; empty where it does not."""
@@ -163,10 +178,20 @@ class Dimensions:
         theirs, ours = fingerprint.get("probe"), mine["probe"]
         if not found and theirs and ours and not _close(theirs, ours) and not self._rounds(fingerprint):
             found.append("the weights differ (same architecture, other training)")
+        theirs, ours = fingerprint.get("adapter"), mine.get("adapter")
+        if not found and theirs and ours and not (len(theirs) == len(ours) and _close(theirs, ours)):
+            found.append("the adapter of PEFT differs (same weights beside it)")
         return found
 
     def remark(self, fingerprint: dict[str, Any]) -> str | None:
         """What a user should know of a controller that may be attached; None where there is nothing."""
+        mine = self.adapter()
+        if bool(fingerprint.get("adapter")) != bool(mine) and (mine or self.probe()):
+            here, there = ("one", "none") if mine else ("none", "one")
+            return (
+                f"this model has {here} of PEFT's adapters beside its weights, the controller was fitted on one with "
+                f"{there}: both are the same model only if the adapter has been merged into the other's weights"
+            )
         theirs, ours = fingerprint.get("probe"), self.probe()
         if not self.quantised or not theirs or (ours and _close(theirs, ours)):
             return None

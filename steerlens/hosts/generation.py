@@ -45,6 +45,9 @@ def hf_generations(steered: Steered, model: nn.Module, *, whole: bool = False) -
 
     Args:
         whole: Passes must go through all blocks.
+
+    Upstream: transformers (5.22) gives a pass no sign of the call of `generate` that it serves, nor of its beams; goes
+    when a cache carries both.
     """
     return [
         Wrapped(model, "generate", partial(_generate, steered, whole)),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from steerlens.hosts.layouts import LAYOUTS
 from steerlens.hosts.types import Model
+from steerlens.hosts.weights import matrix_of, unwrapped
 
 #: By the name of a model's class: path of its blocks. By that of a block's: its entry. What the user has declared.
 BLOCKS: dict[str, str] = {}
@@ -20,6 +21,8 @@ DECLARED: dict[str, dict[str, Any]] = {}
 
 #: Points that every block has.
 ENDS = ("resid_pre", "resid_post")
+#: Why a bidirectional model cannot be steered.
+BOTH_WAYS = "its tokens see those behind them, and pads"
 _SIDES = {"z": "input", "mlp_post": "input", "attn_out": "output", "mlp_out": "output"}
 _NAME = "wrap one with TransformersModel, or name them with steerlens.roles(model, blocks='...')"
 _TOWER = re.compile(r"vision|visual|image|audio|speech|video|tower|expert")
@@ -57,7 +60,7 @@ class Layout:
         found = entry_of(block)
         self.known = found is not None
         entry = found or {}
-        self.refused = entry.get("refuse")
+        self.refused = entry.get("refuse") or (BOTH_WAYS if _sees_behind(block) else None)
         self.parallel = _holds(entry.get("parallel"), config)
         behind = _holds(entry.get("behind"), config)
         self.unsummed = "its norms come after the additions" if behind else entry.get("sum")
@@ -99,17 +102,10 @@ def output_matrix(block: Any, layout: Layout) -> Any:
     """A matrix by which a block can be told: the MLP's output, else attention's; None unless in floating point."""
     for point in ("mlp_post", "z"):
         if point in layout.paths:
-            weight = getattr(unwrapped(submodule(block, layout.paths[point][0])), "weight", None)
+            weight = matrix_of(submodule(block, layout.paths[point][0]))
             if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2:
                 return weight
     return None
-
-
-def is_quantised(model: Any) -> bool:
-    """Whether a Hugging Face model, or PyTorch, holds its matrices in fewer bits."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) or getattr(model, "is_quantized", False):
-        return True
-    return any(type(part).__module__.startswith(("torch.ao.nn.quantized", "bitsandbytes")) for part in model.modules())
 
 
 def input_width(matrix: Any) -> int | None:
@@ -180,6 +176,7 @@ def skeleton(model: nn.Module) -> tuple[str, str, Any, Any]:
     inner: Any = model
     prefix = ""
     if hasattr(inner, "get_base_model"):  # PEFT
+        _refuse_virtual_tokens(inner)
         inner = inner.get_base_model()
         prefix = _path_of(model, inner)
     kind, config = type(inner).__name__, getattr(inner, "config", None)
@@ -205,8 +202,26 @@ def refuse_other_kinds(kind: str, config: Any) -> None:
     """Raises TypeError for a model that does not go from left to right through one stack of blocks."""
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(f"cannot steer a {kind}: it has an encoder and a decoder, steerlens knows one stack of blocks")
-    if "MaskedLM" in kind:
-        raise TypeError(f"cannot steer a {kind}: it is bidirectional, its tokens see those behind them, and pads")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # "vision": images only
+    if "MaskedLM" in kind or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise TypeError(f"cannot steer a {kind}: it is bidirectional, {BOTH_WAYS}")
+
+
+def _refuse_virtual_tokens(model: Any) -> None:
+    """Raises TypeError for a model of PEFT that puts tokens of its own in front of a text."""
+    for name in _names(getattr(model, "active_adapter", None)):
+        if getattr(model.peft_config[name], "is_prompt_learning", False):
+            raise TypeError(
+                f"cannot steer a {type(model).__name__} with {type(model.peft_config[name]).__name__}: it puts virtual "
+                "tokens in front of each text, so that positions are no longer those of the text"
+            )
+
+
+def _names(value: Any) -> list[str]:
+    if callable(value):  # of transformers' own integration
+        value = value()
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def entry_of(block: Any) -> dict[str, Any] | None:
@@ -217,13 +232,6 @@ def entry_of(block: Any) -> dict[str, Any] | None:
     if not type(block).__module__.startswith("transformers."):
         return None  # the name may be anybody's
     return next((entry for names, entry in LAYOUTS if name in names.split()), None)
-
-
-def unwrapped(module: Any) -> Any:
-    """What TransformerBridge has wrapped."""
-    while isinstance(getattr(module, "original_component", None), nn.Module):
-        module = module.original_component
-    return module
 
 
 def submodule(module: Any, path: str) -> Any:
@@ -246,6 +254,12 @@ def _holds(condition: Any, config: Any) -> bool:
 
 def _present(block: Any, paths: Any) -> str | None:
     return next((path for path in paths if submodule(block, path) is not None), None)
+
+
+def _sees_behind(block: Any) -> bool:
+    """Whether attention says of itself that no part of it is causal, as in encoders and models of embeddings."""
+    said = [getattr(part, "is_causal", None) for part in block.modules()]
+    return False in said and True not in said
 
 
 def _has_experts(block: Any) -> bool:

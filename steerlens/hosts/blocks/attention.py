@@ -14,6 +14,8 @@ class PlainAttention(TorchFunctionMode):
 
     `torch.nn.attention.sdpa_kernel` does the same by switches of the process: two threads that overlap would change
     each other's attention, and could leave the switches as neither found them. A function mode belongs to its thread.
+
+    Upstream: torch (2.13) chooses attention's kernel for the whole process; goes with a choice by thread.
     """
 
     def __torch_function__(

@@ -13,6 +13,7 @@ from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.graph import watch
 from steerlens.hosts.blocks.nominal import Capture, Nominal, Thaw
 from steerlens.hosts.blocks.turns import turn_of
+from steerlens.hosts.weights import device_of
 
 
 def call_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def nominal(base: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[int])
     """
     require_context(tokens)
     _require_own_keys(base)
-    device = next(blocks[0].parameters()).device
+    device = device_of(blocks[0])
     ids = torch.as_tensor(tokens, device=device)[None]
     with turn_of(blocks[0]), torch.inference_mode(False), torch.no_grad():
         whole = _whole_path(base, blocks, ids)
@@ -188,7 +189,10 @@ def _kept(layer: Any) -> Any:
 
 
 class _Unwritten(Tensor):
-    """A state that Mamba's step leaves as it was: it would overwrite what the gradient needs, and reads it no more."""
+    """A state that Mamba's step leaves as it was: it would overwrite what the gradient needs, and reads it no more.
+
+    Upstream: transformers (5.22) updates recurrent states in place; goes, with `_kept`, when its cache replaces them.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from steerlens.core import Direction, Site
 from steerlens.hosts.batches import pad
 from steerlens.hosts.blocks.graph import pool
-from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, everywhere, named_parameters
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Call, SecondPass, Spot, everywhere, named_parameters
 from steerlens.hosts.blocks.turns import turn_of
 
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
@@ -42,7 +42,7 @@ class Learner:
         self.model = model
         self.base: nn.Module = model.base_model  # type: ignore[assignment]
         self.aside = aside
-        self.spots = spots
+        self.second = SecondPass(self.base, aside, spots)
         self.device = next(model.parameters()).device
         self.turn = turn_of(next(part for part in self.base.modules() if isinstance(part, nn.ModuleList))[0])
 
@@ -112,8 +112,8 @@ class Learner:
         for start in range(0, len(tokens), batch):
             chosen = slice(start, start + batch)
             ids, mask, pooled = pad(tokens[chosen], weights[chosen], self.device)
-            call = {"input_ids": ids, "attention_mask": mask}
-            companion = BaseCompanion(self.base, self.aside, self.spots, (), call, 0, {})
+            call = Call((), {"input_ids": ids, "attention_mask": mask}, past=0)
+            companion = BaseCompanion(self.second, call, {})
             with self.turn:
                 found = companion.tangents(sites, direction, goes_on=False)
             for site, value in found.items():

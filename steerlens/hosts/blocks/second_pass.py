@@ -24,16 +24,13 @@ from steerlens.hosts.blocks.turns import forward_mode_turn
 Spot = tuple[nn.Module, str, int, float]
 
 
-class BaseCompanion(Companion):
-    """Runs a Hugging Face base model again, with the arguments of the call that is being steered.
+class SecondPass:
+    """A Hugging Face base model that is run beside a steered pass; made once for a host.
 
     Args:
         base: The base model.
         aside: Makes a context in which a call of `base` is plain: neither steered nor seen by hooks.
         spots: Where each site's state is.
-        args, kwargs: Of the call; a KV cache among them is neither read nor written.
-        past: Number of tokens that it holds.
-        kept: What earlier passes of the sequence left: by direction the KV caches of its own, and their tokens.
     """
 
     def __init__(
@@ -41,74 +38,36 @@ class BaseCompanion(Companion):
         base: nn.Module,
         aside: Callable[[], Any],
         spots: Callable[[Sequence[Site]], dict[Site, Spot]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        past: int,
-        kept: dict[Any, Any],
     ):
         self.base = base
         self.aside = aside
         self.spots = spots
-        self.args = args
-        self.kwargs = kwargs
-        self.past = past
-        self.kept = kept
 
-    def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
-        """The unsteered states of the call's tokens; with a KV cache of their own if the sequence goes on.
+    def run(
+        self, sites: Sequence[Site], call: Call, changed: dict[str, Tensor] | None = None, track: _Kept | None = None
+    ) -> dict[Site, Tensor]:
+        """States in a pass over the tokens of a call.
 
-        If that cache lacks what came before, as the answers of a chat, they are those of the whole text, read at once.
+        Args:
+            changed: Parameters to use instead of the model's, by name.
+            track: The KV cache to go on with; None: without one.
         """
-        if self.past == 0 and goes_on:
-            self.kept["states"] = Tracks()
-        tracks = self.kept.get("states")
-        if tracks is not None and tracks.length == self.past and (self.past or goes_on):
-            with self.aside(), torch.inference_mode(False), torch.no_grad():
-                return self._run(sites, {}, tracks.sides[0])
-        args, kwargs = ((), self._whole()) if self.past else (self.args, self._own())
-        with self.aside(), torch.no_grad():
-            return gather(self.spots(sites), lambda: self.base(*args, **kwargs, use_cache=False), self._rows)
+        args, kwargs = call.again()
+        kwargs["use_cache"] = track is not None
+        if track is not None:
+            kwargs["past_key_values"] = track.cache(self.base)
 
-    def note(self) -> None:
-        """Keep token ids, or embeddings, and the positions that the call gives them."""
-        name, tokens = _tokens(self.args, self.kwargs)
-        text_of(self.kept, self.past).add(self.past, {name: tokens, "position_ids": self.kwargs.get("position_ids")})
+        def forward() -> Any:
+            if changed:
+                return functional_call(self.base, changed, args, kwargs, tie_weights=False)
+            return self.base(*args, **kwargs)
 
-    def _whole(self) -> dict[str, Any]:
-        """Arguments of a pass over the whole text so far."""
-        length = self.past + _tokens(self.args, self.kwargs)[1].shape[1]
-        mask = plain_mask(self.kwargs.get("attention_mask"))
-        whole = text_of(self.kept, self.past).whole(length)
-        return whole | {"attention_mask": mask if mask is None else mask[:, :length].long()}
+        found = gather(self.spots(sites), forward, call.rows)
+        if track is not None:
+            track.keep()
+        return found
 
-    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
-        """Forward-mode derivatives, or central differences where the direction carries a step.
-
-        For a central difference the states on both sides of the step come from two passes with KV caches of their own.
-        """
-        key = id(direction.values[0])
-        if self.past == 0:
-            self.kept[key] = Tracks()
-        elif self.kept.get(key) is None or self.kept[key].length != self.past:
-            raise RuntimeError(
-                f"the tangents of {self.past} earlier tokens are not known: they went through the model before it was "
-                "steered, or at positions that `where` leaves out; begin with an empty KV cache"
-            )
-        tracks = self.kept[key].sides
-        with self.aside(), torch.inference_mode(False), torch.no_grad(), PlainAttention():
-            along = self._along(direction)
-            if not direction.step:
-                with forward_mode_turn(), forward_ad.dual_level():
-                    changed = _at_places((names, forward_ad.make_dual(at, value)) for names, at, value in along)
-                    found = self._run(sites, changed, tracks[0] if goes_on else None)
-                    return {site: _tangent(value) for site, value in found.items()}
-            sides = []
-            for sign, track in zip((1, -1), tracks, strict=True):
-                changed = _at_places((names, at + sign * direction.step * value) for names, at, value in along)
-                sides.append(self._run(sites, changed, track if goes_on else None))
-            return {site: (sides[0][site] - sides[1][site]) / (2 * direction.step) for site in sites}
-
-    def _along(self, direction: Direction) -> list[tuple[list[str], Tensor, Tensor]]:
+    def along(self, direction: Direction) -> list[tuple[list[str], Tensor, Tensor]]:
         """Places, value and change of every parameter that a direction has."""
         parameters, places = named_parameters(self.base), everywhere(self.base)
         for name, value in zip(direction.names, direction.values, strict=True):
@@ -122,15 +81,39 @@ class BaseCompanion(Companion):
             for name, value in zip(direction.names, direction.values, strict=True)
         ]
 
+
+class Call:
+    """The arguments of the call that is being steered.
+
+    Args:
+        args, kwargs: Of the call; a KV cache among them is neither read nor written.
+        past: Number of tokens that it holds.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], past: int):
+        self.args = args
+        self.kwargs = kwargs
+        self.past = past
+
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
+        """Number of rows of the batch."""
         given = next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
         return given.shape[0]
 
-    def _own(self) -> dict[str, Any]:
-        """The call's keyword arguments but for what a pass of its own settles by itself."""
+    @property
+    def tokens(self) -> tuple[str, Tensor]:
+        """What the call reads, ids or embeddings, and the argument's name."""
+        for name in ("input_ids", "inputs_embeds"):
+            if self.kwargs.get(name) is not None:
+                return name, self.kwargs[name]
+        return "input_ids", self.args[0]
+
+    def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies without what a pass of its own settles by itself."""
         settled = ("past_key_values", "use_cache", "return_dict")
-        return {name: self._short(value) for name, value in self.kwargs.items() if name not in settled}
+        own = {name: self._short(value) for name, value in self.kwargs.items() if name not in settled}
+        return _fresh(self.args), {name: _fresh(value) for name, value in own.items()}
 
     def _short(self, value: Any) -> Any:
         """A mask for a static cache, whose keys are as many as fit into it, as one for the tokens that there are."""
@@ -140,22 +123,76 @@ class BaseCompanion(Companion):
             return value[..., : self.past + value.shape[2]]
         return value
 
-    def _run(self, sites: Sequence[Site], changed: dict[str, Tensor], track: _Kept | None) -> dict[Site, Tensor]:
-        """States with other parameters."""
-        args, kwargs = _fresh(self.args), {name: _fresh(value) for name, value in self._own().items()}
-        kwargs["use_cache"] = track is not None
-        if track is not None:
-            kwargs["past_key_values"] = track.cache(self.base)
 
-        def forward() -> Any:
-            if changed:
-                return functional_call(self.base, changed, args, kwargs, tie_weights=False)
-            return self.base(*args, **kwargs)
+class BaseCompanion(Companion):
+    """A second pass beside one call of a Hugging Face base model; made for each call.
 
-        found = gather(self.spots(sites), forward, self._rows)
-        if track is not None:
-            track.keep()
-        return found
+    Args:
+        second: Runs the model.
+        call: What is being steered.
+        kept: What earlier passes of the sequence left: by direction the KV caches of its own, and their tokens.
+    """
+
+    def __init__(self, second: SecondPass, call: Call, kept: dict[Any, Any]):
+        self.second = second
+        self.call = call
+        self.kept = kept
+
+    def states(self, sites: Sequence[Site], *, goes_on: bool) -> dict[Site, Tensor]:
+        """The unsteered states of the call's tokens; with a KV cache of their own if the sequence goes on.
+
+        If that cache lacks what came before, as the answers of a chat, they are those of the whole text, read at once.
+        """
+        past = self.call.past
+        if past == 0 and goes_on:
+            self.kept["states"] = Tracks()
+        tracks = self.kept.get("states")
+        if tracks is not None and tracks.length == past and (past or goes_on):
+            with self.second.aside(), torch.inference_mode(False), torch.no_grad():
+                return self.second.run(sites, self.call, track=tracks.sides[0])
+        call = self._whole() if past else self.call
+        with self.second.aside(), torch.no_grad():
+            return self.second.run(sites, call)
+
+    def note(self) -> None:
+        """Keep token ids, or embeddings, and the positions that the call gives them."""
+        name, tokens = self.call.tokens
+        positions = self.call.kwargs.get("position_ids")
+        text_of(self.kept, self.call.past).add(self.call.past, {name: tokens, "position_ids": positions})
+
+    def _whole(self) -> Call:
+        """A call with the whole text so far."""
+        length = self.call.past + self.call.tokens[1].shape[1]
+        mask = plain_mask(self.call.kwargs.get("attention_mask"))
+        whole = text_of(self.kept, self.call.past).whole(length)
+        return Call((), whole | {"attention_mask": mask if mask is None else mask[:, :length].long()}, past=0)
+
+    def tangents(self, sites: Sequence[Site], direction: Direction, *, goes_on: bool) -> dict[Site, Tensor]:
+        """Forward-mode derivatives, or central differences where the direction carries a step.
+
+        For a central difference the states on both sides of the step come from two passes with KV caches of their own.
+        """
+        key, past = id(direction.values[0]), self.call.past
+        if past == 0:
+            self.kept[key] = Tracks()
+        elif self.kept.get(key) is None or self.kept[key].length != past:
+            raise RuntimeError(
+                f"the tangents of {past} earlier tokens are not known: they went through the model before it was "
+                "steered, or at positions that `where` leaves out; begin with an empty KV cache"
+            )
+        tracks = self.kept[key].sides
+        with self.second.aside(), torch.inference_mode(False), torch.no_grad(), PlainAttention():
+            along = self.second.along(direction)
+            if not direction.step:
+                with forward_mode_turn(), forward_ad.dual_level():
+                    changed = _at_places((names, forward_ad.make_dual(at, value)) for names, at, value in along)
+                    found = self.second.run(sites, self.call, changed, tracks[0] if goes_on else None)
+                    return {site: _tangent(value) for site, value in found.items()}
+            sides = []
+            for sign, track in zip((1, -1), tracks, strict=True):
+                changed = _at_places((names, at + sign * direction.step * value) for names, at, value in along)
+                sides.append(self.second.run(sites, self.call, changed, track if goes_on else None))
+            return {site: (sides[0][site] - sides[1][site]) / (2 * direction.step) for site in sites}
 
 
 class Tracks:
@@ -245,14 +282,6 @@ class _Kept:
 _SIDES = ("keys", "values")
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Tensor]:
-    """What a call reads, ids or embeddings, and the argument's name."""
-    for name in ("input_ids", "inputs_embeds"):
-        if kwargs.get(name) is not None:
-            return name, kwargs[name]
-    return "input_ids", args[0]
-
-
 class _EnoughError(Exception):
     """Every state is there."""
 
@@ -293,6 +322,8 @@ def everywhere(module: nn.Module, prefix: str = "") -> dict[int, list[str]]:
 
     TransformerBridge's modules are reached by several paths. A parameter that `functional_call` swaps twice in one
     module is not swapped back, and the model would be left changed.
+
+    Upstream: torch (2.13) swaps by name and not by parameter; goes when `functional_call` follows shared modules.
     """
     found: dict[int, list[str]] = {}
     for path, part in module.named_modules(prefix=prefix):

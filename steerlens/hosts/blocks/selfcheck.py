@@ -1,4 +1,4 @@
-"""Whether the points of a model are where its roles say: a block adds what its two branches put out."""
+"""Whether a model is what its roles say: a block adds what its two branches put out, and no token sees those behind."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ _TOKENS = (5, 11, 7, 23, 17, 29, 13)
 #: Relative to the largest of the four states, by dtype; a sum of three numbers of eight bits is good to 1e-2.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+#: In the place of a block's number.
+_EVERYWHERE = -1
+
 
 def doubts_about(
     model: object,
@@ -28,7 +31,8 @@ def doubts_about(
 ) -> str | None:
     """A sentence if `resid_pre + attn_out + mlp_out = resid_post` does not hold in a block of these sites, else None.
 
-    Asked for once per model, on one short text, and only if a site is no end of its block.
+    Or if a state changes with a token behind it, which is asked of blocks that no table knows. Once per model, on a
+    short text; for blocks that are known only if a site is no end of its block.
 
     Args:
         layouts: Of all blocks.
@@ -36,12 +40,29 @@ def doubts_about(
         missing: As `Dimensions.missing`.
     """
     inner = [site for site in sites if site.point not in ENDS]
-    if not inner:
+    if not inner and all(layout.known for layout in layouts):
         return None
     if model not in _DOUBTS:
-        _DOUBTS[model] = _check(layouts, read, missing)
+        _DOUBTS[model] = _check_order(layouts, read) or _check(layouts, read, missing)
     found = _DOUBTS[model]
+    if _EVERYWHERE in found:
+        return found[_EVERYWHERE]
     return next((found[site.layer] for site in inner if site.layer in found), None)
+
+
+def _check_order(layouts: Sequence[Layout], read: Callable[[Tensor, list[Site]], dict[Site, Tensor]]) -> dict[int, str]:
+    if all(layout.known for layout in layouts):
+        return {}
+    last = Site(len(layouts) - 1, "resid_post")
+    texts = (_TOKENS, (*_TOKENS[:-1], _TOKENS[0]))
+    x, other = (read(torch.tensor([text]), [last])[last][:, :-1] for text in texts)
+    off = float((x - other).float().norm(dim=-1).max()) / max(float(x.float().norm(dim=-1).max()), 1e-30)
+    if off <= _TOLERANCES.get(x.dtype, 5e-2):
+        return {}
+    return {
+        _EVERYWHERE: f"states of this model change by {off:.1e} of their size with a token behind them: it is "
+        "bidirectional and cannot be steered, since pads and later tokens would be seen"
+    }
 
 
 def _check(

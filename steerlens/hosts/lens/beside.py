@@ -92,7 +92,10 @@ class BlocksCompanion(Companion):
 
 
 class KeptEntry:
-    """A TransformerLens cache entry of the unsteered pass: grows by concatenation, in the state's own dtype."""
+    """A TransformerLens cache entry of the unsteered pass: grows by concatenation, in the state's own dtype.
+
+    Upstream: TransformerLens takes `cfg.dtype`, which `model.to(dtype)` leaves alone; goes with HookedTransformer.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.past_keys, self.past_values = keys, values

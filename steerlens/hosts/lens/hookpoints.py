@@ -16,6 +16,7 @@ from steerlens.hosts.base import Host
 from steerlens.hosts.blocks.graph import Place, pool
 from steerlens.hosts.lens.seats import Change, Seat, place_of, spliced
 from steerlens.hosts.steered import Steered
+from steerlens.hosts.weights import device_of, dtype_of
 
 
 class LensHost(Host):
@@ -50,18 +51,14 @@ class LensHost(Host):
         return self.model.blocks[0]
 
     @property
-    def _weight(self) -> Tensor:
-        return next(self.model.blocks[0].parameters())
-
-    @property
     def device(self) -> torch.device:
-        """Where the first block's weights are."""
-        return self._weight.device
+        """Where the first block computes."""
+        return device_of(self.model.blocks[0])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first block's weights (`cfg.dtype` of a Bridge says float32 whatever the model is)."""
-        return self._weight.dtype
+        """In what the first block computes (`cfg.dtype` of a Bridge says float32 whatever the model is)."""
+        return dtype_of(self.model.blocks[0])
 
     def missing(self, site: Site) -> str | None:
         """Why there is no such hook point."""
@@ -70,7 +67,10 @@ class LensHost(Host):
         return None if str(site) in self._names else "has no such hook point in TransformerLens"
 
     def find(self, sites: Iterable[Site]) -> dict[Site, nn.Module]:
-        """What stands at sites, hook points or SAEs; checked here because TransformerBridge ignores unknown names."""
+        """What stands at sites, hook points or SAEs.
+
+        Upstream: TransformerBridge (4.3) ignores unknown names; the check goes when it raises.
+        """
         modules = self.modules()  # a Bridge makes it anew at each access, in some milliseconds
         found = {site: modules.get(str(site)) for site in sites}
         for site, module in found.items():
@@ -186,7 +186,10 @@ class LensHost(Host):
 
 
 class Bare:
-    """A context in which a module and all in it have no hooks."""
+    """A context in which a module and all in it have no hooks.
+
+    Upstream: neither torch nor TransformerLens can suspend hooks for a while, permanent ones among them.
+    """
 
     def __init__(self, module: nn.Module):
         self.module = module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import Slice, get_attention_mask
 
 from steerlens.core import Site
 from steerlens.hosts.base import Host
 from steerlens.hosts.blocks import hf
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
-from steerlens.hosts.blocks.second_pass import BaseCompanion, Spot, gather
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Call, SecondPass, Spot, gather
 from steerlens.hosts.blocks.selfcheck import doubts_about
 from steerlens.hosts.blocks.turns import turn_of
-from steerlens.hosts.caches import Generation
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
+from steerlens.hosts.lens.calls import caching, folded, generate, padding_mask
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
-from steerlens.hosts.roles import Layout, is_quantised, output_matrix, refuse_other_kinds
+from steerlens.hosts.roles import Layout, output_matrix, refuse_other_kinds, submodule
 from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered
+from steerlens.hosts.weights import adapter_of, adapts, held_apart, is_quantised, matrix_of, sides_swapped
 
 try:
     from transformer_lens import HookedTransformer
@@ -51,12 +50,18 @@ class BridgeHost(LensHost):
     def __init__(self, model: Any):
         super().__init__(model)
         # enable_compatibility_mode() leaves cfg.normalization_type as it was
-        self.processed = bool(getattr(model, "_weights_processed", False)) or _folded(model.cfg)
+        self.processed = bool(getattr(model, "_weights_processed", False)) or folded(model.cfg)
         inner = model.original_model
         refuse_other_kinds(type(inner).__name__, inner.config)
         self.layouts = [Layout(block, inner.config.get_text_config()) for block in model.blocks]
         for layout in self.layouts:
             layout.check(type(inner).__name__)
+        for block in model.blocks:
+            if adapts(getattr(getattr(block, "attn", None), "qkv", None)):
+                raise TypeError(
+                    f"this {type(model).__name__} leaves out the adapter of PEFT at attention's joint matrix, which "
+                    "TransformerLens takes apart; merge it first: model = model.merge_and_unload()"
+                )
         self.name = str(getattr(inner.config, "_name_or_path", None) or "")
         self.quantised = is_quantised(inner)
 
@@ -88,7 +93,10 @@ class BridgeHost(LensHost):
         return self.model.original_model.base_model
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The Bridge's registry with TransformerLens's names, which sae-lens's own Bridge leaves out."""
+        """The Bridge's registry with TransformerLens's names.
+
+        Upstream: sae-lens's own Bridge (6.54) overrides `hook_dict` without the aliases; goes when it keeps them.
+        """
         return TransformerBridge.hook_dict.fget(self.model)
 
     def address(self, site: Site, module: nn.Module) -> Callable[[], nn.Module | None]:
@@ -113,7 +121,10 @@ class BridgeHost(LensHost):
                 del self.model._hook_registry[name]
 
     def writes_mid(self) -> bool:
-        """No: the Bridge's `hook_resid_mid` is the input of the MLP's norm only."""
+        """No: the Bridge's `hook_resid_mid` is the input of the MLP's norm only.
+
+        Upstream: goes when the Bridge (4.3) has a hook point between the additions.
+        """
         return False
 
     @property
@@ -133,18 +144,20 @@ class BridgeHost(LensHost):
             PlainCopy(steered, self.model.original_model),
             Wrapped(entry, "forward", partial(hf_pass, steered, self._beside(entry))),
             Wrapped(self.model, "forward", partial(self._list_of_prompts, steered)),
-            Wrapped(self.model, "generate", partial(_generate, steered)),
+            Wrapped(self.model, "generate", partial(generate, steered)),
             Wrapped(self.model, "generate_stream", steered.stream),
             *hf_generations(steered, self.model.original_model),
         ]
 
     def _beside(self, entry: nn.Module) -> Callable[..., Any]:
-        return lambda args, kwargs, past: (
-            lambda kept: BaseCompanion(entry, self._aside, self._spots, args, kwargs, past, kept)
-        )
+        second = SecondPass(entry, self._aside, self._spots)
+        return lambda args, kwargs, past: lambda kept: BaseCompanion(second, Call(args, kwargs, past), kept)
 
     def _list_of_prompts(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The Bridge pads a list on the right without a mask, since no real token sees the pads behind it."""
+        """The Bridge pads a list on the right without a mask, since no real token sees the pads behind it.
+
+        Upstream: goes when the Bridge (4.3) hands its model the mask of what it has padded.
+        """
         given = args[0] if args else kwargs.get("input")
         listed = isinstance(given, list) and len(given) > 1
         if kwargs.get("attention_mask") is not None or not (listed or self._shows_pads(given, steered)):
@@ -179,9 +192,28 @@ class BridgeHost(LensHost):
 
     def _out_weight(self, layer: int) -> Tensor | None:
         try:
-            return self.model.blocks[layer].mlp.out.original_component.weight
+            return matrix_of(self.model.blocks[layer].mlp.out.original_component)
         except AttributeError:
             return None
+
+    def head_writes(self, layer: int) -> Tensor:
+        """Of attention, `[head d_head d]`."""
+        self.need_plain_matrices()
+        path, _ = self.layouts[layer].paths.get("z", ("", ""))
+        module = submodule(self.model.blocks[layer], path)
+        if not path or self.processed or not self.adapter():
+            return super().head_writes(layer)
+        # TransformerLens names the matrix without what an adapter adds
+        weight = matrix_of(module) if sides_swapped(module) else matrix_of(module).T
+        return weight.detach().unflatten(0, (self.n_heads, -1))
+
+    def adapter(self) -> list[float]:
+        """As `Dimensions.adapter`."""
+        return adapter_of(reversed(list(self.model.blocks)))
+
+    def apart(self) -> str | None:
+        """As `Dimensions.apart`."""
+        return held_apart(self.model.blocks)
 
     def _forward(self, ids: Tensor, mask: Tensor, stop: int | None) -> None:
         if stop is None:  # with return_type=None the Bridge computes logits and drops them
@@ -203,7 +235,7 @@ class HookedHost(LensHost):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        self.processed = _folded(model.cfg)
+        self.processed = folded(model.cfg)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """By name, hook points among them; `hook_dict` lacks one in whose place there is an SAE."""
@@ -245,8 +277,8 @@ class HookedHost(LensHost):
         return [
             Wrapped(self.model, "forward", partial(self._pass, steered)),
             Wrapped(self.model, "input_to_embed", partial(self._embedded, steered)),
-            Wrapped(self.model, "get_caching_hooks", _caching),
-            Wrapped(self.model, "generate", partial(_generate, steered)),
+            Wrapped(self.model, "get_caching_hooks", caching),
+            Wrapped(self.model, "generate", partial(generate, steered)),
             Wrapped(self.model, "generate_stream", steered.stream),
         ]
 
@@ -350,43 +382,3 @@ class HookedHost(LensHost):
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model(ids, attention_mask=mask)
-
-
-def _generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """TransformerLens's own loop: its first pass is the whole prompt."""
-    with steered.generating(Generation()):
-        return inner(*args, **kwargs)
-
-
-def _caching(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """HookedTransformer counts the axis of positions from the end, where a signal of one number a token has none.
-
-    A hook point that knows its axes would make this unnecessary.
-    """
-    given = inspect.signature(inner).bind(*args, **kwargs)
-    given.apply_defaults()
-    options = given.arguments
-    cache, forward, backward = inner(*args, **kwargs)
-    part = Slice.unwrap(options["pos_slice"])
-
-    def save(tensor: Tensor, hook: Any, ending: str = "") -> None:
-        value = part.apply(tensor.detach().to(options["device"]), dim=1)
-        cache[hook.name + ending] = value[0] if options["remove_batch_dim"] else value
-
-    def ours(hooks: list[Any], ending: str) -> list[Any]:
-        return [(name, partial(save, ending=ending) if ".hook_steer_" in name else hook) for name, hook in hooks]
-
-    return cache, ours(forward, ""), ours(backward, "_grad")
-
-
-def padding_mask(tokenizer: Any, tokens: Tensor, prepends_bos: bool, side: str) -> Tensor:
-    """Real tokens of a padded batch, as TransformerLens itself tells them from pads."""
-    mask = get_attention_mask(tokenizer, tokens, prepends_bos, padding_side=side)
-    if side == "right" and prepends_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:
-        mask[:, 0] = 1  # an empty text is its BOS
-    return mask
-
-
-def _folded(cfg: Any) -> bool:
-    """Whether norm weights were folded into the matrices after them."""
-    return str(getattr(cfg, "normalization_type", "")).endswith("Pre")

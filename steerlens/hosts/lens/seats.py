@@ -2,6 +2,8 @@
 
 sae-lens splices an SAE in by *replacing* the hook point, and takes it out by putting a new hook point there. Hooks on
 the old one then never fire again. A seat therefore knows its place by name and moves to whatever stands there.
+
+Upstream: sae-lens (6.54) has no hook point that stays when an SAE comes or goes; with one, `Seat.follow` goes.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.blocks.hf import nominal
 from steerlens.hosts.blocks.nominal import Nominal
 from steerlens.hosts.dimensions import Dimensions
-from steerlens.hosts.roles import Layout, is_quantised, output_matrix, skeleton, submodule
-from steerlens.hosts.traced.edit import Tap
+from steerlens.hosts.roles import Layout, output_matrix, skeleton, submodule
+from steerlens.hosts.traced.edit import Before, Carry, Enter, Mid, Plain, Tap
+from steerlens.hosts.weights import adapter_of, device_of, dtype_of, held_apart, is_quantised, matrix_of
 
 
 class Anatomy(Dimensions):
@@ -46,23 +47,31 @@ class Anatomy(Dimensions):
         return next((layout.widths[point] or 0 for layout in self.layouts if point in layout.widths), 0)
 
     @property
-    def _weight(self) -> Tensor:
-        return next(self.layers[0]._module.parameters())
+    def _place(self) -> torch.device:
+        return device_of(self.layers[0]._module)
 
     @property
     def away(self) -> bool:
         """Whether the weights are on a server only."""
-        return self._weight.device.type == "meta"
+        return self._place.type == "meta"
 
     @property
     def device(self) -> torch.device:
-        """Where the first block's weights are; the CPU while they are on a server only."""
-        return torch.device("cpu") if self.away else self._weight.device
+        """Where the first block computes; the CPU while its weights are on a server only."""
+        return torch.device("cpu") if self.away else self._place
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first block's weights."""
-        return self._weight.dtype
+        """In what the first block computes."""
+        return dtype_of(self.layers[0]._module)
+
+    def adapter(self) -> list[float]:
+        """As `Dimensions.adapter`."""
+        return [] if self.away else adapter_of([layer._module for layer in self.layers][::-1])
+
+    def apart(self) -> str | None:
+        """As `Dimensions.apart`."""
+        return held_apart(layer._module for layer in self.layers)
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
@@ -94,7 +103,7 @@ class Anatomy(Dimensions):
         return output_matrix(self.layers[-1]._module, self.layouts[-1])
 
     def _out_weight(self, layer: int) -> Tensor | None:
-        return getattr(self.part(Site(layer, "mlp_post")), "weight", None)
+        return matrix_of(self.part(Site(layer, "mlp_post")))
 
     @property
     def entry(self) -> Any:
@@ -107,21 +116,21 @@ class Anatomy(Dimensions):
 
     def taps(self, run: Pass) -> list[Tap]:
         """What the edit must visit, in the order of the forward pass."""
-        taps = []
+        taps: list[Tap] = []
         for site in run.sites:
             pre, branch = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
             if site.point == "resid_mid" and site in run.names:
-                taps += [self.tap(pre, Tap.BEFORE), self.tap(branch, Tap.MID, site)]
+                taps += [self.tap(pre, Before), self.tap(branch, Mid, site)]
             elif site.point == "resid_pre" and self._by_norm(site) and site in run.names:
-                taps += [self.tap(pre, Tap.ENTER, site), self.tap(branch, Tap.CARRY)]
+                taps += [self.tap(pre, Enter, site), self.tap(branch, Carry)]
             else:
-                taps.append(self.tap(site, Tap.PLAIN, site))
+                taps.append(self.tap(site, Plain, site))
         taps.sort(key=lambda tap: tap.order)
         for before, tap in pairwise(taps):
             left, here = before.read, tap.read
             follows = (left.point, here.point, here.layer) == ("resid_post", "resid_pre", left.layer + 1)
             # only a sensor may take the state from the visit before it: what it would write there goes nowhere
-            if follows and before.role == tap.role == Tap.PLAIN and tap.steers not in run.names:
+            if follows and isinstance(before, Plain) and isinstance(tap, Plain) and tap.steers not in run.names:
                 before.then, before.way = tap, (before.envoy, self.layers[here.layer], tap.envoy)
         return taps
 
@@ -134,8 +143,8 @@ class Anatomy(Dimensions):
         layout = self.layouts[site.layer]
         return self.away and layout.norm is not None and not layout.parallel
 
-    def tap(self, read: Site, role: int = Tap.PLAIN, steers: Site | None = None) -> Tap:
-        """One location; arguments as in `Tap`."""
+    def tap(self, read: Site, kind: type[Tap] = Plain, steers: Site | None = None) -> Tap:
+        """One location; `read` and `steers` as in `Tap`."""
         layout, layer = self.layouts[read.layer], read.layer
         path, side = layout.paths[read.point]
         if read.point == "resid_pre" and self.away:
@@ -145,7 +154,7 @@ class Anatomy(Dimensions):
             )
         scale = layout.scale if read.point in ("attn_out", "mlp_out") else 1.0
         heads = self.n_heads if read.point == "z" else 0
-        return Tap(envoy_at(self.layers[layer], path), side, read, role, steers, heads, scale)
+        return kind(envoy_at(self.layers[layer], path), side, read, steers, heads, scale)
 
     def places(self, sites: Sequence[Site]) -> list[Place]:
         """Where a change of each site's activation shows."""
@@ -179,7 +188,7 @@ def gradients_at(
     """
     need_weights_beside(anatomy, "it takes no gradients")
     module = anatomy.model._module
-    device = next(module.parameters()).device
+    device = device_of(module)
     ids, mask = ids.to(device), mask.to(device)
 
     def forward() -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,45 +13,45 @@ from torch import Tensor
 
 from steerlens.core import Pass, Site
 from steerlens.hosts.blocks.hf import call_shape
-from steerlens.hosts.blocks.second_pass import BaseCompanion
+from steerlens.hosts.blocks.second_pass import BaseCompanion, Call, SecondPass
 from steerlens.hosts.traced.walk import Walk, alone
 
 
 class Tap:
-    """One location that the edit visits.
+    """Abstract: one location that the edit visits.
 
     On a server no location is a block's own input: in its sandbox a location's whole value goes to another process and
     back, and a block's arguments hold the KV cache, of which a copy would come back. What the block before puts out is
     the same state. Before the first block it is the input of its first norm: a write to that reaches attention only, so
-    the control is added once more to what attention puts out (`ENTER`, then `CARRY`). One at `resid_mid` is added to
-    what attention puts out, everywhere (`BEFORE`, then `MID`).
+    the control is added once more to what attention puts out (`Enter`, then `Carry`). One at `resid_mid` is added to
+    what attention puts out, everywhere (`Before`, then `Mid`). All else is `Plain`.
+
+    Upstream: NDIF's sandbox copies all arguments of a module, and cannot be asked for the first one; if it could be,
+    `Enter` and `Carry` go. `Before` and `Mid` stay, for no module's input is the state between the branches alone.
 
     Args:
         envoy: The module.
         side: `"input"` or `"output"`.
         read: The site whose state is there.
-        role: What to do there, one of the five below.
         steers: The site of the pass that it serves; None where it serves another tap.
         heads: Number of heads into which the last dimension is split, 0 for none.
         scale: Factor between what the location holds and the state.
 
     Attributes:
         plain: A visit concerns this location only.
+        rank: Order in which taps at one location are visited.
         location: Its name in nnsight.
         rows: Of the batch, for modules that are given batch and position as one dimension.
-        then: The next tap, where that only senses what this one leaves: a block's input after the output of the block
-            before. `way` holds the modules that the state goes through in between: block, block and norm.
     """
 
-    # in the order in which taps at one location are visited
-    PLAIN, ENTER, BEFORE, MID, CARRY = range(5)
+    plain = False
+    rank = 0
 
     def __init__(
         self,
         envoy: Any,
         side: str,
         read: Site,
-        role: int,
         steers: Site | None = None,
         heads: int = 0,
         scale: float = 1.0,
@@ -58,20 +59,16 @@ class Tap:
         self.envoy = envoy
         self.side = side
         self.read = read
-        self.role = role
-        self.plain = role == Tap.PLAIN
         self.steers = steers
         self.heads = heads
         self.scale = scale
         self.rows = 1
         self.location = f"{envoy.path}.{side}"
-        self.then: Tap | None = None
-        self.way: tuple[Any, Any, Any] | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Sort key: the order of the forward pass, then of the roles."""
-        return (*self.read.order, self.role)
+        """Sort key: the order of the forward pass, then of the kinds."""
+        return (*self.read.order, self.rank)
 
     def raw(self) -> Any:
         """What the location holds: a module's output, or its arguments, positional and by keyword."""
@@ -117,13 +114,6 @@ class Tap:
         else:
             self.envoy.output = raw
 
-    def change(self, run: Pass, raw: Any) -> tuple[Any, Tensor]:
-        """What a plain tap makes of what its location holds, and the state that it leaves there."""
-        self.rows = run.positions.batch
-        x = self.state(raw)
-        steered = run.at(self.steers, x)  # type: ignore[arg-type]
-        return (raw if steered is x else self.replaced(raw, steered)), steered
-
     def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
         """Sense, act, or keep something for a later tap of the same block.
 
@@ -132,37 +122,34 @@ class Tap:
             carried: By layer, what edits have added to attention's output for a control before the block; shared by all
                 edits of a model, because the norm's input that a later edit reads holds it too.
         """
-        if self.role == Tap.CARRY and "entered" not in kept:
-            return
-        raw = self.raw()
-        if self.plain:
-            changed, _ = self.change(run, raw)
-            if changed is not raw:
-                self.write(changed)
-            return
+        raise NotImplementedError
+
+
+class Plain(Tap):
+    """Senses and acts where the state is.
+
+    Attributes:
+        then: The next tap, if that only senses what this one leaves: a block's input after the output of the block
+            before. `way` holds the modules that the state goes through in between: block, block and norm.
+    """
+
+    plain = True
+    then: Plain | None = None
+    way: tuple[Any, Any, Any] | None = None
+
+    def change(self, run: Pass, raw: Any) -> tuple[Any, Tensor]:
+        """What the tap makes of what its location holds, and the state that it leaves there."""
         self.rows = run.positions.batch
         x = self.state(raw)
-        if self.role == Tap.BEFORE:
-            carried["before", self.read.layer] = x
-        elif self.role == Tap.CARRY:
-            u = kept.pop("entered")
-            self.write(self.replaced(raw, x + u))
-            carried[self.read.layer] = u + carried[self.read.layer] if self.read.layer in carried else u
-        elif self.role == Tap.ENTER:
-            zero = torch.zeros_like(x)
-            u = run.at(self.steers, x, carrier=zero)  # type: ignore[arg-type]
-            if u is not zero:
-                kept["entered"] = u
-                # an edit that came earlier acts between the branches later, on the state as all have left it
-                if ("before", self.read.layer) in carried:
-                    carried["before", self.read.layer] = x + u
-                self.write(self.replaced(raw, x + u))
-        else:  # MID
-            twice = carried.get(self.read.layer)
-            state = carried["before", self.read.layer] + (x if twice is None else x - twice)
-            steered = run.at(self.steers, state, carrier=x)  # type: ignore[arg-type]
-            if steered is not x:
-                self.write(self.replaced(raw, steered))
+        steered = run.at(self.steers, x)  # type: ignore[arg-type]
+        return (raw if steered is x else self.replaced(raw, steered)), steered
+
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
+        """See `Tap.visit`."""
+        raw = self.raw()
+        changed, _ = self.change(run, raw)
+        if changed is not raw:
+            self.write(changed)
 
     def hands_on(self) -> bool:
         """Whether the next tap is `then` and no PyTorch hook can change the state on its way there."""
@@ -172,6 +159,71 @@ class Tap:
         return not (
             before._module._forward_hooks or block._module._forward_pre_hooks or norm._module._forward_pre_hooks
         )
+
+
+class Enter(Tap):
+    """A control before the first block, at the input of its first norm."""
+
+    rank = 1
+
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
+        """See `Tap.visit`."""
+        raw = self.raw()
+        self.rows = run.positions.batch
+        x = self.state(raw)
+        zero = torch.zeros_like(x)
+        u = run.at(self.steers, x, carrier=zero)  # type: ignore[arg-type]
+        if u is zero:
+            return
+        kept["entered"] = u
+        # an edit that came earlier acts between the branches later, on the state as all have left it
+        if ("before", self.read.layer) in carried:
+            carried["before", self.read.layer] = x + u
+        self.write(self.replaced(raw, x + u))
+
+
+class Before(Tap):
+    """Keeps the state before a block for a control between its branches."""
+
+    rank = 2
+
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
+        """See `Tap.visit`."""
+        self.rows = run.positions.batch
+        carried["before", self.read.layer] = self.value()
+
+
+class Mid(Tap):
+    """A control between the branches, added to what attention puts out."""
+
+    rank = 3
+
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
+        """See `Tap.visit`."""
+        raw = self.raw()
+        self.rows = run.positions.batch
+        x = self.state(raw)
+        twice = carried.get(self.read.layer)
+        state = carried["before", self.read.layer] + (x if twice is None else x - twice)
+        steered = run.at(self.steers, state, carrier=x)  # type: ignore[arg-type]
+        if steered is not x:
+            self.write(self.replaced(raw, steered))
+
+
+class Carry(Tap):
+    """Adds what `Enter` has added once more, to what attention puts out."""
+
+    rank = 4
+
+    def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
+        """See `Tap.visit`."""
+        if "entered" not in kept:
+            return
+        raw = self.raw()
+        self.rows = run.positions.batch
+        u = kept.pop("entered")
+        self.write(self.replaced(raw, self.state(raw) + u))
+        carried[self.read.layer] = u + carried[self.read.layer] if self.read.layer in carried else u
 
 
 class StoodDown:
@@ -202,6 +254,8 @@ class Passes:
     def begin(self, run: Pass, call: dict[str, Any], step: int, **options: Any) -> None:
         """Begin a pass of a run; `call` as `call_shape` gives it."""
         past = int(call["past"])
+        if type(self) is Passes:
+            refuse_untold(call["shape"][1], past, run.positions.seen, step)
         run.begin(
             call["shape"],
             past=run.positions.seen if past < 0 else past,
@@ -225,6 +279,7 @@ def follow(
         apart: Where the states are that a companion is asked for.
         passes: Begins each pass.
     """
+    second = second_pass(base, apart) if apart else None
     for step in Iterations()[:]:
         try:
             whole = step == 0 or first is None or run.aside.accompanied
@@ -236,11 +291,9 @@ def follow(
             return  # the generation is over: the loop asked for a pass that never came
         if type(call["tokens"]).__name__ == "FakeTensor":
             return  # `scan` looks for shapes, which no control changes
-        if first is not None:
-            refuse_untold(call, run, step)
         companion = None
-        if apart and inputs is not None and not _weightless(base._module):
-            companion = beside(base, apart, inputs, call)
+        if second is not None and inputs is not None and not _weightless(base._module):
+            companion = partial(BaseCompanion, second, Call(inputs[0], inputs[1], int(call["past"])))
         passes.begin(run, call, step, companion=companion, alone=not apart or only_run(base))
         carried.clear()
         kept: dict[str, Tensor] = {}
@@ -255,17 +308,10 @@ def follow(
                 index += 1
 
 
-def beside(base: Any, apart: list[Tap], inputs: Any, call: dict[str, Any]) -> Any:
-    """What makes a companion of a pass from what its sequence keeps for one."""
-    args, kwargs = inputs
-    return lambda kept: BaseCompanion(
-        base._module,
-        lambda: StoodDown(base),
-        lambda sites: spots_of([tap for tap in apart if tap.read in sites]),
-        args,
-        kwargs,
-        int(call["past"]),
-        kept,
+def second_pass(base: Any, apart: list[Tap]) -> SecondPass:
+    """The model beside the passes of an edit."""
+    return SecondPass(
+        base._module, lambda: StoodDown(base), lambda sites: spots_of([tap for tap in apart if tap.read in sites])
     )
 
 
@@ -284,13 +330,19 @@ def _weightless(module: Any) -> bool:
     return module is None or next(module.parameters()).is_meta
 
 
-def refuse_untold(call: dict[str, Any], run: Pass, step: int) -> None:
-    """Raises NotImplementedError for passes that are told apart by their caches only, which a server does not show."""
+def refuse_untold(length: int, past: int, seen: int, step: int) -> None:
+    """Raises NotImplementedError for a pass that could be told from others by its cache only.
+
+    Args:
+        length, past: Of the pass, and columns in its cache, -1 if that does not count them.
+        seen: Columns after the pass before it.
+        step: Number of the pass.
+    """
     option = None
-    if step == 0 and int(call["past"]) > 0:
-        option = "past_key_values"
-    elif step and call["shape"][1] > 1 and call["shape"][1] != run.positions.seen + 1:
-        option = "prefill_chunk_size, prompt_lookup_num_tokens or assistant_model"
+    if step == 0:
+        option = "past_key_values" if past > 0 else None
+    elif not (length == 1 and past in (seen, -1)) and not (length == seen + 1 and past == 0):
+        option = "prefill_chunk_size, prompt_lookup_num_tokens, assistant_model or guidance_scale"
     if option is not None:
         raise NotImplementedError(f"{option} cannot be steered on a server, where caches are not seen; leave it out")
 

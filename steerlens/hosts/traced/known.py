@@ -59,6 +59,8 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
     """Around a Hugging Face model behind nnsight, see `Steered.attach`.
 
     Hooks on the base model and not its `forward`, which nnsight has wrapped: it warns of anybody who does so after it.
+
+    Upstream: nnsight (0.8.1) does not tell an edit which call of `generate` a pass belongs to; goes when it does.
     """
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -26,9 +26,10 @@ from steerlens.hosts.steered import Steered, unsteered
 from steerlens.hosts.traced import known
 from steerlens.hosts.traced.anatomy import UNTRUSTED, Anatomy, call_beside, gradients_at
 from steerlens.hosts.traced.differences import STEP, WIDE_STEP, Probe, differences
-from steerlens.hosts.traced.edit import Passes, StoodDown, Tap, follow, spots_of, steers
+from steerlens.hosts.traced.edit import Passes, Plain, StoodDown, Tap, follow, spots_of, steers
 from steerlens.hosts.traced.known import KnownPasses
 from steerlens.hosts.traced.remote import Limits, RemoteForms, backend
+from steerlens.hosts.weights import matrix_of, sides_swapped
 
 
 def claim(model: Any) -> Host | None:
@@ -142,9 +143,9 @@ class TracedHost(Anatomy, Host):
     def head_writes(self, layer: int) -> Tensor:
         """Of attention, `[head d_head d]`."""
         self.need_weights("taking attention apart")
+        self.need_plain_matrices()
         module = self.part(Site(layer, "z"))
-        # a Linear keeps [out in], GPT-2's Conv1D [in out]
-        weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+        weight = matrix_of(module) if sides_swapped(module) else matrix_of(module).T
         return rearrange(weight.detach(), "(head d_head) d -> head d_head d", head=self.n_heads)
 
     def _read(self, ids: Tensor, mask: Tensor, weights: Tensor | None, sites: Sequence[Site]) -> list[Tensor]:
@@ -216,9 +217,9 @@ class TracedHost(Anatomy, Host):
         """Where the input of a block can be moved, and where the move must be added once more."""
         pre = Site(t, "resid_pre")
         if t > 0:
-            return Tap(self.layers[t - 1], "output", pre, Tap.PLAIN), None
+            return Plain(self.layers[t - 1], "output", pre), None
         if not self.away:
-            return Tap(self.layers[0], "input", pre, Tap.PLAIN), None
+            return Plain(self.layers[0], "input", pre), None
         return self.tap(pre), self.tap(Site(0, "attn_out"))
 
 

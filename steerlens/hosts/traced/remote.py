@@ -42,6 +42,9 @@ class RemoteForms:
     nnsight returns what the user's own block saves, never what an edit saves. So the block that is sent gets one more
     statement, in front, that saves the records which the edits fill. And `model.generate(..., remote=True)` without a
     `with`, which nnsight would run on local weights, is given a block.
+
+    Upstream: nnsight (0.8.1) returns nothing that an edit saves, and has no remote call without a block; with both this
+    class, `SteeredBackend` and `_with_saves` go.
     """
 
     def __init__(self, model: Any):
@@ -104,6 +107,8 @@ class _Generate(_OfClass):
         except WithBlockNotFoundError:
             pass
         if not kwargs.get("remote"):
+            # `remote=False` is for nnsight, and no argument of the model
+            kwargs.pop("remote", None)
             return model.interleave(function, *args, **kwargs)
         return _generate_in_a_block(model, args, kwargs)
 
@@ -254,6 +259,8 @@ class _Clock:
 
     Stands in for nnsight's display, which is asked to refresh ten times a second while the result is awaited: there is
     no other place between two messages of the server.
+
+    Upstream: nnsight (0.8.1) waits without a limit; goes with a time limit of its backend.
     """
 
     def __init__(self, display: Any, limit_s: float, host: str):
