@@ -69,6 +69,7 @@ test-remote: .venv/ready .venv-ndif/ready
 # A hundred thousand damaged files, about half an hour; the tests try two thousand
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz_files.py $(or $(COUNT),100000) $(or $(SEED),0)
+	$(BIN)/python tests/fuzz_sharing.py $(or $(COUNT),100000) $(or $(SEED),0)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

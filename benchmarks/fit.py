@@ -75,9 +75,11 @@ def main() -> None:
         baseline, mine = min(times["theirs"]), min(times["ours"])
         print(f"{length:6} {baseline:9.2f} {mine:9.2f} {baseline / mine:6.1f} {difference:19.1e}")
     pairs = sl.shipped("sentiment")[:8]
-    fit = min(common.paired({"fit": lambda: sl.lqr(bridge, pairs, linearize_on=1, progress=False)}, 2)["fit"])
+    fit = min(
+        common.paired({"fit": lambda: sl.lqr(bridge, pairs, linearize_on=1, progress=False, paper=True)}, 2)["fit"]
+    )
     plant = sl.linearize(bridge, pairs.positive[:1], progress=False)
-    again = min(common.paired({"fit": lambda: sl.lqr(bridge, pairs, linearization=plant)}, 2)["fit"])
+    again = min(common.paired({"fit": lambda: sl.lqr(bridge, pairs, linearization=plant, paper=True)}, 2)["fit"])
     print(f"whole fit, 8 pairs, one text linearised: {fit:.1f} s; with the linearization at hand: {again:.1f} s")
 
 

@@ -26,8 +26,10 @@ def main() -> None:
         for host in ("bridge", "nnsight"):
             model = smollm2(host=host, device="cuda", dtype=dtype)
             case = Case("lqr", host, device="cuda", dtype=dtype, model=model)
-            fit = common.seconds(lambda model=model: sl.lqr(model, pairs, linearize_on=1, progress=False), "cuda")
-            controller = sl.lqr(model, pairs, linearize_on=1, progress=False)
+            fit = common.seconds(
+                lambda model=model: sl.lqr(model, pairs, linearize_on=1, progress=False, paper=True), "cuda"
+            )
+            controller = sl.lqr(model, pairs, linearize_on=1, progress=False, paper=True)
 
             def steered(case=case, controller=controller, model=model):
                 with sl.steer(model, controller, record=None):

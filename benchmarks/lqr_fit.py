@@ -83,7 +83,7 @@ def solver(name: str) -> Callable[[Plant], dict[int, Tensor]]:
 
     def fit(plant: Plant) -> dict[int, Tensor]:
         options = WEIGHTS | {"solver": name, "linearize_on": [plant.ids], "progress": False}
-        return _gains(sl.lqr(plant.bridge, plant.pairs, **options))
+        return _gains(sl.lqr(plant.bridge, plant.pairs, **options, paper=True))
 
     return fit
 

@@ -3,6 +3,7 @@
 Every method with its defaults, and the control suite once more in its other forms. Unsteered and steered decoding
 alternate, and each steered one is compared with the two unsteered ones beside it; cost is the median over the rounds,
 with the quartiles beside it. Attaching is not timed.
+"lqr" is the paper's, `lqr(..., paper=True)`; "lqr, own origin" is the default, with its second pass beside the first.
 "visited only" is `lqr * 0`: the host's own cost of going to 29 sensors and 29 actuators, with nothing computed there.
 "floor: an edit by hand" is nnsight's own cost of the same reads and writes, without steerlens: every block's output is
 read and written back unchanged.
@@ -73,15 +74,16 @@ def controllers(case: Case) -> dict[str, tuple[sl.Controller, Any]]:
     shipped = sl.shipped("sentiment")[:4]
     prompt = "The review says: "
     completed = sl.Pairs(*([(prompt, text) for text in side] for side in (shipped.positive, shipped.negative)))
-    lqr = sl.lqr(case.model, shipped, linearize_on=1, progress=False)
+    lqr = sl.lqr(case.model, shipped, linearize_on=1, progress=False, paper=True)
     found = {
         "visited only": (lqr * 0, None),
         "lqr": (lqr, None),
+        "lqr, own origin": (sl.lqr(case.model, shipped, linearize_on=1, progress=False), None),
         "lqr, recording scalars": (lqr, "scalars"),
         "lqr, recording everything": (lqr, "all"),
     }
     for solver, preview in (("output", False), ("output", True), ("scalar", False)):
-        other = sl.lqr(case.model, shipped, solver=solver, preview=preview, linearize_on=1, progress=False)
+        other = sl.lqr(case.model, shipped, solver=solver, preview=preview, linearize_on=1, progress=False, paper=True)
         found[f"lqr, {solver}" + (", preview" if preview else "")] = other, None
     for method in discover_methods():
         if method != "lqr" and case.host not in exceptions(method):

@@ -74,7 +74,7 @@ def test_every_point_is_written_and_every_layer_read_in_the_same_block(family):
 
 
 def test_options_are_those_of_steer():
-    case = Case("lqr", "nnsight")
+    case = Case("lqr", "nnsight", options={"paper": True})
     controller, model = case.controller, case.model
     with case.steer(where="all", strength=0.5, record=("u",)) as run:
         logits = case.logits(IDS)
@@ -171,7 +171,7 @@ def test_the_package_as_a_value_has_apply_only():
 
 def test_an_invoke_that_only_steers_leaves_the_rows_of_others_alone():
     """Nobody waits for a value then but the controller, of whose batch half the rows are."""
-    case = Case("lqr", "nnsight")
+    case = Case("lqr", "nnsight", options={"paper": True})
     controller, model = case.controller, case.model
     plain = case.logits(PAIR)
     with case.steer():
@@ -227,7 +227,7 @@ def test_remote_false_is_generation_here():
 
 
 def test_scored_tokens_are_steered_as_generated_ones():
-    case = Case("lqr", "nnsight")
+    case = Case("lqr", "nnsight", options={"paper": True})
     model, controller = case.model, case.controller
     with model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False) as tracer:
         applied = sl.apply(model, controller, record="all")

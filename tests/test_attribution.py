@@ -26,7 +26,7 @@ def metric_of(case, controller, ids):
 
 @pytest.fixture(params=discover_hosts())
 def case(request):
-    return Case("lqr", request.param)
+    return Case("lqr", request.param, options={"paper": True})
 
 
 def layered(case):
@@ -34,7 +34,7 @@ def layered(case):
     vector = torch.linspace(-1, 1, 32)
     heads = sl.Loop(sl.Add(vector.view(4, 8)), sl.Site(1, "z"), where="all", name="heads")
     branch = sl.Loop(sl.Add(vector), sl.Site(2, "mlp_out"), where="last", name="branch")
-    memory = Case("pid", case.host).controller
+    memory = Case("pid", case.host, options={"paper": True}).controller
     return case.controller + memory * 0.3 + sl.Controller([heads, branch])
 
 
@@ -73,7 +73,7 @@ def test_leaving_out_is_what_runs_by_hand_show(case, by):
 def test_every_host_attributes_alike(family, others):
     results = []
     for host in discover_hosts():
-        case = Case("lqr", host, family=family)
+        case = Case("lqr", host, family=family, options={"paper": True})
         results.append(attribute(case.model, case.controller, metric, PROMPTS, others=others))
     for other in results[1:]:
         scale = max(1.0, float(results[0].estimates.abs().max()))
@@ -84,7 +84,7 @@ def test_every_host_attributes_alike(family, others):
 @pytest.mark.parametrize("others", ["react", "held"])
 def test_the_estimate_is_the_derivative_of_leaving_out(others, case):
     """Central differences of the metric in one layer's strength, the others reacting or replayed."""
-    case = Case("lqr", case.host, family="gpt2", dtype=torch.float64)
+    case = Case("lqr", case.host, family="gpt2", dtype=torch.float64, options={"paper": True})
     controller, ids = case.controller, PROMPTS[0]
     if others == "held":
         with torch.no_grad(), case.steer(record="all") as run:
@@ -109,7 +109,7 @@ def test_the_estimate_is_the_derivative_of_leaving_out(others, case):
 
 @pytest.mark.parametrize("host", LENS)
 def test_the_estimate_is_the_gradient_at_the_signals_hook_point_times_the_signal(host):
-    case = Case("lqr", host)
+    case = Case("lqr", host, options={"paper": True})
     result = attribute(case.model, case.controller, metric, PROMPTS[:1], exact=False)
     kept = {}
 
@@ -376,7 +376,7 @@ def test_on_a_real_model_the_gradient_tells_what_leaving_out_shows(smol):
     difference = logit_difference(model, [" great", " wonderful"], [" bad", " terrible"])
     prompts = ["The food at the restaurant was", "I saw the movie and it was"]
     plant = sl.linearize(model, pairs.positive[:1], progress=False)
-    feedback = sl.lqr(model, pairs, linearization=plant, progress=False)
+    feedback = sl.lqr(model, pairs, linearization=plant, progress=False, paper=True)
     for controller in (sl.caa(model, pairs, layers=range(5, 25, 4)), feedback):
         result = attribute(model, controller, difference, prompts)
         assert result.correlation > 0.9, result

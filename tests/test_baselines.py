@@ -163,7 +163,7 @@ def test_angular_plane_is_orthonormal_and_needs_two_directions():
 @pytest.mark.parametrize("method", ["linear_act", "mimic", "mean_act"])
 def test_strength_goes_that_far_along_the_transport(method):
     case = Case(method, "bridge")
-    whole, half = case.fit(), case.fit(strength=0.5)
+    whole, half = case.fit(strength=1.0), case.fit(strength=0.5)
     x = torch.randn(1, 3, case.model.cfg.d_model, generator=torch.Generator().manual_seed(2))
     a, b = (side.loops[0].law.act(x, Now())[0] * side.loops[0].strength for side in (whole, half))
     torch.testing.assert_close(b, a / 2)

@@ -12,7 +12,7 @@ MOST = {"bridge": (28, 152), "hooked": (16, 160), "nnsight": (28, 179)}
 
 
 def test_a_lqr_without_a_record_costs_no_more_than_it_did(host):
-    case = Case("lqr", host)
+    case = Case("lqr", host, options={"paper": True})
     found = counts_of_steering(case)
     assert len(case.controller.loops) == 4
     assert 0 < found.operations <= MOST[host][0]
@@ -20,7 +20,9 @@ def test_a_lqr_without_a_record_costs_no_more_than_it_did(host):
 
 
 def test_counts_are_the_same_again(host):
-    assert counts_of_steering(Case("lqr", host)) == counts_of_steering(Case("lqr", host))
+    assert counts_of_steering(Case("lqr", host, options={"paper": True})) == counts_of_steering(
+        Case("lqr", host, options={"paper": True})
+    )
 
 
 @pytest.mark.parametrize("method", ["lqr", "pid", "odesteer"])

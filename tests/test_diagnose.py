@@ -182,7 +182,7 @@ def test_a_linear_language_model_costs_what_is_predicted(kind):
     plant = sl.linearize(model, [[5, 6, 7]], progress=False)
     plant.jacobians = torch.stack([host.nominal([5, 6, 7]).jacobian(t) for t in range(4)])  # in float64
     controller, S = regulator(plant.jacobians, model=host.fingerprint())
-    case = Case("lqr", kind, model=model)
+    case = Case("lqr", kind, model=model, options={"paper": True})
     with sl.steer(model, controller, record="scalars") as run, torch.no_grad():
         case.logits(torch.tensor([[1, 2, 3, 4]]))
     result = tracking(model, [1, 2, 3, 4], controller=controller, linearization=plant, record=run.record)
@@ -260,12 +260,12 @@ def test_directions_may_be_given_and_the_seed_fixes_the_others(tiny_model):
 
 @pytest.fixture(scope="module")
 def fitted():
-    case = Case("lqr", "nnsight")
+    case = Case("lqr", "nnsight", options={"paper": True})
     return case, case.fit(full_gain=True, linearize_on=1)
 
 
 def test_the_rollout_is_what_a_run_records(host):
-    case = Case("lqr", host)
+    case = Case("lqr", host, options={"paper": True})
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     with case.steer() as run, torch.no_grad():
         case.logits(ids)
@@ -360,7 +360,7 @@ def test_prediction_and_bound_on_a_real_model(smol, texts):
     model = smol("nnsight")
     pairs = sl.Pairs(texts["texts_pos"], texts["texts_neg"])
     plant = sl.linearize(model, [texts["prompt"]], progress=False)
-    controller = sl.lqr(model, pairs, linearization=plant)
+    controller = sl.lqr(model, pairs, linearization=plant, paper=True)
     result = tracking(model, texts["prompt"], controller=controller * 0.1, linearization=plant)
     # up to rounding in float32, of states of size 1e3
     assert ((result.actual - result.predicted).abs() <= result.bound + 1e-2).all()

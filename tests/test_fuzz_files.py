@@ -23,3 +23,11 @@ def test_the_fuzzer_sees_a_file_that_is_loaded_with_other_values(tmp_path, monke
     monkeypatch.setattr(tensorfile, "digest", lambda text, tensors: "the same for all")
     with pytest.raises(AssertionError, match="is not what was saved"):
         fuzz(200, 0, tmp_path)
+
+
+def test_damaged_files_of_other_programs_are_refused_or_imported(tmp_path):
+    from fuzz_sharing import fuzz as fuzz_imports
+
+    seen = fuzz_imports(2000, 0, tmp_path)
+    assert seen["refused"] > 1000
+    assert seen["imported"] > 10

@@ -144,7 +144,7 @@ def test_a_gate_does_not_see_pads(case, prompts, side, layer, pool):
 def test_every_method_can_be_gated(case, prompts):
     """A sum of methods, one of them conditional, another scheduled."""
     gate = sl.gate(case.model, prompts, gate_layers=0)
-    lqr, angular = sl.lqr(case.model, case.data, progress=False), sl.angular(case.model, case.data)
+    lqr, angular = sl.lqr(case.model, case.data, progress=False, paper=True), sl.angular(case.model, case.data)
     b = sl.schedule(angular, [0.5], prompt=0.5)
     logits, _ = run(case, sl.when(lqr, gate) + b, IDS)
     with case.steer(controller=lqr):

@@ -92,7 +92,7 @@ def test_jacobians_equal_autograd_through_the_whole_model(host, tiny_model):
 class TestSignalsAreHookPoints:
     def test_cached_filtered_and_stacked(self, host, tiny_model):
         case = case_of(tiny_model, host)
-        controller = sl.lqr(case.model, case.data, progress=False)
+        controller = sl.lqr(case.model, case.data, progress=False, paper=True)
         with sl.steer(case.model, controller) as run:
             _, cache = case.model.run_with_cache(IDS)
             _, filtered = case.model.run_with_cache(IDS, names_filter="blocks.2.hook_steer_error")
@@ -105,7 +105,7 @@ class TestSignalsAreHookPoints:
 
     def test_patching_u_restores_the_unsteered_logits(self, host, tiny_model):
         case = case_of(tiny_model, host)
-        controller = sl.lqr(case.model, case.data, progress=False)
+        controller = sl.lqr(case.model, case.data, progress=False, paper=True)
         plain = case.logits(IDS)
         names = [f"blocks.{layer}.hook_steer_u" for layer in controller.layers]
         with sl.steer(case.model, controller):
@@ -114,7 +114,7 @@ class TestSignalsAreHookPoints:
 
     def test_patching_one_layer_equals_leaving_its_loop_out(self, host, tiny_model):
         case = case_of(tiny_model, host)
-        controller = sl.lqr(case.model, case.data, progress=False)
+        controller = sl.lqr(case.model, case.data, progress=False, paper=True)
         without = controller.only([layer for layer in controller.layers if layer != 2])
         with sl.steer(case.model, without):
             expected = case.logits(IDS)

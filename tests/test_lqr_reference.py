@@ -14,7 +14,7 @@ pytestmark = pytest.mark.real_model
 
 @pytest.fixture(scope="module")
 def case(host, smol, texts, device):
-    case = Case("lqr", host, device=device, model=smol(host))
+    case = Case("lqr", host, device=device, model=smol(host), options={"paper": True})
     case.data = sl.Pairs(texts["texts_pos"], texts["texts_neg"])
     plant = sl.linearize(case.model, texts["texts_pos"][:1], progress=False)
     case.plant = plant
@@ -77,7 +77,7 @@ def test_full_gain_is_kept_on_request(case):
 
 def test_weights_of_another_model_are_refused(case, tiny_model):
     with pytest.raises(ValueError, match="linearization is of another model: n_layers is 4, it was 30"):
-        sl.lqr(tiny_model("bridge"), sl.Pairs([[1, 2]], [[3, 4]]), linearization=case.plant)
+        sl.lqr(tiny_model("bridge"), sl.Pairs([[1, 2]], [[3, 4]]), linearization=case.plant, paper=True)
 
 
 def test_nominal_states_are_the_models_own(case, texts):

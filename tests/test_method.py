@@ -118,7 +118,7 @@ def test_mistakes_in_a_call_are_named_with_the_method(model):
         (lambda: halfway(model, PAIRS, where="first"), ValueError, "where='first'"),
         (lambda: halfway(model, PAIRS, strength=[1.0, 0.5]), TypeError, r"strength=\[1.0, 0.5\]; it is one number"),
         (lambda: halfway(model, PAIRS, strength=float("nan")), ValueError, "strength=nan; it must be finite"),
-        (lambda: halfway(model, PAIRS, layers="all"), TypeError, "layers='all'; give a layer's number"),
+        (lambda: halfway(model, PAIRS, layers="some"), TypeError, "layers='some'; give a layer's number"),
         (lambda: halfway(model, PAIRS, layers=1.5), TypeError, "layers=1.5; give a layer's number"),
         (lambda: halfway(model, [1, 2]), TypeError, "data is a list; give steerlens.Pairs"),
         (lambda: halfway(torch.nn.Linear(2, 2), PAIRS), TypeError, "cannot steer a torch.nn"),
@@ -134,6 +134,18 @@ def test_mistakes_in_a_declaration_are_named():
         method(card=card)(lambda network, data: None)
     with pytest.raises(TypeError, match="'form', which is no argument of it"):
         method(card=card, options={"form": ()})(lambda model, data: None)
+    with pytest.raises(TypeError, match="'paper', which is no argument of it"):
+        method(card=card, paper={"form": "add"})(lambda model, data, *, form: None)
+
+
+def test_the_papers_settings_stand_in_for_what_is_not_given():
+    case = Case("pid", discover_hosts()[0])
+    own, published, mixed = (
+        case.fit(**given).recipe["arguments"] for given in ({}, {"paper": True}, {"paper": True, "kp": 0.3})
+    )
+    assert (own["kp"], own["kd"], own["origin"]) == (0.05, 0.0, None)
+    assert (published["kp"], published["kd"], published["origin"], published["level"]) == (0.7, 0.1, "zero", 1.0)
+    assert (mixed["kp"], mixed["kd"], mixed["origin"]) == (0.3, 0.1, "zero")
 
 
 def test_one_notion_has_one_argument_name():
@@ -156,12 +168,14 @@ def test_strength_is_a_factor_on_the_control(name):
 
 
 @pytest.mark.parametrize("name", ["lqr", "pid"])
-def test_level_zero_holds_at_the_origin_and_strength_zero_is_off(name):
+def test_level_zero_holds_at_the_origin_or_is_off_and_strength_zero_is_off(name):
     case = Case(name, discover_hosts()[0])
     ids = torch.tensor([case.prompt])
     plain = case.logits(ids)
-    with case.steer(controller=case.fit(level=0.0)):
+    with case.steer(controller=case.fit(level=0.0, origin="zero")):
         assert not torch.equal(case.logits(ids), plain)
+    with case.steer(controller=case.fit(level=0.0)):
+        assert torch.equal(case.logits(ids), plain)
     with case.steer(controller=case.fit(level=2.0, strength=0.0)):
         assert torch.equal(case.logits(ids), plain)
 

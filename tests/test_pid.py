@@ -59,7 +59,7 @@ def test_the_first_layer_of_a_token_sees_the_last_error_of_the_one_before_only_i
 
 
 def test_proportional_feedback_is_a_constant_gain_on_the_error(host, tiny_model):
-    case = Case("pid", host, model=tiny_model(host))
+    case = Case("pid", host, model=tiny_model(host), options={"paper": True})
     proportional = case.fit(kp=0.5, ki=0, kd=0)
     ids = torch.tensor([[3, 17, 25, 29, 41]])
     loops = [
@@ -73,7 +73,7 @@ def test_proportional_feedback_is_a_constant_gain_on_the_error(host, tiny_model)
 
 
 def test_a_carried_derivative_breaks_the_promise_that_the_docstring_says_it_breaks(host, tiny_model):
-    case = Case("pid", host, model=tiny_model(host))
+    case = Case("pid", host, model=tiny_model(host), options={"paper": True})
     case.controller = case.fit(kp=0.4, kd=0.6, carry=True)
     with pytest.raises(AssertionError, match=r"differ"):
         CHECKS["cache_on_equals_off"](case)
@@ -83,16 +83,16 @@ def test_a_carried_derivative_breaks_the_promise_that_the_docstring_says_it_brea
 
 
 def test_state_of_two_controllers_is_their_own(host, tiny_model):
-    case = Case("pid", host, model=tiny_model(host))
+    case = Case("pid", host, model=tiny_model(host), options={"paper": True})
     case.controller = case.fit(ki=0.5)
     CHECKS["composes_in_order"](case)
 
 
 def test_layers_before_the_first_direction_have_no_loop_unless_an_error_is_carried(host, tiny_model):
     data = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])  # one last token
-    assert sl.pid(tiny_model(host), data).layers == [1, 2, 3]
-    assert sl.pid(tiny_model(host), data, carry=True).layers == [0, 1, 2, 3]
-    assert sl.pid(tiny_model(host), data, layers=[0, 2]).layers == [2]
+    assert sl.pid(tiny_model(host), data, paper=True).layers == [1, 2, 3]
+    assert sl.pid(tiny_model(host), data, carry=True, paper=True).layers == [0, 1, 2, 3]
+    assert sl.pid(tiny_model(host), data, layers=[0, 2], paper=True).layers == [2]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def control():
 
 @pytest.fixture(scope="module")
 def real(host, smol, texts, device):
-    case = Case("pid", host, device=device, model=smol(host))
+    case = Case("pid", host, device=device, model=smol(host), options={"paper": True})
     case.data = sl.Pairs(texts["texts_pos"], texts["texts_neg"])
     return case
 
@@ -130,7 +130,7 @@ def test_logits_and_greedy_tokens(real, oracle, control, kp, ki, kd):
 
 @pytest.mark.real_model
 def test_without_the_reset_it_is_another_method(smol, texts, oracle, control):
-    case = Case("pid", discover_hosts()[0], model=smol(discover_hosts()[0]))
+    case = Case("pid", discover_hosts()[0], model=smol(discover_hosts()[0]), options={"paper": True})
     case.data = sl.Pairs(texts["texts_pos"], texts["texts_neg"])
     with case.steer(controller=case.fit(kp=0.5, ki=0.5, kd=0.1, reset_every=None)), torch.no_grad():
         logits = case.logits(oracle["prompt_ids"])[0, -1, ::8].float().cpu()

@@ -154,11 +154,11 @@ def test_promises_hold_with_every_setpoint_and_solver(host, variant, tiny_model,
 
 def test_two_equal_concepts_are_one_when_joint_and_twice_when_independent(tiny_model):
     model = tiny_model(discover_hosts()[0])
-    data = Case("lqr", "bridge").data
-    one = sl.lqr(model, data, progress=False)
+    data = Case("lqr", "bridge", options={"paper": True}).data
+    one = sl.lqr(model, data, progress=False, paper=True)
     plant = {"linearize_on": 4, "progress": False}
-    joint = sl.lqr(model, [data, data], **plant)
-    twice = sl.lqr(model, [data, data], combine="independent", **plant)
+    joint = sl.lqr(model, [data, data], **plant, paper=True)
+    twice = sl.lqr(model, [data, data], combine="independent", **plant, paper=True)
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(4))
     for single, both, double in zip(one.loops, joint.loops, twice.loops, strict=True):
         u = single.law.act(x, Now())[0]
@@ -184,15 +184,15 @@ def fitted(smol, texts, control):
     plant = sl.linearize(model, data.positive[:1], progress=False)
     options = {"linearization": plant, "progress": False}
     return {
-        "full": sl.lqr(model, data, full_gain=True, **options),
-        "angular": sl.lqr(model, data, setpoint="angular", **options),
+        "full": sl.lqr(model, data, full_gain=True, **options, paper=True),
+        "angular": sl.lqr(model, data, setpoint="angular", **options, paper=True),
         "track": sl.track(model, control["tracking/nominal_ids"][0], progress=False),
     }
 
 
 @pytest.fixture(scope="module")
 def real(host, smol, device):
-    return Case("lqr", host, device=device, model=smol(host))
+    return Case("lqr", host, device=device, model=smol(host), options={"paper": True})
 
 
 def last(case, ids, controller, **options):

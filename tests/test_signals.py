@@ -88,7 +88,7 @@ def test_zeroing_a_recorded_control_is_leaving_its_loop_out(host, method):
 @pytest.mark.parametrize("host", LENS)
 def test_a_loop_without_memory_may_as_well_be_taken_out(host):
     """For laws that keep nothing for later ones, strength 0 and no loop at all are the same."""
-    case = Case("lqr", host)
+    case = Case("lqr", host, options={"paper": True})
     controller = case.controller
     with torch.no_grad():
         for layer in controller.layers:
@@ -103,7 +103,7 @@ def test_a_loop_without_memory_may_as_well_be_taken_out(host):
 @pytest.mark.parametrize("host", LENS)
 def test_a_patched_control_can_come_from_another_prompt(host):
     """A signal is an ordinary activation: replayed from a record, the loops act as they did there."""
-    case = Case("lqr", host)
+    case = Case("lqr", host, options={"paper": True})
     names = [f"blocks.{layer}.hook_steer_u" for layer in case.controller.layers]
     with torch.no_grad(), case.steer(record="all") as run:
         case.logits(IDS)

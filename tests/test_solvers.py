@@ -199,7 +199,7 @@ def test_pulled_gradients_are_those_of_the_whole_model(name, tiny_model):
 
 @pytest.mark.parametrize("solver", ["dense", "output", "scalar"])
 def test_solvers_average_jacobians_over_the_texts(host, solver, tiny_model):
-    case = Case("lqr", host, model=tiny_model(host))
+    case = Case("lqr", host, model=tiny_model(host), options={"paper": True})
     plant = sl.linearize(case.model, case.data.positive, progress=False)
     kept, live = case.fit(solver=solver, linearization=plant), case.fit(solver=solver, linearize_on=3)
     for a, b in zip(kept.loops, live.loops, strict=True):
@@ -208,7 +208,7 @@ def test_solvers_average_jacobians_over_the_texts(host, solver, tiny_model):
 
 
 def test_a_recipe_names_what_was_solved(tiny_model):
-    case = Case("lqr", discover_hosts()[0], model=tiny_model(discover_hosts()[0]))
+    case = Case("lqr", discover_hosts()[0], model=tiny_model(discover_hosts()[0]), options={"paper": True})
     named = {
         case.fit(solver=solver, preview=preview, linearize_on=1).recipe["found"]["controller"]
         for solver, preview in (("dense", False), ("output", False), ("output", True), ("scalar", False))
@@ -220,13 +220,15 @@ def test_a_recipe_names_what_was_solved(tiny_model):
 def test_preview_acts_where_reaction_has_no_direction(host, tiny_model):
     one_last_token = sl.Pairs([[5, 9, 12, 31], [8, 9, 31]], [[5, 9, 13, 31], [8, 10, 31]])
     for preview, layers in ((False, [1, 2, 3]), (True, [0, 1, 2, 3])):
-        controller = sl.lqr(tiny_model(host), one_last_token, solver="output", preview=preview, progress=False)
+        controller = sl.lqr(
+            tiny_model(host), one_last_token, solver="output", preview=preview, progress=False, paper=True
+        )
         assert controller.layers == layers
         assert all(bool(loop.law.act(torch.zeros(1, 1, 32), Now())[0].any()) for loop in controller.loops)
 
 
 def test_only_the_asked_layers_act(host, tiny_model):
-    case = Case("lqr", host, model=tiny_model(host))
+    case = Case("lqr", host, model=tiny_model(host), options={"paper": True})
     for solver in ("dense", "output", "scalar"):
         assert case.fit(solver=solver, layers=[1, -1], q=[1, 0, 1, 0.5], r=[1, 2, 3, 4]).layers == [1, 3]
 
@@ -249,7 +251,7 @@ class Squares(TorchDispatchMode):
 
 def test_gradients_alone_need_no_square_matrix(tiny_model):
     """On TransformerBridge: HookedTransformer's own forward pass copies square weights."""
-    case = Case("lqr", "bridge", model=tiny_model("bridge"))
+    case = Case("lqr", "bridge", model=tiny_model("bridge"), options={"paper": True})
     counts = {}
     for solver in ("dense", "output", "scalar"):
         with Squares(case.model, 32) as squares:
@@ -266,7 +268,7 @@ def test_dense_needs_fewer_than_six_matrices(texts, monkeypatch):
     d = 192
     model = tiny("llama", n_layers=2, d_model=d)
     pairs = sl.Pairs([[1, 2, 3, 4]] * 2, [[1, 2, 3]] * 2)
-    floats = peak(lambda: sl.lqr(model, pairs, linearize_on=texts, progress=False)) / 4
+    floats = peak(lambda: sl.lqr(model, pairs, linearize_on=texts, progress=False, paper=True)) / 4
     assert 3 * d * d < floats < 6 * d * d
 
 
@@ -280,7 +282,7 @@ def test_memory_for_a_longer_text_on_a_real_model(smol):
     model, pairs = smol(discover_hosts()[0]), sl.Pairs([ids], [ids[:-2]])
 
     def held(solver):
-        return peak(lambda: sl.lqr(model, pairs, solver=solver, linearize_on=1, progress=False)) / 4
+        return peak(lambda: sl.lqr(model, pairs, solver=solver, linearize_on=1, progress=False, paper=True)) / 4
 
     assert held("dense") < 6 * d * d
     assert held("output") < 3 * d * d
@@ -290,7 +292,7 @@ def test_memory_for_a_longer_text_on_a_real_model(smol):
 def test_output_gains_on_a_real_model(host, smol, texts):
     pairs = sl.Pairs(texts["texts_pos"], texts["texts_neg"])
     expected = load_file(DATA / "control.safetensors")["g_output/single/q0.1_r1_qf0.1"]
-    controller = sl.lqr(smol(host), pairs, solver="output", linearize_on=1, progress=False)
+    controller = sl.lqr(smol(host), pairs, solver="output", linearize_on=1, progress=False, paper=True)
     for loop in controller.loops:
         assert relative(loop.law.gains[0].cpu(), expected[loop.act.layer]) < 1e-4
 
@@ -298,7 +300,7 @@ def test_output_gains_on_a_real_model(host, smol, texts):
 @pytest.mark.real_model
 def test_scalar_gains_are_off_by_what_the_docstring_says(smol, texts, oracle):
     model, pairs = smol(discover_hosts()[0]), sl.Pairs(texts["texts_pos"], texts["texts_neg"])
-    controller = sl.lqr(model, pairs, solver="scalar", linearize_on=1, progress=False)
+    controller = sl.lqr(model, pairs, solver="scalar", linearize_on=1, progress=False, paper=True)
     exact = oracle["g/single/q0.1_r1_qf0.1"]
     errors = [relative(loop.law.gains[0].cpu(), exact[loop.act.layer]) for loop in controller.loops]
     assert 0.4 < sorted(errors)[len(errors) // 2] < 0.5

@@ -117,7 +117,7 @@ def test_a_control_between_the_branches_passes_no_sae(point):
 
 def test_signals_are_cached_with_saes(model):
     """In run_with_cache_with_saes, whole and filtered, beside the SAE's features; around the SAE and at its site."""
-    case = Case("lqr", "bridge", model=model)
+    case = Case("lqr", "bridge", model=model, options={"paper": True})
     controller = case.fit()
     sae = sae_at(sl.Site(2))
     features = inner(model, sae, "hook_sae_acts_post")

@@ -55,3 +55,14 @@ def test_tensors_and_plain_values_are_read(tmp_path):
     assert torch.equal(found[1][0], held[1][0])
     assert found[1][1] == held[1][1]
     assert torch.equal(found["p"], torch.ones(2))
+
+
+def test_an_archive_with_an_impossible_offset_is_refused(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    # the offset of the table of contents in the 64-bit end record
+    place = data.rindex(b"PK\x06\x06") + 48
+    data[place : place + 8] = b"\xff" * 8
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.pt was not loaded: "):
+        read_torch(tmp_path / "x.pt")

@@ -97,7 +97,7 @@ def test_a_sensor_sees_what_reaches_the_block(name, tiny_model):
 
 def test_a_generation_is_the_same_with_a_second_edit_that_does_nothing(tiny_model):
     """The second edit makes every sensor visit its place; the tokens' logits are equal to the last bit."""
-    case = Case("lqr", "nnsight", model=tiny_model("nnsight"))
+    case = Case("lqr", "nnsight", model=tiny_model("nnsight"), options={"paper": True})
     case.controller = case.fit()
     with sl.steer(case.model, case.controller, record="all") as run:
         alone = case.generate(IDS)
@@ -133,7 +133,7 @@ def test_the_fast_path_is_the_plain_one(method, tiny_model, monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_pass_that_breaks_off_between_two_visits_leaves_nothing_behind(tiny_model, error):
-    case = Case("lqr", "nnsight", model=tiny_model("nnsight"))
+    case = Case("lqr", "nnsight", model=tiny_model("nnsight"), options={"paper": True})
     case.controller = case.fit()
     block = case.model.model.layers[LAYER]._module
 

@@ -24,7 +24,9 @@ class Clipped(sl.Law):
 
 
 def right(model: Model, pairs: sl.Pairs) -> Tensor:
-    controller = sl.caa(model, pairs, layers=[3, 4], where="generated") + sl.lqr(model, pairs, layers=range(4))
+    controller = sl.caa(model, pairs, layers=[3, 4], where="generated") + sl.lqr(
+        model, pairs, layers=range(4), paper=True
+    )
     own = sl.Controller([sl.Loop(Clipped(sl.Level(torch.ones(4), 1.0), 0.5, 2.0), "blocks.1.hook_resid_post")])
     for where in (slice(2, 5), torch.ones(4, dtype=torch.bool), lambda position: position > 3):
         controller = controller.at(where)

@@ -19,9 +19,12 @@ from steerlens.laws.setpoints import Angle, Independent, Joint, Level
 #: The words of an `Aim`, for the declaration of a method that has one.
 AIMS = {
     "setpoint": ("level", "angular"),
-    "origin": ("own", "zero", "negative", "midpoint"),
+    "origin": (None, "own", "zero", "negative", "midpoint"),
     "combine": ("joint", "independent"),
 }
+
+#: In units of the class separation. Measured, as the weights of `lqr` and the gains of `pid`: `docs/closed_loop.md`.
+LEVEL = 1.5
 
 
 class Targets:
@@ -70,8 +73,8 @@ class Aim:
     Args:
         data: Contrast texts, or several, one for each concept.
         setpoint: `"level"` or `"angular"`.
-        level: Level in units of the class separation; one for all concepts or one each.
-        origin: Where levels are counted from: `"own"`, `"zero"`, `"negative"` or `"midpoint"`.
+        level: Level in units of the class separation; one for all concepts or one each; None: `LEVEL`.
+        origin: Where levels are counted from: `"own"`, `"zero"`, `"negative"` or `"midpoint"`; None: `"own"`.
         angle_rad: Where the angular setpoint points, in radians from the direction of the positive texts.
         combine: How several concepts are held: `"joint"` or `"independent"`.
 
@@ -84,14 +87,14 @@ class Aim:
         data: Pairs | Sequence[Pairs],
         *,
         setpoint: str,
-        level: float | Sequence[float],
-        origin: str,
+        level: float | Sequence[float] | None,
+        origin: str | None,
         angle_rad: float | None,
         combine: str,
     ):
         self.concepts = [data] if isinstance(data, Pairs) else list(data)
         count = len(self.concepts)
-        given = torch.as_tensor(level, dtype=torch.float64).tolist()
+        given = torch.as_tensor(LEVEL if level is None else level, dtype=torch.float64).tolist()
         self.levels: list[float] = given if isinstance(given, list) else [given] * count
         if len(self.levels) != count:
             raise ValueError(f"level has {len(self.levels)} numbers for {count} concepts")
@@ -100,7 +103,7 @@ class Aim:
         if setpoint == "angular":
             if count > 1:
                 raise ValueError(f"the angular setpoint takes one concept, data holds {count}")
-            if self.levels != [1.0] or origin != "zero":
+            if level not in (None, 1.0) or origin not in (None, "zero"):
                 raise ValueError(
                     "the angular setpoint keeps the state's own length: it has no level, and origin='zero'"
                 )
@@ -109,7 +112,7 @@ class Aim:
                 raise ValueError(f"angle_rad={angle_rad}; it must be finite")
         elif angle_rad is not None:
             raise ValueError(f"angle_rad={angle_rad} belongs to setpoint='angular', not to {setpoint!r}")
-        self.setpoint, self.origin, self.angle_rad, self.combine = setpoint, origin, angle_rad or 0.0, combine
+        self.setpoint, self.origin, self.angle_rad, self.combine = setpoint, origin or "own", angle_rad or 0.0, combine
 
     def targets(self, host: Host) -> Targets:
         """Read the texts and place the setpoints.

@@ -27,7 +27,7 @@ Where: TypeAlias = PositionName | slice | Tensor | Callable[[Tensor], Tensor]
 RecordSpec: TypeAlias = Literal["scalars", "all"] | Collection[str] | None
 
 #: Layers, counted from 0; negative ones count from the last. None: the method's own choice.
-Layers: TypeAlias = int | Sequence[int] | None
+Layers: TypeAlias = int | Sequence[int] | Literal["all"] | None
 
 #: A site, its hook name, or a layer for its `resid_post`.
 Place: TypeAlias = Site | str | int

@@ -28,6 +28,7 @@ def method(
     card: Card,
     exceptions: Mapping[str, str] | None = None,
     options: Mapping[str, Collection[Any]] | None = None,
+    paper: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Make a steering method of a function `name(model, data, *, ...) -> Controller`.
 
@@ -43,6 +44,8 @@ def method(
         card: What the method needs and where it acts.
         exceptions: Checks or hosts of `steerlens.testing` that it cannot pass, with the words of the error.
         options: Arguments with a fixed set of values, and these values.
+        paper: Arguments whose defaults are not the published ones, and the published ones: with `paper=True` these are
+            the defaults. The function has the argument `paper`, and need not look at it.
 
     Raises:
         TypeError: the function does not begin with model and data, or an option is no argument of it.
@@ -53,7 +56,7 @@ def method(
         name = function.__name__
         if list(signature.parameters)[:2] != ["model", "data"]:
             raise TypeError(f"{name}{signature} is no method; its first two arguments are model and data")
-        unknown = sorted(set(options or ()) - set(signature.parameters))
+        unknown = sorted({*(options or ()), *(paper or ()), *(["paper"] if paper else [])} - set(signature.parameters))
         if unknown:
             raise TypeError(f"{name} declares the option {unknown[0]!r}, which is no argument of it")
 
@@ -63,6 +66,8 @@ def method(
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{name}() {error}") from None
+            if bound.arguments.get("paper"):
+                bound.arguments.update({**(paper or {}), **bound.arguments})
             bound.apply_defaults()
             asked = dict(bound.arguments)
             model, data = asked.pop("model"), asked.pop("data")

@@ -16,20 +16,20 @@ from steerlens.hosts import Host
 
 
 def every_layer(host: Host, layers: Layers) -> list[int]:
-    """Layers as a sorted list, all of them for None; negative ones count from the last.
+    """Layers as a sorted list, all of them for None and `"all"`; negative ones count from the last.
 
     Raises:
         TypeError: not a number or numbers.
         ValueError: a layer the model does not have, one named twice, or none at all.
     """
-    if layers is None:
+    if layers is None or (isinstance(layers, str) and layers == "all"):
         return list(range(host.n_layers))
     # numpy's and torch's integers and arrays of them are as good as Python's
     single = isinstance(layers, int) or getattr(layers, "ndim", 1) == 0
     try:
         given = [index(layer) for layer in ([layers] if single else list(layers))]  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"layers={layers!r}; give a layer's number, a list of numbers, or None") from None
+        raise TypeError(f"layers={layers!r}; give a layer's number, a list of numbers, 'all', or None") from None
     if not given:
         raise ValueError("layers is empty; name at least one")
     counted = [layer + host.n_layers if layer < 0 else layer for layer in given]

@@ -37,7 +37,9 @@ def caa(
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` selects the token whose activation is x.
-        layers: Where to add; default the middle layer. On several layers the same s is used at each.
+        layers: Where to add; default the middle layer. `"all"`, or a list, adds the same s times each layer's own v:
+            a small s at every layer achieves more at the same KL than a large one at the middle, see
+            `docs/closed_loop.md`; in a model of 30 layers s = 0.05 has the KL of s = 1 at one.
         point: Point of the block, see `Site`.
         strength: s, in multiples of the class difference; no unit.
         form: `"add"` is the method. The two other forms are baselines of COLD-Steer. They push the state further in

@@ -20,22 +20,25 @@ from steerlens.hosts.types import Model
 
 
 @method(
-    card=Card(needs="sets", points=("resid_post",), derivatives="blocks", concepts=True),
+    card=Card(
+        needs="sets", points=("resid_post",), derivatives="blocks", prompt_passes=2, token_passes=2, concepts=True
+    ),
     options={**AIMS, "solver": tuple(SOLVERS)},
+    paper={"origin": "zero", "level": 1.0, "q": 0.1, "solver": "dense"},
 )
 def lqr(
     model: Model,
     data: Pairs | Sequence[Pairs],
     *,
-    level: float | Sequence[float] = 1.0,
+    level: float | Sequence[float] | None = None,
     setpoint: str = "level",
-    origin: str = "zero",
+    origin: str | None = None,
     angle_rad: float | None = None,
     combine: str = "joint",
-    q: float | Sequence[float] = 0.1,
+    q: float | Sequence[float] = 1e-4,
     r: float | Sequence[float] = 1.0,
     qf: float = 0.1,
-    solver: str = "dense",
+    solver: str = "scalar",
     preview: bool = False,
     layers: Layers = None,
     strength: float = 1.0,
@@ -43,6 +46,7 @@ def lqr(
     linearize_on: int | Sequence[Text] = 4,
     linearization: Linearization | None = None,
     full_gain: bool = False,
+    paper: bool = False,
     progress: bool = True,
 ) -> Controller:
     """Track a semantic setpoint at every layer with the gains of a linear quadratic regulator.
@@ -75,19 +79,20 @@ def lqr(
         data: Contrast texts; `Pairs.read` selects the token whose activation is used. A list of `Pairs` steers several
             concepts at once; Jacobians are then taken on the first one's texts.
         level: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
-            concept. 0 holds the feature at the origin; with `origin="own"` it is off, to the last bit.
+            concept; default 1.5. 0 holds the feature at the origin; with `origin="own"` it is off, to the last bit.
         setpoint: `"level"`, as above, or `"angular"`: the state is turned in the plane of v_t and the first principal
             component of all mean differences, keeping its length there, see `steerlens.laws.setpoints.Angle`.
-        origin: Where levels are counted from: `"zero"` (the paper), `"negative"` (the negative texts' mean, so that
-            level 1 asks for the positive texts' mean), `"midpoint"` of the two means, or `"own"`: the unsteered state
-            of the same token, `beta_t = s mu_t + <v_t, x_t unsteered>`, see `steerlens.laws.relative.Relative`. Then a
-            second pass of the model, unsteered and up to the last steered layer, accompanies every steered one, with a
-            KV cache of its own. No gradient flows through its states.
+        origin: Where levels are counted from: `"own"`, the default for levels: the unsteered state of the same token,
+            `beta_t = s mu_t + <v_t, x_t unsteered>`, see `steerlens.laws.relative.Relative`. Then a second pass of the
+            model, unsteered and up to the last steered layer, accompanies every steered one, with a KV cache of its
+            own; no gradient flows through its states. The others cost nothing: `"zero"` (the paper), `"negative"` (the
+            negative texts' mean, so that level 1 asks for the positive texts' mean) or `"midpoint"` of the two means.
         angle_rad: Of the angular setpoint, in radians: 0 (default) points to the positive texts, pi away from them.
         combine: `"joint"` holds all concepts' levels at once; `"independent"` adds up single errors, as the authors
             do, so that overlapping directions pull twice.
         q, r: Weights of the state and of the control, times the identity; one number, or one for each layer. Only the
-            ratios of q, r and qf matter. A larger r asks for less control.
+            ratios of q, r and qf matter. A larger r asks for less control; a small q, as by default, asks for the level
+            at the end and not on the way, and acts less in early layers.
         qf: Weight of the last state.
         solver: See above.
         preview: See above; only with `solver="output"` and levels.
@@ -101,15 +106,16 @@ def lqr(
         linearization: Jacobians from `linearize`, used instead of `linearize_on`: a sweep over weights, setpoints and
             levels then costs seconds.
         full_gain: Keep K_t in `controller.loops[i].law.matrix`, `[d d]` per layer, for inspection.
+        paper: Take the paper's setting for what is not given: `origin="zero"`, `level=1`, `q=0.1`, `solver="dense"`.
         progress: Show a progress bar over the layers.
 
     Returns:
         One loop per layer, but none at a layer at which both sides have identical activations, such as layer 0 if
         all texts end in the same token. Recorded signals: `error` `[batch pos]`, distance to
         the setpoint, and `projection` `[batch pos]`, `<v_t, x_t>`, in activation units (`projection_0`, `projection_1`
-        and so on for several concepts); with `origin="own"` also `reference`, `<v_t, x_t unsteered>`, or `reference_0`
-        and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of the predicted
-        errors of later layers; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
+        and so on for several concepts); with `origin="own"` also `reference`, `<v_t, x_t unsteered>`, or `reference_0`,
+        `reference_1` and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of
+        the predicted errors of later layers; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
 
     Raises:
         TypeError: data that is not `Pairs`.

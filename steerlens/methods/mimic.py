@@ -16,17 +16,18 @@ from steerlens.hosts.types import Model
 from steerlens.laws.affine import Transport
 
 
-@method(card=Card(needs="sets", points=VECTORS))
+@method(card=Card(needs="sets", points=VECTORS), paper={"strength": 1.0})
 def mimic(
     model: Model,
     data: Pairs,
     *,
     layers: Layers = None,
     point: str = "resid_post",
-    strength: float = 1.0,
+    strength: float = 0.3,
     ridge: float = 1e-2,
     gate: bool = False,
     where: Where = "last",
+    paper: bool = False,
 ) -> Controller:
     """Map the mean and the covariance of the negative texts' activations to those of the positive texts'.
 
@@ -41,11 +42,13 @@ def mimic(
             token whose activation is x.
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
-        strength: s, the fraction of the way; no unit. 1 is the transport.
+        strength: s, the fraction of the way; no unit. 1 is the transport (the papers), with a KL of
+            3.4 nats per token on SmolLM2; the default has about 0.3.
         ridge: Added to the covariances' diagonal, in squared activation units. With fewer texts than dimensions it
             determines how far a state outside the sample is stretched.
         gate: Move only states that a logistic regression classifies as negative, as ODESteer's comparison does.
         where: Token positions, see `Loop`.
+        paper: Take the whole transport, if no strength is given.
 
     Returns:
         One loop per layer. Recorded signals: `u`, `u_norm`; with `gate`, `gate` `[batch pos]`, 1 if it acts, else 0.

@@ -16,24 +16,29 @@ from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Pid
 
 
-@method(card=Card(needs="sets", points=("resid_post",), concepts=True), options=AIMS)
+@method(
+    card=Card(needs="sets", points=("resid_post",), prompt_passes=2, token_passes=2, concepts=True),
+    options=AIMS,
+    paper={"origin": "zero", "level": 1.0, "kp": 0.7, "ki": 0.01, "kd": 0.1},
+)
 def pid(
     model: Model,
     data: Pairs | Sequence[Pairs],
     *,
-    level: float | Sequence[float] = 1.0,
+    level: float | Sequence[float] | None = None,
     setpoint: str = "level",
-    origin: str = "zero",
+    origin: str | None = None,
     angle_rad: float | None = None,
     combine: str = "joint",
-    kp: float = 0.7,
-    ki: float = 0.01,
-    kd: float = 0.1,
+    kp: float = 0.05,
+    ki: float = 0.0,
+    kd: float = 0.0,
     reset_every: int | None = 10,
     carry: bool = False,
     layers: Layers = None,
     strength: float = 1.0,
     where: Where = "last",
+    paper: bool = False,
 ) -> Controller:
     """Track a semantic setpoint with a PID controller whose time is the layer.
 
@@ -48,7 +53,7 @@ def pid(
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts, or a list of them, one for each concept, as for `lqr`.
         level, setpoint, origin, angle_rad, combine: What to track, as for `lqr`.
-        kp, ki, kd: Gains, no unit; the defaults are the paper's for Gemma-2-2B, where kp is 0.1 to 0.7 over the models,
+        kp, ki, kd: Gains, no unit. The paper's are 0.7, 0.01 and 0.1 for Gemma-2-2B; over its models kp is 0.1 to 0.7,
             ki 0.01 to 0.5 and kd 0 to 0.1. A gain may be 0.
         reset_every: Set the sum s to zero at the layers that this number divides, the first included, as the paper does
             every 10 layers; the error of such a layer then enters no sum. None: never.
@@ -59,11 +64,13 @@ def pid(
         layers: Where to act; default all. Time counts these layers only.
         strength: Factor on the control, no unit: 0 is off.
         where: Token positions, see `Loop`. The paper steers the last one.
+        paper: Take the paper's setting for what is not given: `origin="zero"`, `level=1`, `kp=0.7`, `ki=0.01`,
+            `kd=0.1`.
 
     Returns:
         One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
         units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts), with
-        `origin="own"` also `reference`, see `lqr`; `angle_rad`
+        `origin="own"` also `reference` (`reference_0`, `reference_1` and so on), see `lqr`; `angle_rad`
         with the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
 
     Raises:

@@ -58,7 +58,10 @@ def from_gguf(
         found, recipe = _read(path)
     except ValueError as error:
         raise ValueError(f"{path} was not loaded: {error}") from None
-    wanted = sorted(found) if layers is None else [layers] if isinstance(layers, int) else sorted(set(layers))
+    if layers is None or isinstance(layers, str):  # "all"
+        wanted = sorted(found)
+    else:
+        wanted = [layers] if isinstance(layers, int) else sorted(set(layers))
     missing = [layer for layer in wanted if layer not in found]
     if missing or not wanted:
         held = ", ".join(map(str, sorted(found)))

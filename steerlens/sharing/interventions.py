@@ -46,7 +46,7 @@ def to_interventions(controller: Controller) -> dict[str, Json]:
     found: dict[Site, dict[int | None, Tensor]] = {}
     for loop in sorted(plain_loops(controller, FORM), key=lambda loop: loop.act):
         if loop.act.point not in _NAMES:
-            raise refuse(loop, f"acts where {FORM} cannot write; the points are {', '.join(_NAMES)}")
+            refuse(loop, f"acts where {FORM} cannot write; the points are {', '.join(_NAMES)}")
         vector = added(loop, FORM).flatten()
         at = found.setdefault(loop.act, {})
         for position in _positions(loop):
@@ -61,7 +61,7 @@ def _positions(loop: Loop) -> list[int] | list[None]:
     start, stop = (where.start or 0, where.stop) if isinstance(where, slice) else (0, None)
     if stop is None or start < 0 or stop < 0 or not 0 < stop - start <= MOST_POSITIONS:
         shown = "the tokens of a mask" if isinstance(where, Tensor) else f"the tokens {where!r}"
-        raise refuse(
+        refuse(
             loop,
             f"steers {shown}, which depend on the prompt; {FORM} has every token, controller.at(slice(0, None)), or a "
             f"slice of at most {MOST_POSITIONS} positions",

@@ -85,7 +85,7 @@ def to_lm_eval(controller: Controller, path: str | Path, *, model: Model | None 
         before = found.get(place)
         if before is not None:
             if {before["action"], new["action"]} != {"add"}:
-                raise refuse(loop, f"is the second one there, and {FORM} has one action for each place")
+                refuse(loop, f"is the second one there, and {FORM} has one action for each place")
             new["steering_vector"] = before["steering_vector"] + new["steering_vector"]
         found[place] = new
     write_torch(path, found)

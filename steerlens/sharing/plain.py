@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ def every_token(loop: Loop) -> bool:
     return isinstance(loop.where, slice) and loop.where.start in (None, 0) and loop.where.stop is None
 
 
-def refuse(loop: Loop, words: str) -> ValueError:
-    """The error for a loop that a format cannot express."""
-    return ValueError(f"loop {loop.name!r} at {loop.act} {words}")
+def refuse(loop: Loop, words: str) -> NoReturn:
+    """Raises ValueError for a loop that a format cannot express."""
+    raise ValueError(f"loop {loop.name!r} at {loop.act} {words}")
 
 
 def plain_loops(controller: Controller, form: str) -> list[Loop]:
@@ -44,9 +45,9 @@ def plain_loops(controller: Controller, form: str) -> list[Loop]:
     for loop in loops:
         for what, held in (("gate", loop.gates), ("schedule", loop.schedules)):
             if held:
-                raise refuse(loop, f"has a {what}, which {form} cannot express")
+                refuse(loop, f"has a {what}, which {form} cannot express")
         if loop.summary is not None or loop.tangent is not None:
-            raise refuse(loop, f"needs another pass of the model ({type(loop.law).__name__}), unlike {form}")
+            refuse(loop, f"needs another pass of the model ({type(loop.law).__name__}), unlike {form}")
     return loops
 
 
@@ -58,7 +59,7 @@ def added(loop: Loop, form: str) -> Tensor:
     """
     if not isinstance(loop.law, Add):
         law = type(loop.law).__name__
-        raise refuse(loop, f"is a {law}, whose control depends on the state; {form} only adds constant vectors")
+        refuse(loop, f"is a {law}, whose control depends on the state; {form} only adds constant vectors")
     vector = loop.law.vector.detach().cpu().float()
     return vector * loop.strength if loop.strength != 1 else vector
 
@@ -82,7 +83,7 @@ def need_every_token(loop: Loop, form: str) -> None:
     """Raises ValueError unless a loop acts at every token."""
     if not every_token(loop):
         where = "the tokens of a mask" if isinstance(loop.where, Tensor) else f"the tokens {loop.where!r}"
-        raise refuse(
+        refuse(
             loop,
             f"steers {where}; {form} steers every token, the first one too: controller.at(slice(0, None)) does that",
         )

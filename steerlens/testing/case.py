@@ -63,6 +63,7 @@ class Case:
         dtype, device: Of the model.
         model: A model to use instead of a tiny one; `other` then is not available.
         remote: Run forward passes and generations of an nnsight model on a server: True, or its URL.
+        options: Arguments of every fit, such as `{"paper": True}`; default: the method's defaults.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Case:
         device: str = "cpu",
         model: Any = None,
         remote: bool | str = False,
+        options: dict[str, Any] | None = None,
     ):
         known = declared(discover_methods()[method] if isinstance(method, str) else method)
         if known is None:
             raise TypeError(f"{method!r} is no method; decorate it with steerlens.fit.method.method")
         self.declared: Method = known
         self.method, self.host, self.family, self.dtype, self.device = known.name, host, family, dtype, device
+        self.options = dict(options or {})
         self.where = {"remote": remote} if remote else {}
         if model is not None:
             self.model = model
@@ -88,6 +91,7 @@ class Case:
     def other(self, **changes: Any) -> Case:
         """The same case with another host, family, dtype or device."""
         fields: dict[str, Any] = {"host": self.host, "family": self.family, "dtype": self.dtype, "device": self.device}
+        fields["options"] = self.options
         return Case(self.declared.function, **(fields | changes))
 
     @cached_property
@@ -102,7 +106,7 @@ class Case:
 
     def fit(self, data: Any = None, **options: Any) -> Controller:
         """Fit the method, with its defaults and the case's texts unless others are given."""
-        function = self.declared.function
+        function, options = self.declared.function, self.options | options
         if "progress" in inspect.signature(function).parameters:
             options.setdefault("progress", False)
         return function(self.model, self.data if data is None else data, **options)

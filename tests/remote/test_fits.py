@@ -93,18 +93,18 @@ def test_what_else_follows_a_setpoint_is_fitted_on_the_server(method, client, lo
 
 def test_a_server_that_does_not_trust_gives_tangents_by_differences(client, local, untrusted):
     case = local("lqr")
-    expected = sl.lqr(case.model, case.data, solver="scalar", progress=False)
-    fitted = sl.lqr(sl.remote(client), case.data, solver="scalar", progress=False)
+    expected = sl.lqr(case.model, case.data, solver="scalar", paper=True, progress=False)
+    fitted = sl.lqr(sl.remote(client), case.data, solver="scalar", paper=True, progress=False)
     assert fitted.layers == expected.layers
     for mine, theirs in zip(fitted.loops, expected.loops, strict=True):
         error = (mine.law.gains - theirs.law.gains).norm() / theirs.law.gains.norm()
         # of order step^2 + rounding / step, see steerlens.hosts.traced.differences
         assert error < 1e-3
     with pytest.raises(NotImplementedError, match=r"apart from the weights .*solver='scalar'"):
-        sl.lqr(sl.remote(client), case.data, progress=False)
+        sl.lqr(sl.remote(client), case.data, paper=True, progress=False)
     assert clean(client)
 
 
 def test_gains_as_matrices_do_not_cross_the_wire(client, local):
     with pytest.raises(ValueError, match="do not come back from a server"):
-        sl.lqr(sl.remote(client), local("lqr").data, full_gain=True, progress=False)
+        sl.lqr(sl.remote(client), local("lqr").data, full_gain=True, paper=True, progress=False)

@@ -54,7 +54,7 @@ def test_what_needs_a_second_pass(client, local):
         ("caa", early),
         ("sadi", local("sadi").fit(mode="frozen", component="neuron")),
         ("cold_fd", local("cold_fd").fit(where="all", layers=[0, 2])),
-        ("lqr", local("lqr").fit(origin="own")),
+        ("lqr", local("lqr").fit(origin="own", level=1.5)),
     ):
         held = Case(method, "nnsight", model=case.model)
         held.controller = controller

@@ -1,0 +1,117 @@
+"""Defaults against each other and against the papers' settings, at one side effect.
+
+python benchmarks/defaults.py --tasks ocean wedding sentiment --folder runs    # resumable: a file a task
+python benchmarks/defaults.py --tasks ocean --arms caa lqr --prompts 8         # a quick look
+
+Every method is fitted on the dev half of a shipped set, its level or strength is chosen on dev prompts so that the mean
+KL is 0.3 nats per token, and what is printed is measured on the held-out half: how much likelier the wanted text has
+become than the unwanted one, in nats per token, with the paired interval of its difference to one-layer CAA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import common  # noqa: F401 (first, as it sets the environment)
+
+import torch  # isort: skip
+
+import steerlens as sl
+from steerlens.core import Controller
+from steerlens.evaluate import Arm, Bench, kl, propensity
+from steerlens.fit.shipped import shipped, shipped_texts
+from steerlens.models import gemma3, smollm2
+
+LIMIT = 0.3
+MODELS = {"smollm2": smollm2, "gemma3": gemma3}
+#: A method, its options, and what is turned until the budget is met: its level or its strength.
+ARMS = {
+    "caa": (sl.caa, {}, "strength"),
+    "caa, every layer": (sl.caa, {"layers": "all"}, "strength"),
+    "lqr": (sl.lqr, {"progress": False}, "level"),
+    "lqr, dense": (sl.lqr, {"solver": "dense", "progress": False}, "level"),
+    "lqr, paper": (sl.lqr, {"paper": True, "progress": False}, "level"),
+    "pid": (sl.pid, {}, "level"),
+    "pid, paper": (sl.pid, {"paper": True}, "level"),
+}
+
+
+def controllers(model: object, plant: sl.Linearization, bench: Bench, pairs: sl.Pairs, name: str) -> Callable:
+    """A function that fits an arm and sets its level."""
+    method, options, dial = ARMS[name]
+    if method is sl.lqr:
+        options = options | {"linearization": plant}
+    if dial == "strength":
+        return lambda: method(model, pairs, **options)
+
+    def fit() -> Controller:
+        level, meter = 1.5, kl()
+        for _ in range(4):
+            found = method(model, pairs, level=level, **options)
+            value = meter.pool(meter(bench, Arm(name, found)))
+            if abs(value / LIMIT - 1) < 0.1:
+                break
+            level *= min(max(math.sqrt(LIMIT / value), 0.25), 4.0)
+        return found
+
+    fit.digest = f"{name} at a level with a KL of {LIMIT}"  # type: ignore[attr-defined]
+    return fit
+
+
+def run(model: object, task: str, names: list[str], folder: Path, *, prompts: int, items: int) -> None:
+    """One task: compare, and print a row an arm."""
+    pairs = shipped(task, split="dev", read="mean")
+    held = shipped(task, split="held_out")[:items]
+    plant_file = folder / "plant.safetensors"
+    if plant_file.exists():
+        plant = sl.Linearization.load(plant_file)
+    else:
+        plant = sl.linearize(model, shipped_texts("neutral", split="dev")[:2], progress=False)
+        plant.save(plant_file)
+    bench = Bench(model, shipped_texts("prompts", split="dev")[:prompts])
+    found = sl.evaluate.compare(
+        model,
+        {name: controllers(model, plant, bench, pairs, name) for name in names},
+        propensity(held),
+        budget=kl() <= LIMIT,
+        prompts=shipped_texts("prompts", split="held_out")[: 2 * prompts],
+        damage=[],
+        baselines=(),
+        file=folder / f"{task}.jsonl",
+        progress=False,
+    )
+    print(f"\n{task}: wanted over unwanted, nats per token, at a KL of {LIMIT} (held out, {len(held.positive)} pairs)")
+    strengths = {arm: strength for arm, strength in found.arms}
+    for name in names:
+        effect = float(found.change(name, strengths[name]).mean())
+        line = f"  {name:18} {effect:+.3f}   KL {_cost(found, name, strengths):.2f}"
+        if name != "caa" and "caa" in names:
+            difference, low, high = found.difference(name, "caa")
+            line += f"   against caa {difference:+.3f} ({low:+.3f} to {high:+.3f})"
+        print(line, flush=True)
+
+
+def _cost(found: sl.evaluate.Evaluation, name: str, strengths: dict[str, float]) -> float:
+    values = found.values(name, strengths[name], "KL")
+    return float(torch.tensor([sum(item) / len(item) for item in values]).mean())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--tasks", nargs="+", default=["ocean", "wedding", "sentiment"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--folder", type=Path, default=Path("defaults"))
+    parser.add_argument("--prompts", type=int, default=12, help="for choosing; twice as many for reporting")
+    parser.add_argument("--items", type=int, default=20)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    loaded = MODELS[given.model]()
+    for each in given.tasks:
+        run(loaded, each, given.arms, given.folder, prompts=given.prompts, items=given.items)
