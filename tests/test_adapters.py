@@ -114,7 +114,7 @@ def test_a_controller_fitted_beside_an_adapter_is_that_of_the_merged_model(host)
         for mine, theirs in zip(*(controller.loops for controller in pair), strict=True):
             for a, b in zip(sl.core.tensors_of(mine.law), sl.core.tensors_of(theirs.law), strict=True):
                 close(a.float(), b.float(), method.__name__)
-    gains = [sl.lqr(model, PAIRS, progress=False, linearize_on=1) for model in (beside, merged)]
+    gains = [sl.lqr(model, PAIRS, paper=True, progress=False, linearize_on=1) for model in (beside, merged)]
     for mine, theirs in zip(gains[0].loops, gains[1].loops, strict=True):
         for a, b in zip(sl.core.tensors_of(mine.law), sl.core.tensors_of(theirs.law), strict=True):
             close(a, b, "lqr", 1e-3)

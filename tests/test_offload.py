@@ -63,7 +63,11 @@ def test_points_and_controls_are_those_of_the_model(how, host, tmp_path):
 def test_methods_are_fitted_as_on_the_plain_model_or_refused(how, host, tmp_path):
     model = hosted(how, host, tmp_path)
     plain = wrap(host, "tests/llama", build("llama"), tokenizer(), processed=False, prepend_bos=False)
-    for method, options in (("caa", {}), ("lqr", {"progress": False, "linearize_on": 1}), ("cold_kernel", {})):
+    for method, options in (
+        ("caa", {}),
+        ("lqr", {"paper": True, "progress": False, "linearize_on": 1}),
+        ("cold_kernel", {}),
+    ):
         found, expected = (getattr(sl, method)(each, PAIRS, **options) for each in (model, plain))
         for mine, theirs in zip(found.loops, expected.loops, strict=True):
             for a, b in zip(sl.core.tensors_of(mine.law), sl.core.tensors_of(theirs.law), strict=True):

@@ -60,7 +60,10 @@ def test_a_controller_comes_along_to_the_quantised_model_of_its_name(name, form)
     assert host_of(small).dtype == torch.float32, "what a model computes in, not what it keeps"
     fingerprint = host_of(small).fingerprint()
     assert fingerprint["n_layers"] == 3
-    for controller in (sl.caa(full, PAIRS, layers=[1]), sl.lqr(full, PAIRS, progress=False, linearize_on=1)):
+    for controller in (
+        sl.caa(full, PAIRS, layers=[1]),
+        sl.lqr(full, PAIRS, paper=True, progress=False, linearize_on=1),
+    ):
         base = logits_of(small, IDS)
         with pytest.warns(UserWarning, match="quantised"), sl.steer(small, controller):
             assert (logits_of(small, IDS) - base).abs().max() > 1e-3
@@ -83,7 +86,7 @@ def test_what_needs_the_matrices_or_their_gradient_is_refused_by_name(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_fitted_on_the_quantised_model_is_near_that_of_the_full_one(form):
     full, small = traced(build("llama")), traced(quantised(form, build("llama")))
-    methods = [("caa", {"layers": [1]}), ("lqr", {"progress": False, "linearize_on": 1})]
+    methods = [("caa", {"layers": [1]}), ("lqr", {"paper": True, "progress": False, "linearize_on": 1})]
     if form == "torch int8":
         # it rounds activations by the largest of the whole text, so that a token alone is another one
         with pytest.raises(RuntimeError, match=r"with a KV cache and .* without one"):

@@ -9,8 +9,10 @@ import torch
 
 import steerlens as sl
 from steerlens.models import tiny
+from steerlens.models.wrap import wrap
 from steerlens.testing import discover_hosts, padding
-from tests.sequence_cases import PAD, Library, Seen, batch_of, compare, controls_of, gated, generation, loops
+from tests.architectures import build, tokenizer
+from tests.sequence_cases import PAD, Draw, Library, Seen, batch_of, compare, controls_of, gated, generation, loops
 from tests.test_sequences import REPEATING, TEXT, new_cache, words
 
 HOSTS = discover_hosts()
@@ -307,3 +309,57 @@ def test_beams_with_everything_at_once(name):
             lib, [TEXT[:3], TEXT[:7]], 5, controller, num_beams=4, num_return_sequences=returned, **options
         )
         compare(seen, lib.reference(controller), produced="beams")
+
+
+# -- 15. a decoder called by its head, blocks run twice ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", HUGGING)
+def test_rows_of_opt_are_steered_as_each_alone(name, side):
+    """Its head calls the decoder, not the base model, and its positions come from the mask."""
+    plain, texts, vector = build("opt"), [TEXT[:4], TEXT[:7]], 3 * Draw(1).unit(32)
+    model = wrap(name, "tests/opt", build("opt"), tokenizer(), processed=False, prepend_bos=False)
+    inner = model.original_model if name == "bridge" else model._module
+    ids, mask, starts = batch_of(texts, side)
+
+    def add(module, args, output):
+        state = output[0] if isinstance(output, tuple) else output
+        state = torch.cat([state[:, :1], state[:, 1:] + vector], 1)  # position 0 is left alone
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    controller = sl.Controller([sl.Loop(sl.Add(vector), sl.Site(1), where="all")])
+    with torch.no_grad(), sl.steer(model, controller):
+        if name == "nnsight":
+            with model.trace({"input_ids": ids, "attention_mask": mask}):
+                logits = model.output.logits.save()
+        else:
+            logits = inner(input_ids=ids, attention_mask=mask).logits
+    handle = plain.model.decoder.layers[1].register_forward_hook(add)
+    with torch.no_grad():
+        for row, text in enumerate(texts):
+            wanted = plain(torch.tensor([text])).logits[0]
+            found = logits[row, starts[row] : starts[row] + len(text)]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    handle.remove()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", [name for name in HUGGING if name == "bridge"])
+def test_checkpointing_of_either_kind_changes_no_gradient(name, reentrant):
+    """With and without signals recorded, which the second run of a block must not record again."""
+    found = []
+    for on, record in ((False, None), (True, None), (True, "all")):
+        lib, vector = Library(name), torch.zeros(32, requires_grad=True)
+        controller = sl.Controller([sl.Loop(sl.Add(vector), sl.Site(1), where="all")])
+        if on:
+            lib.inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            lib.inner.train()
+        with torch.enable_grad(), sl.steer(lib.model, controller, record=record) as run:
+            lib.inner(input_ids=torch.tensor([TEXT]), use_cache=False).logits[0, -1].square().mean().backward()
+            if record:
+                assert run.record["blocks.1.hook_steer_u"].shape == (1, len(TEXT), 32)
+        found.append(vector.grad)
+    assert found[0].any()
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0])

@@ -70,10 +70,11 @@ def untrusted(monkeypatch):
 
 @pytest.fixture(scope="session")
 def local():
-    """Cases on local weights, each fitted once."""
+    """Cases on local weights, each fitted once; `lqr` and `pid` as in their paper, without a second pass."""
     from steerlens.testing import Case
 
-    return cache(lambda method: Case(method, "nnsight"))
+    papers = {"lqr": {"paper": True}, "pid": {"paper": True}}
+    return cache(lambda method: Case(method, "nnsight", options=papers.get(method)))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -13,8 +13,8 @@ from steerlens.testing import discover_methods
 
 pytestmark = pytest.mark.remote
 
-#: Options with which a method is fitted on a server that trusts, where its defaults are refused.
-OPTIONS = {"track": {"solver": "output"}}
+#: Options with which a method is fitted on a server.
+OPTIONS = {"track": {"solver": "output"}, "lqr": {"paper": True}, "pid": {"paper": True}}
 PARAMETERS = "differentiating the parameters needs the weights here"
 WEIGHTS = "output weights of the MLP are not here"
 APART = r"apart from the weights \(untrusted\)"

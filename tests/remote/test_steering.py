@@ -41,9 +41,7 @@ def test_a_sum_of_two(client, local):
 
 @pytest.mark.parametrize("method", ["lqr", "caa", "ablation"])
 def test_untrusted_requests(method, client, local, untrusted):
-    options = {"paper": True} if method == "lqr" else {}  # without a second pass
-    case = Case(method, "nnsight", model=local(method).model, options=options)
-    check_runs_on_a_server(case, Case(method, "nnsight", model=client, remote=True))
+    check_runs_on_a_server(local(method), Case(method, "nnsight", model=client, remote=True))
 
 
 def test_what_needs_a_second_pass(client, local):
@@ -56,7 +54,7 @@ def test_what_needs_a_second_pass(client, local):
         ("caa", early),
         ("sadi", local("sadi").fit(mode="frozen", component="neuron")),
         ("cold_fd", local("cold_fd").fit(where="all", layers=[0, 2])),
-        ("lqr", local("lqr").fit(origin="own")),
+        ("lqr", local("lqr").fit(origin="own", level=1.5)),
     ):
         held = Case(method, "nnsight", model=case.model)
         held.controller = controller
