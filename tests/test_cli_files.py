@@ -126,7 +126,7 @@ def test_files_of_torch_are_told_apart(folder):
         (["convert", "c.safetensors", "c.gguf"], "steers the tokens 'last'; a GGUF control vector steers every token"),
         (
             ["convert", "c.safetensors", "c.xyz"],
-            "the name c.xyz tells no format; use --to: the formats that are written",
+            "the name c.xyz has no known ending; use --to: the formats that are written",
         ),
         (["convert", "c.safetensors", "c.gguf", "--to", "tensors"], "--to tensors: the formats that are written are"),
         (["convert", "c.safetensors", "none/c.gguf"], "there is no folder none"),

@@ -35,12 +35,13 @@ print(*[f"+ {text}" for text in pairs.positive[:3]], *[f"- {text}" for text in p
 #
 # **A-LQR** is a feedback loop: before each block it measures how far the state $x_t$ is from a setpoint along the
 # direction $v_t$ of that layer, and after the block it adds a control in proportion, with a gain $K_t$ from a linear
-# quadratic regulator over all layers:
+# quadratic regulator over all layers. This is the setting of its paper; without `paper=True` you get defaults that were
+# chosen by measurement on small models, see [Measured](../docs/measured.md).
 #
 # $$u_t = K_t\,e_t, \qquad e_t = (\text{setpoint}_t - \langle v_t, x_t\rangle)\,v_t$$
 
 # %%
-controllers = {"CAA": sl.caa(model, pairs), "A-LQR": sl.lqr(model, pairs, progress=False)}
+controllers = {"CAA": sl.caa(model, pairs), "A-LQR": sl.lqr(model, pairs, paper=True, progress=False)}
 
 # %% [markdown]
 # ## The same price for both

@@ -41,7 +41,7 @@ effect = propensity(sl.shipped("sentiment", split="held_out")[:14])
 # %%
 vectors = sl.caa(model, dev, layers=range(model.cfg.n_layers))
 plant = sl.linearize(model, ["".join(text) for text in dev.positive[:2]], progress=False)
-options = {"linearization": plant, "progress": False}
+options = {"paper": True, "linearization": plant, "progress": False}
 controllers = {
     "one layer": vectors.only([15]) * 2.5,
     "every layer": vectors * 0.1,

@@ -16,7 +16,7 @@ from steerlens.models import smollm2
 
 model = smollm2()
 pairs = sl.shipped("sentiment", split="dev", read="completion")
-controller = sl.lqr(model, pairs, linearize_on=2, progress=False)
+controller = sl.lqr(model, pairs, paper=True, linearize_on=2, progress=False)
 prompts = ["The food at the restaurant was", "I saw the movie and it was", "The weather today is"]
 metric = logit_difference(model, [" great", " wonderful", " delicious"], [" bad", " terrible", " awful"])
 controller

@@ -29,7 +29,7 @@ print(type(local).__name__, "on a server" if REMOTE else "here")
 
 # %%
 pairs = sl.shipped("ocean", split="dev", read="mean")
-controller = sl.lqr(local, pairs, linearize_on=2, progress=False)
+controller = sl.lqr(local, pairs, paper=True, linearize_on=2, progress=False)
 controller
 
 # %% [markdown]

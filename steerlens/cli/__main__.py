@@ -21,7 +21,7 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     help="Steering of language models as feedback control.",
-    epilog="Exit codes: 0, 1 it failed (one sentence says why), 2 the call is wrong, 130 interrupted.",
+    epilog="Exit codes: 0, 1 it failed (one sentence gives the reason), 2 the call is wrong, 130 interrupted.",
     pretty_exceptions_enable=False,
 )
 

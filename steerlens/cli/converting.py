@@ -17,8 +17,8 @@ from steerlens.sharing.plain import EVERY_TOKEN
 def convert_command(
     source: Path = typer.Argument(..., metavar="IN", help="The file to read."),  # noqa: B008
     out: Path = typer.Argument(..., metavar="OUT", help="The file to write; an older one is replaced."),  # noqa: B008
-    form: str = typer.Option(None, "--from", help=f"Format of IN: {', '.join(READ)}. Default: as its name says."),
-    to: str = typer.Option(None, "--to", help=f"Format of OUT: {', '.join(WRITTEN)}. Default: as its name says."),
+    form: str = typer.Option(None, "--from", help=f"Format of IN: {', '.join(READ)}. Default: by its ending."),
+    to: str = typer.Option(None, "--to", help=f"Format of OUT: {', '.join(WRITTEN)}. Default: by its ending."),
     layers: str = typer.Option(None, help="Layers to use: 15, or 3,9, or 5-10. Default: all."),
     strength: float = typer.Option(1.0, help="Factor on every control."),
     every_token: bool = typer.Option(

@@ -23,7 +23,7 @@ from steerlens.sharing import (
     to_lm_eval,
 )
 
-#: Formats that are read and that are written, and those that a file's name says.
+#: Formats that are read and that are written, and those that the ending of a file name selects.
 READ = ("steerlens", "gguf", "lm-eval", "hidden-directions", "tensors")
 WRITTEN = ("steerlens", "gguf", "lm-eval", "interventions")
 ENDINGS = {".safetensors": "steerlens", ".gguf": "gguf", ".pt": "lm-eval", ".pth": "lm-eval", ".json": "interventions"}
@@ -71,7 +71,7 @@ def write_controller(controller: Controller, path: Path, *, form: str | None, mo
     """
     kind = form or ENDINGS.get(path.suffix)
     if kind not in WRITTEN:
-        what = f"--to {form}" if form else f"the name {path.name} tells no format; use --to"
+        what = f"--to {form}" if form else f"the name {path.name} has no known ending; use --to"
         raise ValueError(f"{what}: the formats that are written are {', '.join(WRITTEN)}")
     writers: dict[str, Callable[[], None]] = {
         "steerlens": lambda: controller.save(path),

@@ -1,4 +1,4 @@
-"""Progress bars: of every loop that may take more than a few seconds, and silent where somebody says so."""
+"""Progress bars: of every loop that may take more than a few seconds, and silent on request."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from steerlens.fit.contrast import Pairs, Text
 
 #: From texts to one vector each, `[text d]`, an array or a tensor.
 Embed = Callable[[list[str]], Any]
-#: What `concept` embeds with unless told otherwise, a name that sentence-transformers knows.
+#: What `concept` embeds with by default, a name that sentence-transformers knows.
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 

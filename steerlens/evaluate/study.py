@@ -272,7 +272,7 @@ class _Once:
         return self._controller
 
     def identity(self) -> Any:
-        """For the protocol: the controller's, or what the function says of itself."""
+        """For the protocol: the controller's, or what the function declares."""
         if isinstance(self._method, Controller):
             return identity(self._method)
         return {"fit": getattr(self._method, "digest", getattr(self._method, "__qualname__", "?"))}

@@ -36,7 +36,7 @@ def read_gguf(path: str | Path, architecture: str) -> tuple[dict[str, Any], dict
 
     Raises:
         OSError: it cannot be read.
-        ValueError: no such file, another architecture, or damaged; the message says what was found.
+        ValueError: no such file, another architecture, or damaged; the message names what was found.
     """
     with open(path, "rb") as file:
         head = _Head(file, os.fstat(file.fileno()).st_size)

@@ -19,7 +19,8 @@ class Walk:
     A block asks nnsight for a value, is switched to with it, asks for it to be replaced and is switched to again: some
     30 microseconds a location, which is more than a law takes. Where nobody else can act in between, the edit's worker
     parks at the first tap only. This answers for it there, moves its request on to the next tap, and wakes it behind
-    the last one. The order of workers, caches and counts stay nnsight's.
+    the last one. The order of workers, caches and counts stay nnsight's. `lqr` on four blocks then takes 179 calls a
+    token instead of 370, with equal operations; `pytest tests/test_traced_visits.py -k fast_path` compares both.
 
     Upstream: nnsight (0.8.1) has no function that an edit could register for several locations, to be called where the
     value is; with one, this file goes.
