@@ -148,8 +148,8 @@ def _layers(table: Any, controller: Controller, record: Record) -> Any:
         steered = ~record.layers("error")[layer][0].isnan()
         means = [float(signals[name][layer][0][steered].mean()) for name in signals]
         # a level that is counted from the token's own unsteered state has a setpoint for each token
-        law = loop.law.law if isinstance(loop.law, Relative) else loop.law
-        setpoint = float(torch.as_tensor(law.setpoint.level))  # type: ignore[attr-defined]
+        law: Any = loop.law.law if isinstance(loop.law, Relative) else loop.law
+        setpoint = float(torch.as_tensor(law.setpoint.level))
         if isinstance(loop.law, Relative):
             setpoint += float(record["reference", layer][0][steered].mean())
         rows.add_row(str(layer), *(f"{value:.2f}" for value in (setpoint, *means)))
