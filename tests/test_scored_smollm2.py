@@ -28,6 +28,9 @@ PAIRS = [
 PROMPTS, COUNT = ["The best thing about the sea is", "My dog"], 3
 #: Fewer passes than a fit needs that is to be any good: where controls act is what is tested here.
 QUICK = {"lqr": {"solver": "scalar"}}
+#: Of the largest logit. `tda` switches a neuron off or not: rounding takes one of 46,080 across its threshold, which
+#: moves log-probabilities by .009 (nnsight, one neuron of block 7).
+ROUNDING = {"tda": 5e-4}
 
 
 @cache
@@ -84,7 +87,7 @@ def test_scored_equals_generated(host, method):
                 found = torch.stack([logits[row, starts[row] + t - 1, text[t]] for t in places])
                 # rounding goes with the size of the logits, of which these are differences
                 scale = float(logits[row, starts[row] + len(text) - 1].abs().max())
-                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * scale)
+                torch.testing.assert_close(found, wanted, rtol=0, atol=ROUNDING.get(method, 1e-5) * scale)
     with torch.no_grad():
         plain = case.logits(ids, mask).log_softmax(-1)
     for row, text in enumerate(rows):
