@@ -194,6 +194,8 @@ def test_an_interrupt_leaves_no_file(folder):
     """While a file is being written, which is what an interrupt could leave half done."""
     code = (
         "import os, signal, steerlens.core.tensorfile as files\n"
+        # a shell starts what it sends to the background with interrupts ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "fsync = os.fsync\n"
         "os.fsync = lambda d: (fsync(d), os.kill(os.getpid(), signal.SIGINT))\n"
         "import sys; sys.argv = ['steerlens', 'fit', 'pairs.csv', '--model', 'tiny', '-o', 'c.safetensors']\n"

@@ -280,27 +280,32 @@ def test_an_interrupt_at_any_step_of_attaching_leaves_the_model_attached_or_not(
 
     model = tiny(host=host)
     before = snapshot(model)
-    for at in range(1, 400, 23):
+
+    def attach(at):
+        """The number of calls that were made."""
         calls = [0]
 
-        def trace(frame, event, argument, calls=calls, at=at):
+        def trace(frame, event, argument):
             if event == "call" and "/steerlens/" in frame.f_code.co_filename:
                 calls[0] += 1
                 if calls[0] == at:
                     raise KeyboardInterrupt
-            return
 
-        run = None
         sys.settrace(trace)
         try:
-            run = sl.steer(model, loops())
-            run.remove()
+            sl.steer(model, loops()).remove()
         except KeyboardInterrupt:
             pass
         finally:
             sys.settrace(None)
         sl.clear(model)
         assert snapshot(model) == before, f"an interrupt at call {at} leaves something behind"
+        return calls[0]
+
+    attach(None)
+    whole = attach(None)
+    for at in range(1, whole + 1, 3):
+        attach(at)
 
 
 def test_the_forms_of_where_do_not_depend_on_the_draw():

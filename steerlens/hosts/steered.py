@@ -24,7 +24,7 @@ _NOTHING = object()
 
 
 class Wrapped:
-    """A function in the place of a method of one object, until it is removed.
+    """A function in the place of a method of one object, from when it is installed until it is removed.
 
     Args:
         owner: The object.
@@ -33,13 +33,18 @@ class Wrapped:
     """
 
     def __init__(self, owner: Any, name: str, around: Callable[..., Any]):
-        self.inner = getattr(owner, name)
         self.around = around
         self.name = name
         self._owner = weakref.ref(owner)
-        self._before = owner.__dict__.get(name, _NOTHING)
+
+    def install(self) -> None:
+        """Take the method's place."""
+        owner = self._owner()
+        assert owner is not None
+        self.inner = getattr(owner, self.name)
+        self._before = owner.__dict__.get(self.name, _NOTHING)
         functools.update_wrapper(self, self.inner, updated=())
-        owner.__dict__[name] = self
+        owner.__dict__[self.name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of the method."""
@@ -111,8 +116,10 @@ class Steered:
             steered = vars(model)[_NAME] = cls(model)
         steered.attached.append(attachment)
         if not steered.wraps:
-            steered.wraps.append(PlainCopy(steered, model))
-            steered.wraps += wraps(steered)
+            # known before any of them is installed: an interrupt in between leaves none behind
+            steered.wraps = [PlainCopy(steered, model), *wraps(steered)]
+            for wrapped in steered.wraps:
+                wrapped.install()
         return steered
 
     def leave(self, attachment: Attachment) -> None:
@@ -316,6 +323,11 @@ class PlainCopy:
     def __init__(self, steered: Steered, model: Any):
         self._steered = steered
         self._model = weakref.ref(model)
+
+    def install(self) -> None:
+        """Make the next deep copy plain."""
+        model = self._model()
+        assert model is not None
         vars(model)["__deepcopy__"] = self
 
     def __call__(self, memo: dict[int, Any]) -> Any:

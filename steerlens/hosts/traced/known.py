@@ -76,22 +76,28 @@ def wraps(base: nn.Module, model: nn.Module, interleaver: Any, steered: Steered)
             if made is not None:
                 steered.bind(steered.present[0], made)
 
-    handles = [
-        base.register_forward_pre_hook(enter, with_kwargs=True),
-        base.register_forward_hook(leave, with_kwargs=True),
+    hooks = [
+        _Hook(lambda: base.register_forward_pre_hook(enter, with_kwargs=True)),
+        _Hook(lambda: base.register_forward_hook(leave, with_kwargs=True)),
     ]
-    return [*map(_Handle, handles), *hf_generations(steered, model, whole=True)]
+    return [*hooks, *hf_generations(steered, model, whole=True)]
 
 
-class _Handle:
-    """A hook of PyTorch, as something to remove."""
+class _Hook:
+    """A hook of PyTorch, as something to install and to remove."""
 
-    def __init__(self, handle: Any):
-        self._handle = handle
+    def __init__(self, register: Callable[[], Any]):
+        self._register = register
+        self._handle: Any = None
+
+    def install(self) -> None:
+        """Register it."""
+        self._handle = self._register()
 
     def remove(self) -> None:
-        """Take it off."""
-        self._handle.remove()
+        """Take it off, if it is on."""
+        if self._handle is not None:
+            self._handle.remove()
 
     def strip(self, memo: dict[int, Any]) -> None:
         """A copy of an nnsight model has no hooks of this one."""
