@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steerlens.control.linearization import Plant
 from steerlens.control.lowrank import FeatureCostToGo
+from steerlens.control.regulator import SOLVERS
 from steerlens.core import Controller, Loop, Site
 from steerlens.core.progress import bar
 from steerlens.core.types import Where
@@ -105,6 +106,7 @@ def least_control(
     least = float(dual @ spent @ dual)
     _check_limit(targets, ahead, math.sqrt(max(least, 0.0)) / float(path[last + 1].norm()), limit)
     found = {
+        "controller": f"{SOLVERS['output']} with preview",
         "targets": [target.arguments for target in targets],
         "acting": sorted(prices),
         "linearized_on": plant.n_texts,
