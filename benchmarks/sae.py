@@ -101,8 +101,8 @@ def main() -> None:
         f"hold, encoder row, layer {layer}": sl.sae.hold(model, direct),
     }
     for first in (layer - 1, layer - 3, layer - 7):
-        led = sl.sae.reach(model, target, FIT, layers=range(first, layer + 1), progress=False)
-        controllers[f"reach, layers {first}-{layer}"] = led
+        led = sl.lqr(model, target, FIT, layers=range(first, layer + 1), progress=False)
+        controllers[f"lqr, layers {first}-{layer}"] = led
     print(f"{'':32}{'median miss':>12}{'largest miss':>14}{'within 5 %':>12}{'energy':>10}")
     for name, controller in controllers.items():
         row = judge(model, controller, target)

@@ -130,11 +130,11 @@ def plant(model, layers=4, d=32):
     return Linearization(jacobians, path, sl.hosts.host_of(model).fingerprint(), 1)
 
 
-def test_lead_is_the_least_energy_that_a_dense_solver_finds():
+def test_lqr_of_a_feature_is_the_least_energy_that_a_dense_solver_finds():
     """One token through the linear model itself: controls of minimal norm with `sum_t Z_{t+1} u_t = z* - z`."""
     model, sae = tiny("llama", host="bridge"), autoencoder()
     linear, target = plant(model), sl.sae.feature(sae, [3, 7], level=[6.0, 3.0])
-    controller = sl.sae.reach(model, target, [], linearization=linear, r=[1.0, 2.0, 0.5], progress=False, limit=None)
+    controller = sl.lqr(model, target, linearization=linear, r=[1.0, 2.0, 0.5, 1.0], progress=False, limit=None)
     jacobians, path = linear.jacobians.double(), linear.states.double()
     x = path[0] + 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(4)).double()
     start, controls = x, []
@@ -158,9 +158,9 @@ def test_lead_is_the_least_energy_that_a_dense_solver_finds():
     torch.testing.assert_close(torch.cat(controls), best, atol=1e-5, rtol=1e-4)
 
 
-def test_lead_at_the_features_layer_alone_is_hold_along_the_encoder():
+def test_lqr_at_the_features_layer_alone_is_hold_along_the_encoder():
     model, sae = tiny("llama", host="bridge"), autoencoder()
-    led = sl.sae.reach(model, sl.sae.feature(sae, 3, level=4.0), TEXTS, layers=[2], progress=False, limit=None)
+    led = sl.lqr(model, sl.sae.feature(sae, 3, level=4.0), TEXTS, layers=[2], progress=False, limit=None)
     held = sl.sae.hold(model, sl.sae.feature(sae, 3, level=4.0, along="encoder"))
     x = states(5)
     for u, expected in zip(led.loops[0].law.act(x, Now())[:1], held.loops[0].law.act(x, Now())[:1], strict=True):
@@ -179,7 +179,7 @@ def test_reach_reports_asked_predicted_and_reached_and_the_bound(host):
     assert float(result.miss.max()) < 1e-4
     table = result.table()
     assert {"at_least", "before", "predicted", "reached", "energy", "share", "bound"} <= set(table.columns)
-    led = reach(case.model, sl.sae.reach(case.model, target, TEXTS, progress=False, limit=None), target, TEXTS)
+    led = reach(case.model, sl.lqr(case.model, target, TEXTS, progress=False, limit=None), target, TEXTS)
     torch.testing.assert_close(led.reached, torch.full((3, 1), 4.0).double(), atol=1e-4, rtol=0)
     assert (led.least < result.least).all()
 
@@ -195,11 +195,11 @@ def test_the_plot_of_reach_has_axes_with_units():
 def test_a_level_beyond_the_limit_is_refused_with_the_bound():
     model, sae = tiny("llama", host="bridge"), autoencoder()
     with pytest.raises(ValueError, match=r"needs a control of .* within the limit of 1 it reaches ([\d.]+)\.") as error:
-        sl.sae.reach(model, sl.sae.feature(sae, 3, level=1e4), TEXTS, progress=False)
+        sl.lqr(model, sl.sae.feature(sae, 3, level=1e4), TEXTS, progress=False)
     bound = float(str(error.value).split("it reaches ")[1].split(". ")[0])
-    sl.sae.reach(model, sl.sae.feature(sae, 3, level=bound * 0.98), TEXTS, progress=False)
+    sl.lqr(model, sl.sae.feature(sae, 3, level=bound * 0.98), TEXTS, progress=False)
     with pytest.raises(ValueError, match="within the limit"):
-        sl.sae.reach(model, sl.sae.feature(sae, 3, level=bound * 1.02), TEXTS, progress=False)
+        sl.lqr(model, sl.sae.feature(sae, 3, level=bound * 1.02), TEXTS, progress=False)
 
 
 def test_a_controller_is_kilobytes_and_loads_and_runs_without_sae_lens(tmp_path):

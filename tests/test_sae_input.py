@@ -68,14 +68,14 @@ def _bad(case):
         ),
         "unfolded": (ValueError, "fold its scale in", lambda: feature(unfolded, 3, level=4)),
         "bounded": (ValueError, "no activation exceeds", lambda: feature(normalised, 3, level=1e3)),
-        "later layer": (ValueError, "comes after the feature's", lambda: sl.sae.reach(model, good, TEXTS, layers=[3])),
-        "price": (ValueError, "one positive price", lambda: sl.sae.reach(model, good, TEXTS, r=-1)),
+        "later layer": (ValueError, "comes after the feature's", lambda: sl.lqr(model, good, TEXTS, layers=[3])),
+        "price": (ValueError, "r=-1", lambda: sl.lqr(model, good, TEXTS, r=-1)),
         "reach norm": (
             ValueError,
             "affine in the state",
-            lambda: sl.sae.reach(model, feature(normalised, 3, level=1), TEXTS),
+            lambda: sl.lqr(model, feature(normalised, 3, level=1), TEXTS),
         ),
-        "no text": (ValueError, "at least 2 tokens", lambda: sl.sae.reach(model, good, [])),
+        "no text": (ValueError, "at least 2 tokens", lambda: sl.lqr(model, good, [])),
         "no prompt": (ValueError, "no prompts", lambda: reach(model, hold(model, good), good, [])),
         "one pair": (
             ValueError,

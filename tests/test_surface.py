@@ -33,7 +33,7 @@ def test_the_public_names_are_those_that_dir_lists():
     assert dir(sl) == sorted(sl.__all__)
     assert all(hasattr(sl, name) for name in sl.__all__)
     assert not {"core", "torch", "sys", "Package", "lead", "watch", "feature"} & set(dir(sl))
-    assert {"feature", "hold", "reach", "observe", "rank_features", "describe"} <= set(sl.sae.__all__)
+    assert {"feature", "hold", "observe", "rank_features", "describe"} <= set(sl.sae.__all__)
 
 
 def test_add_adds_a_vector(model):

@@ -118,5 +118,5 @@ for name, controller in controllers.items():
 #
 # That a feature is a concept. This autoencoder is small and was trained in minutes; one of its features holds only part
 # of what makes a text about the ocean, and at a level that no text would have, the text itself begins to fall apart. A good autoencoder and a good label do not remove the question: count, as here. To let earlier layers
-# share the work, see `sl.sae.reach`; to see what carries the effect,
+# share the work, see `sl.lqr` of a feature; to see what carries the effect,
 # [tutorial 5](05_inside_the_circuit.ipynb).

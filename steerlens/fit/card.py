@@ -36,6 +36,7 @@ class Card:
         prompt_passes: Forward passes of a steered model at a prompt.
         token_passes: Forward passes at each generated token.
         concepts: Whether it also takes a list of `Pairs`, one for each concept.
+        features: Whether it also takes features of autoencoders in place of the texts, one or a list of them.
         also: What else it needs, in words.
 
     Raises:
@@ -48,6 +49,7 @@ class Card:
     prompt_passes: int = 1
     token_passes: int = 1
     concepts: bool = False
+    features: bool = False
     also: str = ""
 
     def __post_init__(self) -> None:

@@ -16,8 +16,9 @@ import torch
 
 from steerlens.core import Controller, check_where
 from steerlens.fit.card import Card
+from steerlens.fit.goal import goals_of
 from steerlens.fit.reading import check_concepts, check_contrast, check_option, check_paired
-from steerlens.fit.recipe import recipe
+from steerlens.fit.recipe import plain, recipe
 from steerlens.hosts import host_of
 
 Function = TypeVar("Function", bound=Callable[..., Controller])
@@ -29,6 +30,7 @@ def method(
     exceptions: Mapping[str, str] | None = None,
     options: Mapping[str, Collection[Any]] | None = None,
     paper: Mapping[str, Any] | None = None,
+    only: Mapping[str, Collection[str]] | None = None,
 ) -> Callable[[Function], Function]:
     """Make a steering method of a function `name(model, data, *, ...) -> Controller`.
 
@@ -46,6 +48,8 @@ def method(
         options: Arguments with a fixed set of values, and these values.
         paper: Arguments whose defaults are not the published ones, and the published ones: with `paper=True` these are
             the defaults. The function has the argument `paper`, and need not look at it.
+        only: For a card with `features`: the arguments that apply to contrast texts alone, under `"texts"`, and to
+            features alone, under `"features"`. The recipe holds those that apply.
 
     Raises:
         TypeError: the function does not begin with model and data, or an option is no argument of it.
@@ -56,7 +60,9 @@ def method(
         name = function.__name__
         if list(signature.parameters)[:2] != ["model", "data"]:
             raise TypeError(f"{name}{signature} is no method; its first two arguments are model and data")
-        unknown = sorted({*(options or ()), *(paper or ()), *(["paper"] if paper else [])} - set(signature.parameters))
+        limited = {argument for arguments in (only or {}).values() for argument in arguments}
+        named = {*(options or ()), *(paper or ()), *(["paper"] if paper else []), *limited}
+        unknown = sorted(named - set(signature.parameters))
         if unknown:
             raise TypeError(f"{name} declares the option {unknown[0]!r}, which is no argument of it")
 
@@ -66,13 +72,15 @@ def method(
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{name}() {error}") from None
+            _check_only(signature, bound.arguments, only or {})
             if bound.arguments.get("paper"):
                 bound.arguments.update({**(paper or {}), **bound.arguments})
             bound.apply_defaults()
-            asked = dict(bound.arguments)
-            model, data = asked.pop("model"), asked.pop("data")
+            model, data = bound.arguments["model"], bound.arguments["data"]
+            beside = {"model", "data", *(only or {}).get("texts" if goals_of(data) else "features", ())}
+            asked = {argument: value for argument, value in bound.arguments.items() if argument not in beside}
             for option, known in (options or {}).items():
-                check_option(option, asked[option], known)
+                check_option(option, bound.arguments[option], known)
             _check_common(asked)
             host = bound.arguments["model"] = host_of(model)
             _check_data(name, card, data)
@@ -158,9 +166,22 @@ def _check_common(asked: Mapping[str, Any]) -> None:
         raise ValueError(f"strength={strength!r}; it must be finite")
 
 
+def _check_only(signature: inspect.Signature, given: Mapping[str, Any], only: Mapping[str, Collection[str]]) -> None:
+    """Raises for an argument that does not apply to the kind of data that was given."""
+    features = bool(goals_of(given["data"]))
+    for argument in only.get("texts" if features else "features", ()):
+        default = signature.parameters[argument].default
+        if argument in given and plain(given[argument]) != plain(default):
+            if features:
+                words = "contrast texts, and data are features, whose level and site feature() sets"
+            else:
+                words = "features of autoencoders, and data are contrast texts"
+            raise ValueError(f"{argument}= is for {words}; leave it out")
+
+
 def _check_data(name: str, card: Card, data: Any) -> None:
     """Raises unless the data are of the kind that the card names; what only some options need, the method checks."""
-    if card.needs == "texts":
+    if card.needs == "texts" or (card.features and goals_of(data)):
         return
     if card.concepts:
         check_concepts(data)

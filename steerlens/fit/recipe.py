@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from steerlens.core import Site
 from steerlens.fit.contrast import Pairs
+from steerlens.fit.goal import Goal
 from steerlens.hosts import Host
 from steerlens.version import __version__
 
@@ -43,12 +44,12 @@ def recipe(
 
 
 def digest(data: Any) -> Any:
-    """A hash of texts; for a list of `Pairs` a list of hashes, and None for no data."""
+    """A hash of texts or of a goal; for a list of `Pairs` or goals a list of hashes, and None for no data."""
     if data is None:
         return None
-    if isinstance(data, Pairs):
+    if isinstance(data, (Pairs, Goal)):
         return data.digest()
-    if isinstance(data, (list, tuple)) and any(isinstance(each, Pairs) for each in data):
+    if isinstance(data, (list, tuple)) and any(isinstance(each, (Pairs, Goal)) for each in data):
         return [digest(each) for each in data]
     return _sha256(json.dumps(plain(data), sort_keys=True).encode())
 

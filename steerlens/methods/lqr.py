@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from typing import cast
 
 from steerlens.control.gains import foresee, gains_for, react
-from steerlens.control.linearization import Linearization, check_plant, check_texts
+from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant, check_texts
 from steerlens.control.regulator import SOLVERS, Weights
 from steerlens.control.targets import AIMS, Aim, Targets
 from steerlens.core import Controller
@@ -17,18 +18,31 @@ from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
 from steerlens.hosts import Host
 from steerlens.hosts.types import Model
+from steerlens.sae.feature import Target, targets_of
+from steerlens.sae.reach import acting_layers, check_affine, least_control
 
 
 @method(
     card=Card(
-        needs="sets", points=("resid_post",), derivatives="blocks", prompt_passes=2, token_passes=2, concepts=True
+        needs="sets",
+        points=("resid_post",),
+        derivatives="blocks",
+        prompt_passes=2,
+        token_passes=2,
+        concepts=True,
+        features=True,
     ),
     options={**AIMS, "solver": tuple(SOLVERS)},
     paper={"origin": "zero", "level": 1.0, "q": 0.1, "solver": "dense"},
+    only={
+        "texts": [*AIMS, "level", "angle_rad", "q", "qf", "solver", "preview", "linearize_on", "full_gain", "paper"],
+        "features": ["texts", "limit"],
+    },
 )
 def lqr(
     model: Model,
-    data: Pairs | Sequence[Pairs],
+    data: Pairs | Sequence[Pairs] | Target | Sequence[Target],
+    texts: Sequence[Text] | None = None,
     *,
     level: float | Sequence[float] | None = None,
     setpoint: str = "level",
@@ -45,6 +59,7 @@ def lqr(
     where: Where = "last",
     linearize_on: int | Sequence[Text] = 4,
     linearization: Linearization | None = None,
+    limit: float | None = 1.0,
     full_gain: bool = False,
     paper: bool = False,
     progress: bool = True,
@@ -74,10 +89,26 @@ def lqr(
     - `"scalar"`, an approximation of A-LQR: S is approximated by a multiple of the identity, as if every A_t were
       orthogonal, `g_t = m_t A_t v_t`; one tangent a layer. On a 30-layer model the error of its gains is 10 to 70 %.
 
+    A feature of an autoencoder at layer L, `lqr(model, sae.feature(sae, i, level=...), texts)`, is reached through the
+    layers before it with the least control. This is the regulator of `"output"` with `preview`, whose last cost has
+    infinite weight and whose others are 0:
+
+        minimise  sum_t r_t |u_t|^2   subject to   z_L in its range,   x_{t+1} = f_t(x_t) + u_t
+        u_t = Z_{t+1}' G_t^-1 (z* - z_predicted) / r_t,   z_predicted = Z_t (x_t - path_t) + z(path_L)
+        G_t = sum_{s >= t} Z_{s+1} Z_{s+1}' / r_s,   Z_t = W_enc A_L ... A_t
+
+    with z the pre-activation, z* the nearest one in the range, the path that of the texts, and s over the layers that
+    act. The layers before L act on a linear model; the loop at L senses where it acts and corrects what remains along
+    the encoder row, so that the level is reached exactly. With `layers=[L]` it is `sae.hold` along the encoder. A list
+    of targets, one a layer, reaches each at its layer: their rows are stacked, and the loop at each senses its own.
+    How much the earlier layers save depends on how well the linear model predicts; `diagnose.reach` reports it.
+
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts; `Pairs.read` selects the token whose activation is used. A list of `Pairs` steers several
-            concepts at once; Jacobians are then taken on the first one's texts.
+            concepts at once; Jacobians are then taken on the first one's texts. Or a target from `sae.feature` at a
+            `resid_post`, or a list of them; their `along` does not matter here.
+        texts: For features: linearise at the last token of each; Jacobians and path are means over them.
         level: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
             concept; default 1.5. 0 holds the feature at the origin; with `origin="own"` it is off, to the last bit.
         setpoint: `"level"`, as above, or `"angular"`: the state is turned in the plane of v_t and the first principal
@@ -96,7 +127,8 @@ def lqr(
         qf: Weight of the last state.
         solver: See above.
         preview: See above; only with `solver="output"` and levels.
-        layers: Where to act; default all. The cost still counts the others, through which the state moves freely.
+        layers: Where to act; default all. The cost still counts the others, through which the state moves freely. For
+            features all up to the last of them; without their own layers what remains is not corrected.
         strength: Factor on the control, no unit: 0 is off, and only 1 is the regulator's control.
         where: Token positions, see `Loop`. `"last"` is A-LQR; A-LQR+ steers all of them: `"all"`, or
             `slice(0, None)` with position 0, as in the authors' code.
@@ -105,6 +137,8 @@ def lqr(
             gradients through several blocks are products of the averages.
         linearization: Jacobians from `linearize`, used instead of `linearize_on`: a sweep over weights, setpoints and
             levels then costs seconds.
+        limit: For features: refuse a level for which the linear model needs, on the mean path, a control of more than
+            this share of the residual stream's norm at the last feature, where it does not hold. None: no limit.
         full_gain: Keep K_t in `controller.loops[i].law.matrix`, `[d d]` per layer, for inspection.
         paper: Take the paper's setting for what is not given: `origin="zero"`, `level=1`, `q=0.1`, `solver="dense"`.
         progress: Show a progress bar over the layers.
@@ -116,11 +150,19 @@ def lqr(
         and so on for several concepts); with `origin="own"` also `reference`, `<v_t, x_t unsteered>`, or `reference_0`,
         `reference_1` and so on; `angle_rad` with the angular setpoint; `predicted_error` with `preview`, the norm of
         the predicted errors of later layers; `u`; `u_norm`. The recipe's `controller` names what the solver computes.
+        For features one loop for each layer that acts; signals `error` `[batch pos]`, how far x would have to move
+        here, in units of the residual stream, and `feature` `[batch pos]`, the activation predicted for the feature's
+        layer (there: the activation), in units of the autoencoder; `feature_12`, ... for several, `feature_12at5`, ...
+        for several layers.
 
     Raises:
-        TypeError: data that is not `Pairs`.
+        TypeError: data that are neither `Pairs` nor features.
         ValueError: weights that are not positive or not one for each layer, a text of one token to linearise on, an
-            unknown option, sides with identical activations at every layer, a linearization of another model.
+            unknown option, sides with identical activations at every layer, a linearization of another model. For
+            features: no texts, an option of contrast texts, a layer after the last feature or none before the first,
+            two targets at a layer, another point than `resid_post`, an autoencoder that normalises its input or does
+            not fit the model, features that cannot be moved apart, a level beyond the limit (the message has the
+            bound).
 
     Warns:
         UserWarning: sides with identical activations at some layers; it names them.
@@ -130,6 +172,24 @@ def lqr(
     backwards, so that no [T d d] tensor exists, in float32 for a float32 model (gains agree with float64 to 1e-5);
     position 0 is left alone by `where="all"`; several concepts are joint.
     """
+    features = targets_of(model, data)
+    if features:
+        check_affine(features)
+        acting = acting_layers(
+            features, every_layer(model, layers), named=layers is not None and not isinstance(layers, str)
+        )
+        prices = Weights(1.0, r, 1.0, model.n_layers).r
+        return least_control(
+            features,
+            _plant(model, texts, linearization),
+            {t: prices[t] for t in acting},
+            device=model.device,
+            where=where,
+            strength=strength,
+            limit=limit,
+            progress=progress,
+        )
+    data = cast("Pairs | Sequence[Pairs]", data)
     aim = Aim(data, setpoint=setpoint, level=level, origin=origin, angle_rad=angle_rad, combine=combine)
     _check_solver(solver, preview, setpoint)
     weights = Weights(q, r, qf, model.n_layers)
@@ -155,6 +215,20 @@ def lqr(
         "mu": targets.mu[:-1].squeeze(-1).tolist(),
     }
     return Controller(loops, found)
+
+
+def _plant(host: Host, texts: Sequence[Text] | None, linearization: Linearization | None) -> Plant:
+    """The linear model for features: of the texts, or the one that was made before."""
+    if linearization is not None:
+        if texts:
+            raise ValueError("give texts to linearise on or a linearization, not both")
+        check_plant(host, linearization)
+        return linearization
+    if texts is None:
+        raise ValueError("lqr() of a feature needs texts to linearise on: lqr(model, feature, texts)")
+    if isinstance(texts, str):
+        raise ValueError(f"texts={texts!r} is a single string; give a list of texts: [{texts!r}]")
+    return Blocks(host, [tokenize(text, host)[0] for text in texts])
 
 
 def _nominal_tokens(host: Host, data: Pairs, linearize_on: int | Sequence[Text]) -> list[list[int]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from steerlens.control.targets import AIMS, Aim
-from steerlens.core import Controller
+from steerlens.core import Controller, Loop
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
@@ -14,16 +15,18 @@ from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Pid
+from steerlens.sae.feature import Target, targets_of
 
 
 @method(
-    card=Card(needs="sets", points=("resid_post",), prompt_passes=2, token_passes=2, concepts=True),
+    card=Card(needs="sets", points=("resid_post",), prompt_passes=2, token_passes=2, concepts=True, features=True),
     options=AIMS,
     paper={"origin": "zero", "level": 1.0, "kp": 0.7, "ki": 0.01, "kd": 0.1},
+    only={"texts": [*AIMS, "level", "angle_rad", "layers", "paper"]},
 )
 def pid(
     model: Model,
-    data: Pairs | Sequence[Pairs],
+    data: Pairs | Sequence[Pairs] | Target | Sequence[Target],
     *,
     level: float | Sequence[float] | None = None,
     setpoint: str = "level",
@@ -49,9 +52,15 @@ def pid(
     the control added after it. Nothing is linearised: fitting costs one forward pass for each text. Plain proportional
     feedback on a setpoint is `pid(model, data, kp=0.5, ki=0, kd=0)`.
 
+    With features of autoencoders, `pid(model, sae.feature(sae, i, level=...), kp=1)`, the errors are those of the
+    targets, each sensed and answered at its own site, and time counts these sites:
+    `e_t = (z* - z_t(x)) d / <w_enc, d>`, with z the pre-activation, z* the nearest one in the range and d the target's
+    direction. With `kp=1` alone it is `sae.hold` at each.
+
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        data: Contrast texts, or a list of them, one for each concept, as for `lqr`.
+        data: Contrast texts, or a list of them, one for each concept, as for `lqr`; or a target from `sae.feature`, or
+            a list of them at different sites.
         level, setpoint, origin, angle_rad, combine: What to track, as for `lqr`.
         kp, ki, kd: Gains, no unit. The paper's are 0.7, 0.01 and 0.1 for Gemma-2-2B; over its models kp is 0.1 to 0.7,
             ki 0.01 to 0.5 and kd 0 to 0.1. A gain may be 0.
@@ -61,7 +70,7 @@ def pid(
             does, so that kd also damps changes between tokens. By default each token begins from zero, and steering
             without a KV cache equals steering with one. With `carry` it does not: a pass without a cache computes all
             tokens at once, each of them with the error at which the pass before it ended.
-        layers: Where to act; default all. Time counts these layers only.
+        layers: Where to act; default all. Time counts these layers only. Features have their own.
         strength: Factor on the control, no unit: 0 is off.
         where: Token positions, see `Loop`. The paper steers the last one.
         paper: Take the paper's setting for what is not given: `origin="zero"`, `level=1`, `kp=0.7`, `ki=0.01`,
@@ -71,20 +80,31 @@ def pid(
         One loop per layer, from the first at which the texts differ. Recorded signals: `[batch pos]`, in activation
         units, `error` and `projection` (`projection_0`, `projection_1` and so on for several concepts), with
         `origin="own"` also `reference` (`reference_0`, `reference_1` and so on), see `lqr`; `angle_rad`
-        with the angular setpoint; `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
+        with the angular setpoint; for features `error` and `feature` (`feature_12`, ... for several), see `sae.hold`;
+        `integral` and `derivative`, norms of s_t and e_t - e_{t-1}; `u`; `u_norm`.
 
     Raises:
-        TypeError: data that is not `Pairs`.
+        TypeError: data that are neither `Pairs` nor features.
         ValueError: a gain that is not finite, all three 0, an unknown option, a layer the model does not have, sides
-            with identical activations at every layer.
+            with identical activations at every layer. For features: an option of contrast texts, two targets at a
+            site, an autoencoder that does not fit the model.
 
     Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.
     """
-    aim = Aim(data, setpoint=setpoint, level=level, origin=origin, angle_rad=angle_rad, combine=combine)
     if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
         raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
     if reset_every is not None and reset_every < 1:
         raise ValueError(f"reset_every={reset_every}; it is a number of layers, or None")
+    gains = float(kp), float(ki), float(kd)
+    features = targets_of(model, data)
+    if features:
+        loops = []
+        for target in features:
+            law = Pid(target.setpoint, *gains, reset=_resets(target.site.layer, reset_every), carry=carry)
+            loops.append(Loop(law, target.site, where=where, strength=strength))
+        return Controller(loops, {"targets": [target.arguments for target in features]})
+    data = cast("Pairs | Sequence[Pairs]", data)
+    aim = Aim(data, setpoint=setpoint, level=level, origin=origin, angle_rad=angle_rad, combine=combine)
     asked = every_layer(model, layers)
     targets = aim.targets(model)
     first = next((t for t in asked if targets.asks(t)), None)
@@ -93,7 +113,10 @@ def pid(
     loops = []
     # a carried error acts also at layers that have no direction of their own
     for t in asked if carry else asked[asked.index(first) :]:
-        reset = reset_every is not None and t % reset_every == 0
-        law = Pid(targets.setpoints[t], float(kp), float(ki), float(kd), reset=reset, carry=carry)
+        law = Pid(targets.setpoints[t], *gains, reset=_resets(t, reset_every), carry=carry)
         loops.append(targets.loop(t, law, where=where, strength=strength))
     return Controller(loops, {"mu": targets.mu[:-1].squeeze(-1).tolist()})
+
+
+def _resets(t: int, every: int | None) -> bool:
+    return every is not None and t % every == 0

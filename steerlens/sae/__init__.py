@@ -1,9 +1,8 @@
-"""Features of sparse autoencoders as setpoints: hold them, reach them from earlier layers, find them."""
+"""Features of sparse autoencoders as setpoints: hold them, observe them, find them."""
 
 from __future__ import annotations
 
 from steerlens.sae.feature import Target, feature, hold, observe
-from steerlens.sae.reach import reach
 from steerlens.sae.reading import Description, describe, rank_features
 from steerlens.sae.setpoint import Feature
 
@@ -16,5 +15,4 @@ __all__ = [
     "hold",
     "observe",
     "rank_features",
-    "reach",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 from steerlens.core import Controller, Loop, Site
 from steerlens.core.types import Autoencoder, Json, Where
 from steerlens.fit.contrast import Text, tokenize
-from steerlens.fit.recipe import recipe
+from steerlens.fit.goal import Goal, goals_of
+from steerlens.fit.recipe import digest, recipe
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.types import Model
 from steerlens.laws import single
@@ -30,7 +32,7 @@ COSINE, CONDITION = 1e-2, 1e4
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Goal):
     """Features of an autoencoder, the range of their activations, and the site where they are measured. From `feature`.
 
     Attributes:
@@ -62,6 +64,12 @@ class Target:
         """For a controller's recipe."""
         finite = [[b if math.isfinite(b) else None for b in bounds] for bounds in (self.at_least, self.at_most)]
         return {"features": list(self.indices), "at_least": finite[0], "at_most": finite[1], "site": str(self.site)}
+
+    def digest(self) -> str:
+        """A hash of the range, the site and the slices of the autoencoder."""
+        held = self.setpoint
+        slices = {"sensor": held.sensor, "bias": held.bias, "threshold": held.threshold, "basis": held.basis}
+        return str(digest({**self.arguments, **slices}))
 
 
 def feature(
@@ -99,7 +107,7 @@ def feature(
         site: Where the autoencoder was trained, if its metadata does not contain it.
 
     Returns:
-        A target for `hold`, `reach`, `observe` and `diagnose.reach`; its `.setpoint` works with any feedback law.
+        A target for `hold`, `lqr`, `pid`, `observe` and `diagnose.reach`; its `.setpoint` works with any feedback law.
 
     Raises:
         IndexError: no such feature.
@@ -232,6 +240,21 @@ def checked(verb: str, model: Model, target: Any) -> Host:
     if not isinstance(target, Target):
         raise TypeError(f"{verb}() takes a target, it got {target!r}; make one first: feature(sae, index, level=...)")
     return target.check(model)
+
+
+def targets_of(host: Host, data: Any) -> list[Target]:
+    """The targets that a method got as its data, in the order of their sites; none if it got contrast texts.
+
+    Raises:
+        ValueError: two at one site, and as `Target.check`.
+    """
+    targets = sorted((goal for goal in goals_of(data) if isinstance(goal, Target)), key=lambda each: each.site)
+    for target in targets:
+        target.origin.check(host, target.site)
+    for one, other in itertools.pairwise(targets):
+        if one.site == other.site:
+            raise ValueError(f"two targets at {one.site}; give one there: feature(sae, [i, j], level=[a, b])")
+    return targets
 
 
 def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[float], list[float]]:

@@ -71,7 +71,8 @@ class Feature(Setpoint):
         self.basis = basis
         self.normalise = normalise
         self.labels = labels
-        self.inverse = torch.linalg.inv(basis.double() @ sensor.double().T).to(sensor)
+        # the solver's layout is by columns, a file's by rows, and the last bits of a product depend on it
+        self.inverse = torch.linalg.inv(basis.double() @ sensor.double().T).to(sensor).contiguous()
         self.validate()
 
     def validate(self) -> None:

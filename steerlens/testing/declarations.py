@@ -11,9 +11,13 @@ from unittest.mock import patch
 
 import torch
 
+from steerlens.core import Site
 from steerlens.fit.card import NEEDS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.hosts import host_of
+from steerlens.sae.feature import Target
+from steerlens.sae.setpoint import Feature
+from steerlens.sae.slices import Origin
 from steerlens.testing.case import NEGATIVE, POSITIVE, Case
 
 
@@ -146,6 +150,25 @@ def _check_data(case: Case, card: Card) -> None:
     assert (message is None) == card.concepts, (
         f"the card says concepts={card.concepts}; with two: {message or 'it fits'}"
     )
+    message = None
+    try:
+        case.fit(data=_feature(case))
+    except TypeError as error:
+        message = str(error)
+    except ValueError:
+        pass  # of such data it wants to know more, such as texts
+    assert (message is None) == card.features, (
+        f"the card says features={card.features}; with one: {message or 'it fits'}"
+    )
+
+
+def _feature(case: Case) -> Target:
+    """One feature of an autoencoder that nobody trained."""
+    host, site = host_of(case.model), Site(1, "resid_post")
+    d = host.shape(site)[0]
+    row, one = torch.ones(1, d), torch.ones(1)
+    setpoint = Feature(row, one, 0 * one, 9 * one, 9 * one, row / d**0.5, labels=["0"])
+    return Target(setpoint, site, (0,), (9.0,), (9.0,), Origin(d, host.processed, None))
 
 
 def _check_points(case: Case, card: Card) -> None:
