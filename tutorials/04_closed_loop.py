@@ -8,7 +8,7 @@
 #
 # **You will see** SmolLM2-135M steered towards delight by a fixed vector at one layer, fixed vectors at every layer, and
 # A-LQR with two kinds of setpoint, all at the same KL from the unsteered model: what they reach, what stays of it over a
-# long text, and what stays when something else pushes back. **Time:** about three minutes on two cores; no GPU.
+# long text, and what stays when something else pushes back. **Time:** three to five minutes on two cores; no GPU.
 
 # %%
 import pandas as pd
