@@ -214,6 +214,6 @@ def _required(companion: Companion | None) -> Companion:
     if companion is None:
         raise RuntimeError(
             "a loop needs a second forward pass in addition to the steered one, which cannot be run here: a server "
-            "runs it for trusted requests only. lqr and pid need none with origin='zero' or 'negative'"
+            "runs it for trusted requests only. Levels counted from origin='zero' or 'negative' need none"
         )
     return companion

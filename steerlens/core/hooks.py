@@ -23,7 +23,7 @@ def forward_hooks(loops: Sequence[Loop]) -> list[tuple[str, Hook]]:
             raise ValueError(
                 f"a TransformerBridge ignores what a hook writes at {loop.act}; use steer(), which adds it elsewhere"
             )
-        if loop.summaries or loop.tangent is not None or loop.reference is not None:
+        if loop.needs_more_than_state:
             raise ValueError(
                 f"the loop at {loop.act} needs a second pass over the text, which hooks cannot run; use steer()"
             )

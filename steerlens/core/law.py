@@ -220,6 +220,11 @@ class Loop:
         return found if self.summary is None else [*found, self.summary]
 
     @property
+    def needs_more_than_state(self) -> bool:
+        """Whether it needs a summary of the prompt, a tangent or a reference, which may take a second pass."""
+        return bool(self.summaries) or self.tangent is not None or self.reference is not None
+
+    @property
     def parts(self) -> list[Part]:
         """Everything in it that holds tensors."""
         return [part for part in (self.law, *self.gates, *self.schedules, self.summary, self.tangent) if part]

@@ -35,7 +35,7 @@ def plain_loops(controller: Controller, form: str) -> list[Loop]:
 
     Raises:
         TypeError: not a controller.
-        ValueError: nothing to write, or a loop with a gate, a schedule, a summary or a tangent.
+        ValueError: nothing to write, or a loop with a gate, a schedule, a summary, a tangent or a reference.
     """
     if not isinstance(controller, Controller):
         raise TypeError(f"a {type(controller).__name__} cannot be written as {form}; give a Controller")
@@ -46,7 +46,7 @@ def plain_loops(controller: Controller, form: str) -> list[Loop]:
         for what, held in (("gate", loop.gates), ("schedule", loop.schedules)):
             if held:
                 refuse(loop, f"has a {what}, which {form} cannot express")
-        if loop.summary is not None or loop.tangent is not None:
+        if loop.needs_more_than_state:
             refuse(loop, f"needs another pass of the model ({type(loop.law).__name__}), unlike {form}")
     return loops
 
