@@ -14,7 +14,7 @@ import typer
 
 from steerlens.cli.mistakes import INTERRUPTED, quiet_output
 from steerlens.cli.options import read_options
-from steerlens.cli.task import METHODS, check_fit, fits_of, load_model, task_of
+from steerlens.cli.task import METHODS, fits_of, load_model, read_fit, task_of
 from steerlens.cli.writing import check_writable, text_between, write_text
 from steerlens.evaluate import Budget, Evaluation, calibrate, compare, fluency, kl, neutral_loss, sweep
 from steerlens.hosts import host_of
@@ -59,7 +59,7 @@ def compare_command(
     task = task_of(concept, pairs, instruction, count)
     path = file or Path(f"steerlens-compare-{task.name}.jsonl")
     for name in methods:
-        check_fit(name)
+        read_fit(name)
     if write is not None:
         text_between(write, *MARKERS)
 
@@ -107,7 +107,7 @@ def calibrate_command(
 ) -> None:
     """The strength at which a method spends a budget, with an interval."""
     task = task_of(concept, pairs, None, count)
-    check_fit(method)
+    read_fit(method)
     if save is not None:
         check_writable(save)
     limit: Budget = kl(at=at) <= budget
@@ -139,7 +139,7 @@ def sweep_command(
     task = task_of(concept, pairs, None, count)
     path = file or Path(f"steerlens-sweep-{task.name}.jsonl")
     factors = [_number("strengths", value) for value in strengths.split(",")]
-    grid = None if layers is None else read_options(check_fit(method), [f"layers={layers}"])["layers"]
+    grid = None if layers is None else read_options(read_fit(method)[0], [f"layers={layers}"])["layers"]
 
     def run() -> Evaluation:
         loaded = load_model(model)

@@ -109,12 +109,11 @@ def load_model(name: str) -> Any:
         ) from None
 
 
-def check_fit(spec: str) -> Method:
-    """The method of a text such as `caa:layers=all`; raises ValueError as `Fit` does, before a model is there."""
+def read_fit(spec: str) -> tuple[Method, dict[str, Any]]:
+    """The method and the options of a text such as `caa:layers=all`; raises ValueError as `Fit` does."""
     name, _, rest = spec.partition(":")
     method = known_method(name)
-    read_options(method, split_options(rest))
-    return method
+    return method, read_options(method, split_options(rest))
 
 
 class Fit:
@@ -128,11 +127,10 @@ class Fit:
     """
 
     def __init__(self, spec: str, model: Any, data: Pairs, where: str | None):
-        name, _, rest = spec.partition(":")
-        method = known_method(name)
+        method, options = read_fit(spec)
         self.spec, self.where = spec, where
         self._function, self._model, self._data = method.function, model, data
-        self._options = on_model(read_options(method, split_options(rest)), model)
+        self._options = on_model(options, model)
         self.digest = f"{spec} at {where or 'its own positions'}, data {data.digest()}"
 
     def __call__(self, **more: Any) -> Controller:
