@@ -17,12 +17,11 @@ from steerlens.evaluate.scoring import Kept, Reduce, log_probabilities, scored_l
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.hosts import host_of
-from steerlens.hosts.batches import pad
+from steerlens.hosts.batches import Row, pad_rows
+from steerlens.hosts.traced.scored import divergence
 from steerlens.hosts.types import Model
 from steerlens.steering import apply, steer
 
-#: Token ids of a prompt and of what follows it.
-Row = tuple[list[int], list[int]]
 #: Log-probabilities of the unsteered model are kept up to this size, and computed again beyond it.
 KEPT_BYTES = 2**30
 #: Prompts on which the dose is measured.
@@ -162,8 +161,7 @@ class Bench:
             reference = self._reference(plain[part])
 
             def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> list[float]:
-                p, q = reference[index].to(logits.device), logits[:-1].log_softmax(-1)
-                return (p.exp() * (p - q)).double().sum(-1).tolist()
+                return divergence(reference[index].to(logits.device), logits[:-1].log_softmax(-1)).tolist()
 
             found += self.logits(arm, rows[part], both)
         return found
@@ -259,7 +257,7 @@ class Bench:
     def _recorded(self, arm: Arm, rows: Sequence[Row], signal: str) -> dict[Site, Tensor]:
         """A signal of the whole control at each site where an arm acts, `[row pos ...]`, float64; NaN if unsteered."""
         whole, lengths = [[*prompt, *completion] for prompt, completion in rows], [len(prompt) for prompt, _ in rows]
-        ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], self.host.device)
+        ids, mask = pad_rows(whole, self.host.device)
         assert arm.controller is not None
         with torch.no_grad(), steer(self.host, arm.controller, strength=arm.strength, record=(signal,)) as run:
             with run.scoring(lengths):

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from steerlens.diagnose.metrics import Tokens
 from steerlens.diagnose.metrics import logit_difference as difference_of
-from steerlens.evaluate.bench import Arm, Bench, Row
-from steerlens.evaluate.meter import Meter, Values
+from steerlens.evaluate.bench import Arm, Bench
+from steerlens.evaluate.meter import Meter, Values, fixed
 from steerlens.fit.contrast import Pairs, Text
 from steerlens.fit.shipped import shipped_texts
+from steerlens.hosts.batches import Row
 
 PER = ("token", "text")
 
@@ -40,9 +41,7 @@ def kl(prompts: Sequence[Text] | None = None, *, at: str = "mean", tokens: int =
         return bench.divergences(arm, rows, plain)
 
     options = {"tokens": tokens}
-    return Meter(
-        "KL", measure, "nats/token", -1, at=at, items=_tuple(prompts), columns=("mean", "p95"), options=options
-    )
+    return Meter("KL", measure, "nats/token", -1, at=at, items=fixed(prompts), columns=("mean", "p95"), options=options)
 
 
 def propensity(items: Pairs | Sequence[tuple[Text, str, str]], *, per: str = "token", instruction: str = "") -> Meter:
@@ -113,7 +112,7 @@ def likelihood(texts: Sequence[Text], *, instruction: str = "") -> Meter:
         "log likelihood",
         measure,
         "nats/token",
-        items=_tuple(texts),
+        items=fixed(texts),
         prompts=_prompts(texts),
         instruction=instruction,
     )
@@ -130,7 +129,7 @@ def neutral_loss(texts: Sequence[Text] | None = None) -> Meter:
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
         return [[-level] for level in _levels(bench, arm, items, "token")]
 
-    return Meter("neutral loss", measure, "nats/token", -1, items=_tuple(texts))
+    return Meter("neutral loss", measure, "nats/token", -1, items=fixed(texts))
 
 
 def logit_difference(prompts: Sequence[Text] | None, a: Tokens, b: Tokens, *, instruction: str = "") -> Meter:
@@ -148,7 +147,7 @@ def logit_difference(prompts: Sequence[Text] | None, a: Tokens, b: Tokens, *, in
         return bench.logits(arm, rows, lambda _, logits: [float(metric(logits[None]))])
 
     options = {"a": repr(a), "b": repr(b)}
-    return Meter("logit difference", measure, "logits", items=_tuple(prompts), options=options, instruction=instruction)
+    return Meter("logit difference", measure, "logits", items=fixed(prompts), options=options, instruction=instruction)
 
 
 #: Form of `mc` -> unit.
@@ -189,7 +188,7 @@ def mc(
 
     name = "MC margin" if form == "margin" else form.upper()
     questions = tuple(question for question, _, _ in items)
-    return Meter(name, measure, FORMS[form], items=_tuple(items), prompts=questions, instruction=instruction)
+    return Meter(name, measure, FORMS[form], items=fixed(items), prompts=questions, instruction=instruction)
 
 
 def _choice(form: str, right: Tensor, wrong: Tensor) -> float:
@@ -210,7 +209,3 @@ def _prompts(texts: Sequence[Text]) -> tuple[Any, ...] | None:
     """The prompts of texts, or None if one has no completion."""
     found = tuple(text[0] for text in texts if isinstance(text, tuple))
     return found if len(found) == len(texts) else None
-
-
-def _tuple(items: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    return None if items is None else tuple(items)

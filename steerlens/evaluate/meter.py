@@ -148,6 +148,11 @@ def _quantile(at: str) -> float | None:
     raise ValueError(f"at={at!r}; it is 'mean', or a percentile such as 'p95'")
 
 
+def fixed(items: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    """Items as a meter holds them; None stays None."""
+    return None if items is None else tuple(items)
+
+
 def digest(items: Any) -> str:
     """A hash of plain data."""
     plain = json.dumps(items, sort_keys=True, default=_plain)

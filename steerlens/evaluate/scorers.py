@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerlens.evaluate.bench import Arm, Bench
-from steerlens.evaluate.meter import Meter, Values
+from steerlens.evaluate.meter import Meter, Values, digest, fixed
 from steerlens.evaluate.written import scorer
 from steerlens.fit.contrast import Pairs, Text
 
@@ -67,12 +67,13 @@ def concept(
         "cosine",
         1,
         "text",
-        items=None if prompts is None else tuple(prompts),
+        items=fixed(prompts),
         proxy=True,
         instruction=instruction,
         options={
             "embed": embed if isinstance(embed, str) else getattr(embed, "__qualname__", "?"),
-            "axis": [round(value, 4) for value in axis[:4].tolist()],
+            # rounded: machines differ in the last bits of an embedding
+            "axis": digest([round(value, 4) for value in axis.tolist()]),
         },
     )
 
@@ -140,8 +141,8 @@ def alignment(direction: Tensor, prompts: Sequence[Text] | None = None, *, token
         measure,
         "cosine",
         sign,
-        items=None if prompts is None else tuple(prompts),
-        options={"tokens": tokens, "direction": [round(value, 6) for value in r[:4].tolist()]},
+        items=fixed(prompts),
+        options={"tokens": tokens, "direction": digest(r.tolist())},
     )
 
 

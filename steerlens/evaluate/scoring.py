@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.core import Controller
 from steerlens.core.progress import bar
 from steerlens.hosts import Host, host_of
-from steerlens.hosts.batches import pad
+from steerlens.hosts.batches import pad_rows
 from steerlens.hosts.types import Model
 from steerlens.steering import steer
 
@@ -84,7 +84,7 @@ def scored_logits(
     for start in bar(range(0, len(rows), batch), desc="scoring texts"):
         chosen = longest_first[start : start + batch]
         given = [rows[index] for index in chosen]
-        ids, mask, _ = pad(given, [[0.0] * len(row) for row in given], host.device)
+        ids, mask = pad_rows(given, host.device)
         lengths = [prompt_lengths[index] for index in chosen]
         with torch.no_grad():
             logits = _logits(host, controller, ids, mask, lengths, strength)

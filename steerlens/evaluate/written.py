@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from steerlens.evaluate.bench import UNSTEERED, Arm, Bench
-from steerlens.evaluate.meter import Meter, Values
+from steerlens.evaluate.meter import Meter, Values, fixed
 from steerlens.fit.contrast import Text
 
 #: How a refusal begins; matched in the first characters of an answer, case ignored.
@@ -62,7 +61,7 @@ def scorer(
         unit,
         direction,
         "text",
-        items=_tuple(prompts),
+        items=fixed(prompts),
         proxy=proxy,
         instruction=instruction,
         options={"scorer": name},
@@ -86,7 +85,7 @@ def nll(prompts: Sequence[Text] | None = None) -> Meter:
         levels = iter(-float(own.double().mean()) for own in bench.likelihoods(UNSTEERED, rows))
         return [[next(levels) for _ in texts] for texts in written]
 
-    return Meter("NLL", measure, "nats/token", -1, "text", items=_tuple(prompts), proxy=True)
+    return Meter("NLL", measure, "nats/token", -1, "text", items=fixed(prompts), proxy=True)
 
 
 def fluency(prompts: Sequence[Text] | None = None) -> Meter:
@@ -152,12 +151,8 @@ def _of_tokens(
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
         return [[function(text.completion) for text in texts] for texts in bench.texts(arm, items)]
 
-    return Meter(name, measure, "share", direction, "text", items=_tuple(prompts), options={"n": n})
+    return Meter(name, measure, "share", direction, "text", items=fixed(prompts), options={"n": n})
 
 
 def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
-
-
-def _tuple(items: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    return None if items is None else tuple(items)

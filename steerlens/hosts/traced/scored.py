@@ -13,6 +13,11 @@ def chosen(logits: Tensor, ids: Tensor) -> Tensor:
     return wide.gather(-1, labels[..., None])[..., 0] - wide.logsumexp(-1)
 
 
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL from p to q, log-probabilities `[... vocab]` each, `[...]`, nats, float64."""
+    return (p.exp() * (p - q)).double().sum(-1)
+
+
 def divergences(p: Tensor, q: Tensor, p_starts: list[int], q_starts: list[int], counts: list[int]) -> list[Tensor]:
     """KL from p to q of the tokens of completions, `[row pos vocab]` each, nats.
 
@@ -26,5 +31,5 @@ def divergences(p: Tensor, q: Tensor, p_starts: list[int], q_starts: list[int], 
         a, b = (logits[row, start : start + counts[row]] for logits, start in ((p, p_starts[row]), (q, q_starts[row])))
         wide = torch.promote_types(a.dtype, torch.float32)
         a, b = (logits.to(wide).log_softmax(-1) for logits in (a, b))
-        found.append((a.exp() * (a - b)).double().sum(-1).cpu())
+        found.append(divergence(a, b).cpu())
     return found

@@ -12,12 +12,10 @@ import nnsight
 import torch
 from torch import Tensor
 
-from steerlens.hosts.batches import pad
+from steerlens.hosts.batches import Row, pad_rows
 from steerlens.hosts.traced.remote import backend
 from steerlens.hosts.traced.scored import chosen, divergences
 
-#: Token ids of a prompt and of what follows it.
-Row = tuple[list[int], list[int]]
 #: Called in a block as `steer(model, prompt_lengths=...)`; must be fit to be sent.
 SteerHere = Callable[..., Any]
 
@@ -92,6 +90,4 @@ def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _padded(host: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    whole = [[*prompt, *completion] for prompt, completion in rows]
-    ids, mask, _ = pad(whole, [[0.0] * len(row) for row in whole], host.device)
-    return ids, mask
+    return pad_rows([[*prompt, *completion] for prompt, completion in rows], host.device)
