@@ -22,6 +22,7 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import common
@@ -69,26 +70,33 @@ def count(arguments: argparse.Namespace) -> None:
                 print(f"{host:8} {method:14} {len(case.controller.loops):>5} {shown}", flush=True)
 
 
-def controllers(case: Case) -> dict[str, tuple[sl.Controller, Any]]:
-    """By name, a controller and what is recorded."""
+def controllers(case: Case) -> dict[str, Any]:
+    """By name, a function that fits a controller, and what is recorded."""
     shipped = sl.shipped("sentiment")[:4]
-    prompt = "The review says: "
-    completed = sl.Pairs(*([(prompt, text) for text in side] for side in (shipped.positive, shipped.negative)))
-    lqr = sl.lqr(case.model, shipped, linearize_on=1, progress=False, paper=True)
+
+    @cache
+    def lqr(**options: Any) -> sl.Controller:
+        return sl.lqr(case.model, shipped, linearize_on=1, progress=False, **options)
+
+    def other(method: str) -> sl.Controller:
+        case.method = method
+        return case.fit(shipped)
+
     found = {
-        "visited only": (lqr * 0, None),
-        "lqr": (lqr, None),
-        "lqr, own origin": (sl.lqr(case.model, shipped, linearize_on=1, progress=False), None),
-        "lqr, recording scalars": (lqr, "scalars"),
-        "lqr, recording everything": (lqr, "all"),
+        "visited only": (lambda: lqr(paper=True) * 0, None),
+        "lqr": (lambda: lqr(paper=True), None),
+        "lqr, own origin": (lqr, None),
+        "lqr, recording scalars": (lambda: lqr(paper=True), "scalars"),
+        "lqr, recording everything": (lambda: lqr(paper=True), "all"),
+        "lqr, output": (lambda: lqr(solver="output", paper=True), None),
+        "lqr, output, preview": (lambda: lqr(solver="output", preview=True, paper=True), None),
+        "lqr, scalar": (lambda: lqr(solver="scalar", paper=True), None),
     }
-    for solver, preview in (("output", False), ("output", True), ("scalar", False)):
-        other = sl.lqr(case.model, shipped, solver=solver, preview=preview, linearize_on=1, progress=False, paper=True)
-        found[f"lqr, {solver}" + (", preview" if preview else "")] = other, None
     for method in discover_methods():
         if method != "lqr" and case.host not in exceptions(method):
-            case.method = method
-            found[method] = case.fit(completed if method.startswith("cold") else shipped), None
+            found[method] = partial(other, method), None
+    if case.host == "nnsight":
+        found["floor: an edit by hand"] = "by hand", None
     return found
 
 
@@ -112,7 +120,8 @@ def attach(model: Any, entry: Any) -> Any:
     """A context in which the model runs with an entry of `controllers`; for None unsteered."""
     if entry is None:
         return nullcontext()
-    return by_hand(model) if entry == "by hand" else sl.steer(model, entry[0], record=entry[1])
+    controller, record = entry
+    return by_hand(model) if controller == "by hand" else sl.steer(model, controller, record=record)
 
 
 def measure(host: str, arguments: argparse.Namespace) -> None:
@@ -122,14 +131,13 @@ def measure(host: str, arguments: argparse.Namespace) -> None:
     prompt = torch.tensor([[57, 3514, 288, 260, 725, 15238, 1596, 3163, 284]])
     # HookedTransformer decodes several times slower than the others
     count = arguments.tokens // (3 if host == "hooked" else 1)
-    attached = controllers(case)
-    if host == "nnsight":
-        attached["floor: an edit by hand"] = "by hand"
+    wanted = controllers(case)
     if arguments.controllers:
-        begins = tuple(name for name in arguments.controllers if name not in attached)
-        attached = {
-            name: entry for name, entry in attached.items() if name in arguments.controllers or name.startswith(begins)
+        begins = tuple(name for name in arguments.controllers if name not in wanted)
+        wanted = {
+            name: entry for name, entry in wanted.items() if name in arguments.controllers or name.startswith(begins)
         }
+    attached = {name: (fit() if callable(fit) else fit, record) for name, (fit, record) in wanted.items()}
     case.generate(prompt, count)
     plain, costs = [], {name: [] for name in attached}
     best = dict.fromkeys(attached, float("inf"))
@@ -148,7 +156,7 @@ def measure(host: str, arguments: argparse.Namespace) -> None:
     print(f"{host:8} {'unsteered':26} {'':5} {count / min(plain):8.1f}", flush=True)
     for name, entry in attached.items():
         low, middle, high = statistics.quantiles(costs[name], n=4)
-        loops = len(entry[0].loops) if isinstance(entry, tuple) else ""
+        loops = "" if entry[0] == "by hand" else len(entry[0].loops)
         verdict = f"  bar {BAR[name]:.0f} %: {'met' if middle <= BAR[name] else 'MISSED'}" if name in BAR else ""
         speed, spread = f"{count / best[name]:8.1f}", f"{middle:+6.1f}% {low:+6.1f}% {high:+6.1f}%"
         print(f"{host:8} {name:26} {loops:>5} {speed} {spread}{verdict}", flush=True)
