@@ -193,7 +193,7 @@ def best_separating(states: dict[Site, tuple[Tensor, Tensor]]) -> tuple[Site, Te
 
 
 def probe(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Logistic regression between sets `[text d]`: a direction `[d]` in logits per activation unit, a threshold `[]`."""
+    """Logistic regression of sets `[text d]`: a direction `[d]` in logits per activation unit, a threshold `[]`."""
     states = torch.cat([positive, negative]).double()
     middle = states.mean(0)
     # without a unit, so that the penalty means the same for every layer and model
