@@ -10,7 +10,7 @@ import sys
 
 from steerlens import diagnose, evaluate, methods, sae, sharing
 from steerlens.control.linearization import Linearization, linearize
-from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Summary
+from steerlens.core import Condition, Controller, Gate, Law, Loop, Now, Record, Setpoint, Signals, Site, Span, Summary
 from steerlens.core.package import Package
 from steerlens.evaluate import calibrate, compare, prompt, separation, sweep
 from steerlens.fit.contrast import Pairs
@@ -25,6 +25,7 @@ from steerlens.laws.conditions import Probability, Ramp, Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point, Range
 from steerlens.laws.single import add, observe, project_out
+from steerlens.marking import after, assistant, between, until
 from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
 from steerlens.showing import show
 from steerlens.steering import Run, apply, clear, runs, steer
@@ -64,10 +65,14 @@ __all__ = [
     "Side",
     "Signals",
     "Site",
+    "Span",
     "Summary",
     "__version__",
     "add",
+    "after",
     "apply",
+    "assistant",
+    "between",
     "calibrate",
     "clear",
     "compare",
@@ -90,6 +95,7 @@ __all__ = [
     "runs",
     "steer",
     "sweep",
+    "until",
     "when",
     *exported(methods),
 ]

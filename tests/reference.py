@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.core import Condition, Law
+from steerlens.core import Condition, Law, Span
 
 #: Hugging Face names: blocks, attention, its output map, MLP, its output map, norms that follow the two branches.
 LAYOUTS = {
@@ -93,8 +93,14 @@ class Above(Condition):
         return (height > self.threshold).to(height.dtype), {"height": height}
 
 
-def selected(where: Any, t: int, prompt: int, row: int = 0) -> bool:
+#: Of parts of the text, by what they are called: which tokens of a row they name, found in its decoded text.
+SPANS: dict[str, Any] = {}
+
+
+def selected(where: Any, t: int, prompt: int, row: int = 0, tokens: Any = ()) -> bool:
     """Whether `where` names the token at absolute position t of a row whose prompt has `prompt` tokens."""
+    if isinstance(where, Span):
+        return t > 0 and SPANS[where.words](tokens[: t + 1])
     if isinstance(where, str):
         if t == 0:
             return False
@@ -157,7 +163,7 @@ class Reference:
             for index, loop in mine:
                 sensed = x + added if loop.sense == loop.act else states[loop.sense]
                 for t in range(len(tokens)):
-                    if not selected(loop.where, t, ends[t], row):
+                    if not selected(loop.where, t, ends[t], row, tokens):
                         continue
                     token = sensed[:, t : t + 1]
                     u = loop.law.control(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,48 @@ import steerlens as sl
 from steerlens.core import POINTS, Gate
 from steerlens.models import tiny
 from steerlens.testing import padding
-from tests.reference import Above, Layered, Pull, Push, Reference, Running
+from tests.reference import SPANS, Above, Layered, Pull, Push, Reference, Running
 
 PAD, EOS, WORDS = 97, 99, 97
 NAMES = ("last", "last_prompt", "generated", "prompt", "all")
 #: Widths of the tiny models, by point; what is not listed has the width of the residual stream.
 WIDTHS = {"z": 8, "mlp_post": {"llama": 64, "gemma": 64, "gpt2": 128}}
+
+
+@cache
+def spans() -> list[Any]:
+    """Parts of texts of the tiny models, and what they are by a search in the decoded text."""
+    model = tiny(host="bridge")
+
+    def name(span: Any, start: str | None, end: str | None, inclusive: bool = True) -> Any:
+        SPANS[span.words] = partial(found, model.tokenizer, start, end, inclusive)
+        return span
+
+    return [
+        name(sl.after(model, "w1"), "w1", None),
+        name(sl.after(model, "3 w", inclusive=False), "3 w", None, False),
+        name(sl.until(model, "w4"), None, "w4"),
+        name(sl.between(model, "w2", "w"), "w2", "w"),
+        name(sl.between(model, "w", "5", inclusive=False), "w", "5", False),
+        name(sl.between(model, "6 w", "w7"), "6 w", "w7"),
+    ]
+
+
+def found(tokenizer: Any, start: str | None, end: str | None, inclusive: bool, tokens: Any) -> bool:
+    """Whether the last of some tokens lies between two markers of the text that they decode to."""
+    inside, place, marks = start is None, 0, [start, end]
+    for length in range(1, len(tokens) + 1):
+        text, entered = tokenizer.decode(tokens[:length]), False
+        while True:
+            marker = marks[int(inside)]
+            at = -1 if marker is None else text.find(marker, place)
+            if at < 0:
+                break
+            place, inside = at + len(marker), not inside
+            entered = inside
+            if start is None:
+                marks = [None, None]
+    return inside and (inclusive or not entered)
 
 
 class Draw(random.Random):
@@ -33,7 +70,9 @@ class Draw(random.Random):
         return [self.randrange(WORDS) for _ in range(self.randint(low, high))]
 
     def where(self, *, batch: int | None = None) -> Any:
-        kind = self.randrange(8)
+        kind = self.randrange(10)
+        if kind > 7:
+            return self.choice(spans())
         if kind < 5:
             return NAMES[kind]
         if kind == 5:

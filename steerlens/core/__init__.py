@@ -15,6 +15,7 @@ from steerlens.core.record import Record
 from steerlens.core.sequence import Sequence
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import POINTS, Site
+from steerlens.core.span import Span
 
 __all__ = [
     "POINTS",
@@ -38,6 +39,7 @@ __all__ = [
     "Signals",
     "Site",
     "SiteSignals",
+    "Span",
     "Summary",
     "check_lengths",
     "check_loops",

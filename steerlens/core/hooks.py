@@ -11,6 +11,7 @@ from torch import Tensor
 from steerlens.core.law import Loop
 from steerlens.core.passing import Pass
 from steerlens.core.sites import Site
+from steerlens.core.span import Span
 
 #: A hook function of TransformerLens.
 Hook = Callable[..., Tensor]
@@ -23,6 +24,8 @@ def forward_hooks(loops: Sequence[Loop]) -> list[tuple[str, Hook]]:
             raise ValueError(
                 f"a TransformerBridge ignores what a hook writes at {loop.act}; use steer(), which adds it elsewhere"
             )
+        if isinstance(loop.where, Span):
+            raise ValueError(f"where={loop.where} goes by the tokens, which a hook does not see; use steer()")
         if loop.needs_more_than_state:
             raise ValueError(
                 f"the loop at {loop.act} needs a second pass over the text, which hooks cannot run; use steer()"

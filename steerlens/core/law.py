@@ -128,8 +128,9 @@ class Loop:
         where: Token positions: `"last"` (the last real token of a prompt and every token generated after it),
             `"last_prompt"` (that token alone), `"generated"`, `"prompt"`, `"all"`, a slice on absolute positions
             (negative: from the end of the prompt), a boolean mask `[pos]` or `[batch pos]`, or a callable from
-            positions `[batch pos]` to such a mask. The names leave position 0 alone, where many models keep an
-            activation two orders of magnitude larger than elsewhere; a slice, mask or callable is taken literally.
+            positions `[batch pos]` to such a mask, or a part of the text: `after`, `until`, `between`, `assistant`. The
+            names and parts leave position 0 alone, where many models keep an activation two orders of magnitude larger
+            than elsewhere; a slice, mask or callable is taken literally.
         strength: Factor on the control, no unit; finite.
         name: Prefix of the loop's own signals if several loops act at one site; letters, digits and underscores. Of
             loops with the same name the second is called `name2`.

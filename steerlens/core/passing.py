@@ -19,6 +19,7 @@ from steerlens.core.record import Record
 from steerlens.core.sequence import Sequence
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import Site
+from steerlens.core.span import Span
 from steerlens.core.stops import Action, Placed, Shown, stops_of, wide_of
 from steerlens.core.types import RecordSpec
 
@@ -88,6 +89,7 @@ class Pass:
         companion: Any = None,
         alone: bool = True,
         shown: bool = True,
+        tokens: Tensor | None = None,
     ) -> None:
         """Enter a forward pass; `shape`, `past`, `mask`, `device` and `end` as in `Positions.begin`.
 
@@ -97,11 +99,12 @@ class Pass:
                 `Companion`; None if the host cannot.
             alone: No other run steers the model meanwhile.
             shown: `log` becomes the record of this sequence.
+            tokens: As in `Positions.begin`.
         """
         self.sequence = sequence = Sequence() if sequence is None else sequence
         self.positions = sequence.positions
         lengths = self._lengths() if self.scored and end is None else None
-        sequence.begin(shape, past, mask, device=device, end=end, lengths=lengths)
+        sequence.begin(shape, past, mask, device=device, end=end, lengths=lengths, tokens=tokens)
         if shown:
             self.log.show(sequence.store)
         self._pieces, self._age = sequence.store["pieces"], len(sequence.store["moves"])
@@ -117,6 +120,12 @@ class Pass:
         self._states = {}
         self._reached = (-1, -1)
         self.aside.begin(sequence, companion, alone, observed=self._observed)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it needs the ids of the tokens."""
+        asked = [*(loop.where for loop in self.loops), *(s.where for loop in self.loops for s in loop.summaries)]
+        return any(isinstance(where, Span) for where in asked)
 
     def hold(self) -> dict[str, Any]:
         """All that belongs to the present pass, for `resume` after another one in its midst."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.core.part import map_tensors
+from steerlens.core.span import Span
 from steerlens.core.types import Where
 
 NAMES = ("last", "last_prompt", "generated", "prompt", "all")
@@ -33,10 +35,12 @@ def check_where(where: object) -> None:
             raise ValueError(
                 f"where is a {where.dtype} tensor of {where.ndim} dimensions; a mask is bool [pos] or [batch pos]"
             )
-    elif not callable(where):
+    elif not callable(where) and not isinstance(where, Span):
         # not the value itself: a list of tensors fills a screen
         shown = where if isinstance(where, (int, float)) else f"a {type(where).__name__}"
-        raise TypeError(f"where is {shown}; give one of {', '.join(NAMES)}, a slice, a bool mask or a callable")
+        raise TypeError(
+            f"where is {shown}; give one of {', '.join(NAMES)}, a slice, a bool mask, a callable or what after() gives"
+        )
 
 
 class Positions:
@@ -63,6 +67,9 @@ class Positions:
         self.device: torch.device | None = None
         self._index: Tensor | None = None  # of all columns so far
         self._mask: Tensor | None = None
+        self._tokens: Tensor | None = None  # of the present pass
+        # of each span: itself on the tokens' device, and its state after every column so far
+        self._spans: dict[int, tuple[Span, Tensor]] = {}
 
     def begin(
         self,
@@ -73,6 +80,7 @@ class Positions:
         device: Any = None,
         end: int | None = None,
         lengths: Any = None,
+        tokens: Tensor | None = None,
     ) -> bool:
         """Enter a forward pass over `shape` = (batch, length) new tokens after `past` cached ones.
 
@@ -83,6 +91,7 @@ class Positions:
             mask: 1 for real tokens, `[batch past+length]` or `[batch length]`; None: all that are new are real.
             end: First column after the prompt, which may be ahead of this pass.
             lengths: Real tokens of each row's prompt, a number or `[batch]`.
+            tokens: Ids of the new tokens, `[batch length]`, for a `where` that goes by the text.
 
         Returns:
             True if the prompt is another one than before this pass.
@@ -102,6 +111,8 @@ class Positions:
         if not self.padded and mask is not None and (first or length > 1) and not repeats:
             # one host-device sync for a prompt, none while decoding
             self.padded = not bool(mask.all())
+        self._tokens = tokens
+        self._spans = {} if first else {key: (span, kept[:, :past]) for key, (span, kept) in self._spans.items()}
         self._index = self.index = None
         if self.padded:
             full = self._whole(mask, self.seen)
@@ -160,6 +171,7 @@ class Positions:
         self.seen = min(self.seen, column)
         if self._mask is not None:
             self._mask = self._mask[:, :column]
+        self._spans = {key: (span, kept[:, :column]) for key, (span, kept) in self._spans.items()}
 
     def rows(self, index: Tensor) -> None:
         """Replace the rows by others, `[new batch]` indices of the present ones."""
@@ -168,6 +180,7 @@ class Positions:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 setattr(self, name, value[index.to(value.device)])
+        self._spans = {key: (span, kept[index.to(kept.device)]) for key, (span, kept) in self._spans.items()}
 
     @property
     def complete(self) -> bool:
@@ -208,10 +221,43 @@ class Positions:
             index = self.table()
             return (index >= _column(low)) & (index < _column(high)) & (index >= 0)
         table = self.table()
+        if isinstance(where, Span):
+            # as the names do, it leaves position 0 alone
+            return self._inside(where).to(table.device) & (table > 0)
         mask = _lookup(where, table) if isinstance(where, Tensor) else where(table)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != table.shape:
             raise ValueError(f"where() must return a bool mask of shape {tuple(table.shape)}, it returned {mask!r}")
         return mask & (table >= 0)
+
+    def _inside(self, span: Span) -> Tensor:
+        """Whether the tokens of this pass lie in a span, `[batch length]`."""
+        placed, kept = self._spans.get(id(span), (None, None))
+        if kept is None or kept.shape[1] < self.seen:
+            tokens, count = self._tokens, 0 if kept is None else kept.shape[1]
+            if tokens is None or tokens.ndim != 2:
+                raise RuntimeError(f"where={span} goes by the ids of the tokens, and this pass was given none")
+            if count != self.past:
+                raise RuntimeError(
+                    f"where={span} goes by the whole text, but {self.past - count} of its tokens went through the "
+                    "model before it was steered; begin with an empty KV cache"
+                )
+            if placed is None:
+                placed = map_tensors(span, lambda tensor: tensor.to(tokens.device))
+            new = _scan(placed, tokens, self.index, None if kept is None or not count else kept[:, -1])
+            kept = new if kept is None else torch.cat([kept, new], dim=1)
+            self._spans[id(span)] = placed, kept
+        assert placed is not None
+        return placed.inside[kept[:, self.past : self.past + self.length]]
+
+
+def _scan(span: Span, tokens: Tensor, index: Tensor | None, before: Tensor | None) -> Tensor:
+    real = None if index is None else index.to(tokens.device) >= 0
+    if tokens.shape[1] == 1 or tokens.device.type == "cpu":
+        return span.states(tokens, real, before)
+    # a prompt token by token is many small kernels; one host-device sync is cheaper
+    here = [None if value is None else value.cpu() for value in (tokens, real, before)]
+    on_cpu: Span = map_tensors(span, lambda tensor: tensor.cpu())
+    return on_cpu.states(*here).to(tokens.device)  # type: ignore[arg-type]
 
 
 def _bounds(where: str | slice, prompt: Any) -> tuple[Any, Any]:

@@ -90,6 +90,7 @@ class Sequence:
         """A sequence with the same past, for a copy of the cache."""
         twin = Sequence()
         twin.positions.__dict__.update(self.positions.__dict__)
+        twin.positions._spans = dict(self.positions._spans)
         twin.store = {
             "pieces": {name: list(pieces) for name, pieces in self.store["pieces"].items()},
             "moves": list(self.store["moves"]),

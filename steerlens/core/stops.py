@@ -12,6 +12,7 @@ from steerlens.core.law import Loop
 from steerlens.core.part import Part, map_tensors
 from steerlens.core.signals import SiteSignals
 from steerlens.core.sites import Site
+from steerlens.core.span import Span
 from steerlens.core.types import RecordSpec, Where
 
 #: A signal: name, hook name, and whether the record keeps it.
@@ -150,6 +151,8 @@ def _index(wheres: list[Any], where: Where) -> int:
     """Index of an equal entry, appended where there is none; masks and callables are equal only to themselves."""
     for index, other in enumerate(wheres):
         if where is other or (isinstance(where, (str, slice)) and type(where) is type(other) and where == other):
+            return index
+        if isinstance(where, Span) and isinstance(other, Span) and where.same(other):
             return index
     wheres.append(where)
     return len(wheres) - 1

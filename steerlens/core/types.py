@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core.sites import Site
+from steerlens.core.span import Span
 
 if TYPE_CHECKING:
     import pandas
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 PositionName: TypeAlias = Literal["last", "last_prompt", "generated", "prompt", "all"]
 
 #: Token positions: a name, a slice on absolute positions, a mask `[pos]` or `[batch pos]`, or a function from positions
-#: `[batch pos]` to a mask of that shape; see `Loop`.
-Where: TypeAlias = PositionName | slice | Tensor | Callable[[Tensor], Tensor]
+#: `[batch pos]` to a mask of that shape, or a part of the text, see `Loop`.
+Where: TypeAlias = PositionName | slice | Tensor | Span | Callable[[Tensor], Tensor]
 
 #: What a run keeps of its signals: one number per token, everything, the signals of these names, or nothing.
 RecordSpec: TypeAlias = Literal["scalars", "all"] | Collection[str] | None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from steerlens.core import Controller, tensors_of
+from steerlens.core import Controller, Span, tensors_of
 from steerlens.hosts import Host
 from steerlens.version import __version__
 
@@ -123,7 +123,7 @@ def identity(controller: Controller) -> dict[str, Any]:
     """What distinguishes two controllers: a hash of their loops and tensors, and where they act."""
     found = hashlib.sha256()
     for loop in controller.loops:
-        where = loop.where if isinstance(loop.where, (str, slice)) else type(loop.where).__name__
+        where = loop.where if isinstance(loop.where, (str, slice, Span)) else type(loop.where).__name__
         found.update(f"{type(loop.law).__name__} {loop.act} {loop.sense} {where} {loop.strength}".encode())
         # one tensor at a time: loops may share a direction of the size of the model
         for tensor in tensors_of(loop.parts):
@@ -132,7 +132,7 @@ def identity(controller: Controller) -> dict[str, Any]:
         "method": controller.recipe.get("method"),
         "digest": found.hexdigest()[:16],
         "where": sorted(
-            {str(loop.where) if isinstance(loop.where, (str, slice)) else "given" for loop in controller.loops}
+            {str(loop.where) if isinstance(loop.where, (str, slice, Span)) else "given" for loop in controller.loops}
         ),
         "data": controller.recipe.get("data"),
     }

@@ -171,6 +171,8 @@ class Generation:
         #: Of its own passes.
         self.identity: Identity | None = None
         self.mask: Tensor | None = None
+        #: Ids of its tokens so far, if the library embeds them before each pass.
+        self.embedded: Tensor | None = None
         self._next = False
         self._others: list[Identity] = []
 

@@ -141,6 +141,11 @@ class Steered:
         """Whether one run steers the model, and no other."""
         return len(self.attached) == 1
 
+    @property
+    def inside(self) -> bool:
+        """Whether a forward pass is running."""
+        return self._depth > 0
+
     # -- passes -------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -187,6 +192,7 @@ class Steered:
         for attachment in self.attached:
             run = attachment.run
             sequence = identity.of(run, fresh=fresh)
+            options["tokens"] = tokens
             run.begin(shape, device=device, sequence=sequence, companion=companion, alone=self.alone, **options)
         return identity
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from steerlens import methods
-from steerlens.core import Controller, Loop
+from steerlens.core import Controller, Loop, Span
 from steerlens.fit.method import exported
 from steerlens.sharing.citations import arxiv_number, bibtex
 from steerlens.version import __version__
@@ -140,7 +140,7 @@ def where_text(loop: Loop) -> str:
             f"mask {list(where.shape)}"
             if isinstance(where, Tensor)
             else str(where)
-            if isinstance(where, str)
+            if isinstance(where, (str, Span))
             else "a function"
         )
     extra = ["gated"] * bool(loop.gates) + ["scheduled"] * bool(loop.schedules)

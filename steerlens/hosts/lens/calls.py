@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice, get_attention_mask
 
@@ -18,6 +19,15 @@ def generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: 
     """TransformerLens's own loop: its first pass is the whole prompt."""
     with steered.generating(Generation()):
         return inner(*args, **kwargs)
+
+
+def embed(steered: Steered, inner: Callable[..., Any], tokens: Any) -> Any:
+    """Around HookedTransformer's token embedding, to which `generate` gives each token before its pass."""
+    generation = steered.generation
+    if generation is not None and not steered.inside and isinstance(tokens, Tensor):
+        before = generation.embedded
+        generation.embedded = tokens if before is None else torch.cat([before, tokens.to(before)], dim=1)
+    return inner(tokens)
 
 
 def caching(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -262,6 +262,7 @@ class Passes:
             mask=call["mask"],
             device=call["device"],
             sequence=run.sequence if step else None,
+            tokens=call["tokens"],
             end=run.positions.end if step else None,
             **options,
         )
@@ -284,7 +285,8 @@ def follow(
         try:
             whole = step == 0 or first is None or run.aside.accompanied
             inputs = base.inputs if whole else None
-            call = later_shape(first.input, run) if inputs is None else call_shape(*inputs)
+            ids = embedding(base).input if inputs is None and run.reads_tokens else None
+            call = later_shape(first.input, run, ids) if inputs is None else call_shape(*inputs)
         except OutOfOrderError:
             if step == 0:
                 raise
@@ -347,7 +349,13 @@ def refuse_untold(length: int, past: int, seen: int, step: int) -> None:
         raise NotImplementedError(f"{option} cannot be steered on a server, where caches are not seen; leave it out")
 
 
-def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:
+def embedding(base: Any) -> Any:
+    """The envoy of the token embedding, whose input is the ids alone."""
+    module = base._module.get_input_embeddings()
+    return next(envoy for envoy in base.modules() if envoy._module is module)
+
+
+def later_shape(x: Tensor, run: Pass, ids: Tensor | None) -> dict[str, Any]:
     """The arguments of `Pass.begin`, told from the state of a pass that is not the first of its generation."""
     seen = run.positions.seen
     # without a KV cache each pass repeats the sequence and adds a token
@@ -358,5 +366,5 @@ def later_shape(x: Tensor, run: Pass) -> dict[str, Any]:
         "mask": None,
         "device": x.device,
         "cache": None,
-        "tokens": None,
+        "tokens": ids,
     }

@@ -29,7 +29,8 @@ class KnownPasses(Passes):
             Passes.begin(self, run, call, step, **options)
             return
         sequence = identity.of(run, fresh=fresh)
-        run.begin(call["shape"], device=call["device"], sequence=sequence, **known, **options)
+        known = {**known, **options, "tokens": call["tokens"]}
+        run.begin(call["shape"], device=call["device"], sequence=sequence, **known)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Passes, ()
