@@ -89,7 +89,7 @@ def test_it_is_the_hook_that_its_equation_describes(host, device):
         (
             {"condition": sl.Pairs(PAIRS.negative, PAIRS.negative), "share": 0.0},
             ValueError,
-            "no activation in the null",
+            "hardly an activation",
         ),
     ],
 )
