@@ -17,7 +17,7 @@ from steerlens.hosts import Host
 from steerlens.version import __version__
 
 #: Of the files.
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "transformers", "transformer_lens", "nnsight")
 
 

@@ -125,7 +125,7 @@ def alignment(direction: Tensor, prompts: Sequence[Text] | None = None, *, token
         raise ValueError("the direction is zero; give one that is not")
 
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
-        rows = bench.continuations(items, tokens)
+        rows = bench.continuations(items, tokens, among=bench.prompts if prompts is None else prompts)
         found = []
         for u in bench.controls(arm, rows):
             if u.shape[2:] != direction.shape:
