@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerlens.core import Controller, Site
 from steerlens.core.progress import bar
+from steerlens.evaluate.log import Log, digest
 from steerlens.evaluate.scoring import Kept, Reduce, log_probabilities, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
@@ -103,6 +104,8 @@ class Bench:
         self.max_new_tokens, self.temperature, self.samples = max_new_tokens, temperature, samples
         self._continuations: dict[Any, list[Row]] = {}
         self._together: dict[Any, list[Row]] = {}
+        #: Where continuations are kept, so that a run which goes on has those that it began with.
+        self.log: Log | None = None
         self._texts: tuple[Any, list[list[Generation]]] | None = None
         self._kept: dict[Any, Tensor] = {}
 
@@ -210,10 +213,16 @@ class Bench:
     def _continued(self, rows: list[list[int]], tokens: int) -> list[Row]:
         key = (tuple(map(tuple, rows)), tokens)
         if key not in self._continuations:
-            texts = generate_texts(
-                self.host, None, rows, max_new_tokens=tokens, temperature=1.0, seed=self.seed, batch=2 * self.batch
-            )
-            written = [(list(text.prompt), list(text.completion)) for text in texts]
+            name = ["continuations", digest([rows, tokens])]
+            if self.log is not None and name in self.log:
+                written = list(zip(rows, self.log[name], strict=True))
+            else:
+                texts = generate_texts(
+                    self.host, None, rows, max_new_tokens=tokens, temperature=1.0, seed=self.seed, batch=2 * self.batch
+                )
+                written = [(list(text.prompt), list(text.completion)) for text in texts]
+                if self.log is not None:
+                    self.log.put(name, [completion for _, completion in written])
             ordered = sorted(written, key=lambda row: -sum(map(len, row)))
             for start in range(0, len(ordered), self.batch):
                 batch = ordered[start : start + self.batch]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from steerlens.evaluate.bench import Arm, Bench
-from steerlens.evaluate.meter import Meter, Values, digest, fixed
+from steerlens.evaluate.log import digest
+from steerlens.evaluate.meter import Meter, Values, fixed
 from steerlens.evaluate.written import scorer
 from steerlens.fit.contrast import Pairs, Text
 

@@ -9,8 +9,8 @@ from typing import Any
 from steerlens.core.progress import counting
 from steerlens.evaluate.bench import Arm, Bench
 from steerlens.evaluate.evaluation import DOSE, RANDOM_NAME, UNSTEERED_NAME, Measured
-from steerlens.evaluate.log import Log, setting
-from steerlens.evaluate.meter import Meter, Values, digest
+from steerlens.evaluate.log import Log, digest, setting
+from steerlens.evaluate.meter import Meter, Values
 
 
 @dataclass(frozen=True)

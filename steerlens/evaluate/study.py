@@ -97,7 +97,8 @@ def evaluate(
     protocol = protocol_of(bench, meters) | {"verb": "evaluate", "controller": identity(controller), "seeds": seeds}
     protocol |= {"strengths": list(strengths), "prompted": {label: own.instruction for label, own in asked.items()}}
     bench.check_zero(controller)
-    session = Session(bench, meters, Log(file, protocol), progress=progress)
+    bench.log = Log(file, protocol)
+    session = Session(bench, meters, bench.log, progress=progress)
     return Evaluation(protocol, effect.name, session.about, session.run(entries), missing=tuple(missing))
 
 
@@ -174,7 +175,7 @@ def compare(
     protocol = protocol_of(held, meters) | {"verb": "compare", "budget": str(budget), "seeds": seeds}
     protocol |= {"arms": {name: own.identity() for name, own in fits.items()}}
     protocol |= {"prompted": {label: own.instruction for label, own in asked.items()}}
-    log = Log(file, protocol)
+    log = chosen.log = held.log = Log(file, protocol)
     session = Session(held, meters, log, progress=progress)
 
     def calibrated(name: str, build: Callable[[], list[Controller]]) -> float:
@@ -255,7 +256,8 @@ def sweep(
                 return Arm(name, make(layer, strength))
 
             entries.append(Entry(name, build, strength, layer=layer))
-    session = Session(bench, meters, Log(file, protocol), progress=progress)
+    bench.log = Log(file, protocol)
+    session = Session(bench, meters, bench.log, progress=progress)
     missing = ("random directions", "a prompt baseline")
     return Evaluation(protocol, effect.name, session.about, session.run(entries), missing=missing)
 
