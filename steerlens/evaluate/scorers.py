@@ -105,6 +105,29 @@ def sentiment(prompts: Sequence[Text] | None = None, *, direction: int = 1, inst
     )
 
 
+def profanity(prompts: Sequence[Text] | None = None, *, direction: int = -1, instruction: str = "") -> Meter:
+    """Probability that a text is profane, by the linear classifier of alt-profanity-check, 0 to 1; a proxy.
+
+    It knows words, not what they are used for: a sentence on anatomy counts as profane, a polite threat does not.
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
+        direction: -1 if it is unwanted, 1 if it is wanted.
+        instruction: What a prompt baseline asks for, if the evaluation names none.
+
+    Raises:
+        ImportError: alt-profanity-check is not installed.
+
+    Source: https://github.com/dimitrismistriotis/alt-profanity-check, a linear SVM on counts of words.
+    """
+    predict = _package("profanity_check", "alt-profanity-check").predict_prob
+
+    def profane(text: str) -> float:
+        return float(predict([text])[0])
+
+    return scorer(profane, prompts, name="profanity", unit="probability", direction=direction, instruction=instruction)
+
+
 def alignment(direction: Tensor, prompts: Sequence[Text] | None = None, *, tokens: int = 24, sign: int = 0) -> Meter:
     """Cosine of the control with a direction, such as the one by which a model refuses; 0 at tokens without control.
 
