@@ -21,7 +21,7 @@ from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
 from steerlens.hosts.roles import roles
-from steerlens.laws.conditions import Resemblance, Side
+from steerlens.laws.conditions import Probability, Ramp, Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point, Range
 from steerlens.laws.single import add, observe, project_out
@@ -53,7 +53,9 @@ __all__ = [
     "Pid",
     "Point",
     "Preview",
+    "Probability",
     "Project",
+    "Ramp",
     "Range",
     "Record",
     "Resemblance",
