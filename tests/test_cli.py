@@ -132,7 +132,7 @@ def test_every_method_that_fits_on_pairs_is_fitted_from_a_file(folder):
         (["pairs.csv", "-s", "strength"], "'strength' is no option; write name=value"),
         (["pairs.csv", "-s", "strength=much"], "caa: strength=much is a text; strength takes a number"),
         (["pairs.csv", "--layers", "first"], "layers=first: 'first' is no layer; write 15, or 3,9, or 5-10, or all"),
-        (["pairs.csv", "--layers", "3-1"], "layers=3-1 is an empty range"),
+        (["pairs.csv", "--layers", "3-1"], "layers=3-1: 3-1 is an empty range; write 1-3"),
         (["pairs.csv", "--layers", "9"], "no layer 9 in a model of 4 layers"),
         (["pairs.csv", "--layers", "1,1"], "layers=1,1 names layer 1 twice"),
         (["pairs.csv", "--layers", "0-99999999"], "no model has a layer 99999999"),
