@@ -229,7 +229,7 @@ def hold(model: Model, target: Target, *, where: Where = "last") -> Controller:
     """
     host = checked("hold", model, target)
     law = Feedback(target.setpoint, target.setpoint.basis)
-    return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
+    return Controller([Loop(law, target.site, where=where, name="hold")], recipe("sae.hold", host, target.arguments))
 
 
 def observe(model: Model, target: Target, *, where: Where = "all") -> Controller:
@@ -302,7 +302,7 @@ def _moved(setpoint: Feature, lower: list[float], upper: list[float]) -> Feature
     return edited(setpoint, lower=floors.to(setpoint.lower), upper=ceilings.to(setpoint.upper))
 
 
-RETUNES["hold"] = Retune(lambda recipe: FEATURE_LEVELS, retune_features)
+RETUNES["sae.hold"] = Retune(lambda recipe: FEATURE_LEVELS, retune_features)
 
 
 def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[float], list[float]]:
