@@ -58,8 +58,8 @@ def alphasteer(
         layers: Where to act; default the middle layer (the authors: some ten, from a quarter to two thirds of the
             depth).
         point: Point of the block, see `Site`.
-        strength: s, no unit; 1 adds the whole class difference to what is to be steered, 2 has a side effect near that of
-            the other methods' defaults.
+        strength: s, no unit; 1 adds the whole class difference to what is to be steered, 2 has a side effect near
+            that of the other methods' defaults.
         where: Token positions, see `Loop`.
 
     Returns:
