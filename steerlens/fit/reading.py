@@ -14,6 +14,9 @@ from steerlens.core.types import Layers
 from steerlens.fit.contrast import Pairs
 from steerlens.hosts import Host
 
+#: What the size of a control is given in: shares of the states' norm, or activation units.
+SCALES = ("relative", "absolute")
+
 
 def every_layer(host: Host, layers: Layers) -> list[int]:
     """Layers as a sorted list, all of them for None and `"all"`; negative ones count from the last.

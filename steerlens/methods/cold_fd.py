@@ -13,8 +13,8 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
-from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.objectives import Labelled, Objective, labelled, objective
+from steerlens.fit.reading import SCALES, mean_norm, pick_layers
 from steerlens.hosts import Host
 from steerlens.hosts.batches import pad
 from steerlens.hosts.types import Model

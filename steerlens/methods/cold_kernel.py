@@ -12,8 +12,8 @@ from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, objective
-from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.objectives import objective
+from steerlens.fit.reading import SCALES, mean_norm, pick_layers
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 from steerlens.laws.learning import Kernel
@@ -22,6 +22,7 @@ from steerlens.laws.learning import Kernel
 @method(
     card=Card(needs="completions", points=POINTS, derivatives="activations"),
     options={"pairs": ("sum", "rejected_only"), "kernel": ("unit", "linear"), "scale": SCALES},
+    paper={"where": "prompt", "scale": "absolute", "eta": 1.0},
 )
 def cold_kernel(
     model: Model,
@@ -32,13 +33,14 @@ def cold_kernel(
     reference: str | None = None,
     pairs: str = "sum",
     kernel: str = "unit",
-    eta: float = 0.1,
+    eta: float = 0.15,
     scale: str = "relative",
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    where: Where = "prompt",
+    where: Where = "last",
     batch: int = 4,
+    paper: bool = False,
 ) -> Controller:
     """Move the activations as one step of gradient descent on a few examples would, with a kernel for the parameters.
 
@@ -73,9 +75,11 @@ def cold_kernel(
         layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
         point: Point of the block, see `Site`.
         strength: Factor on the control, no unit; it multiplies the learning rate.
-        where: Token positions, see `Loop`. The paper changes the prompt and no generated token; its own code includes
-            position 0, whose change is far larger than the others'.
+        where: Token positions, see `Loop`. The paper changes the prompt and no generated token, `"prompt"`, which has a
+            tenth of the KL at the same eta; its own code includes position 0, whose change is far larger than the
+            others'.
         batch: Pairs in one forward and backward pass.
+        paper: Take the paper's setting for what is not given: `where="prompt"`, `scale="absolute"`, `eta=1`.
 
     Returns:
         One loop per layer. Recorded signals: `u`, `u_norm`.

@@ -59,7 +59,8 @@ def odesteer(
         data: Contrast texts; `Pairs.read` selects the token whose activation is x. The sides may differ in number.
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
-        angle_rad: Length of the flow in radians, T / |x|; default 0.3. Beyond about 0.5 a small model's output suffers.
+        angle_rad: Length of the flow in radians, T / |x|; default 0.2, which has a KL of
+            about 0.3 nats per token on SmolLM2. Beyond about 0.5 a small model's output suffers.
         distance: Length T in activation units, instead of `angle_rad`. The paper's values, 3 to 23, hold for one model
             and one layer each.
         mode: `"exact"`: the kernel itself, and one Runge-Kutta step of order 4, or the exact great circle if h is
@@ -97,7 +98,7 @@ def odesteer(
     sites = pick_layers(model, layers, point, default="middle")
     if len(model.shape(sites[0])) != 1:
         raise ValueError(f"odesteer follows the state as one vector, which it is not at point={point!r}")
-    length = distance if distance is not None else 0.3 if angle_rad is None else angle_rad
+    length = distance if distance is not None else 0.2 if angle_rad is None else angle_rad
     polynomial: dict[str, Any] = {"degree": degree, "gamma": gamma, "coef0": coef0}
     loops, lost, norms = [], [], []
     for site, (positive, negative) in contrast_states(model, data, sites).items():
