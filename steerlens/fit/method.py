@@ -16,9 +16,11 @@ import torch
 
 from steerlens.core import Controller, check_where
 from steerlens.fit.card import Card
+from steerlens.fit.directions import own_directions
 from steerlens.fit.goal import goals_of
 from steerlens.fit.reading import check_concepts, check_contrast, check_option, check_paired
 from steerlens.fit.recipe import plain, recipe
+from steerlens.fit.retune import RETUNES, Retune
 from steerlens.hosts import host_of
 
 Function = TypeVar("Function", bound=Callable[..., Controller])
@@ -31,6 +33,7 @@ def method(
     options: Mapping[str, Collection[Any]] | None = None,
     paper: Mapping[str, Any] | None = None,
     only: Mapping[str, Collection[str]] | None = None,
+    retune: Retune | None = None,
 ) -> Callable[[Function], Function]:
     """Make a steering method of a function `name(model, data, *, ...) -> Controller`.
 
@@ -50,6 +53,7 @@ def method(
             the defaults. The function has the argument `paper`, and need not look at it.
         only: For a card with `features`: the arguments that apply to contrast texts alone, under `"texts"`, and to
             features alone, under `"features"`. The recipe holds those that apply.
+        retune: Arguments that `Controller.retuned` changes without a refit, in addition to `strength`.
 
     Raises:
         TypeError: the function does not begin with model and data, or an option is no argument of it.
@@ -62,6 +66,8 @@ def method(
             raise TypeError(f"{name}{signature} is no method; its first two arguments are model and data")
         limited = {argument for arguments in (only or {}).values() for argument in arguments}
         named = {*(options or ()), *(paper or ()), *(["paper"] if paper else []), *limited}
+        if retune is not None and not callable(retune.names):
+            named |= set(retune.names)
         unknown = sorted(named - set(signature.parameters))
         if unknown:
             raise TypeError(f"{name} declares the option {unknown[0]!r}, which is no argument of it")
@@ -90,6 +96,7 @@ def method(
             loops = [loop.replace(name=name) if loop.name == "loop" else loop for loop in fitted.loops]
             return Controller(loops, recipe(name, host, asked, found=fitted.recipe, data=data))
 
+        RETUNES[name] = retune or Retune()
         fit.method = Method(name, fit, card, dict(exceptions or {}))  # type: ignore[attr-defined]
         return cast(Function, fit)
 
@@ -181,7 +188,7 @@ def _check_only(signature: inspect.Signature, given: Mapping[str, Any], only: Ma
 
 def _check_data(name: str, card: Card, data: Any) -> None:
     """Raises unless the data are of the kind that the card names; what only some options need, the method checks."""
-    if card.needs == "texts" or (card.features and goals_of(data)):
+    if card.needs == "texts" or (card.features and goals_of(data)) or (card.vectors and own_directions(data)):
         return
     if card.concepts:
         check_concepts(data)

@@ -24,7 +24,7 @@ def inferaligner(
     layers: Layers = None,
     gate_layers: Layers = None,
     point: str = "resid_post",
-    strength: float = 0.1,
+    strength: float = 0.13,
     where: Where = "all",
     paper: bool = False,
 ) -> Controller:

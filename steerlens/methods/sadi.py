@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Law, Loop, Site, Summary
+from steerlens.core.law import finite
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.fit.retune import Draft, Retune, edited, ratio
 from steerlens.hosts.types import Model
 from steerlens.laws.scaling import Frozen, Scale
 
@@ -18,6 +20,18 @@ from steerlens.laws.scaling import Frozen, Scale
 POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
 #: Component -> default number of elements, from the middle of the paper's grids.
 COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
+
+
+def _retune(draft: Draft) -> None:
+    if draft.arguments["mode"] == "live":
+        draft.scale("strength")
+        return
+    strength, old = finite("strength", draft.changes["strength"]), float(draft.before["strength"])
+    ratio("strength", strength, old)
+    draft.laws(lambda law, loop: edited(law, factors=1 + strength * (law.factors != 1).to(law.factors)))
+    # as the fit does: frozen states of strength 0 are the unsteered ones, which is not the same as no steering
+    off = strength == 0
+    draft.loops = [loop.replace(strength=0.0 if off else loop.strength) for loop in draft.loops]
 
 
 @method(
@@ -29,6 +43,7 @@ COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
         "mode": ("live", "frozen"),
     },
     paper={"where": "last_prompt"},
+    retune=Retune(("strength",), _retune),
 )
 def sadi(
     model: Model,
