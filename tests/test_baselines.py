@@ -193,8 +193,8 @@ def test_mimics_ridge_is_a_share_of_the_negative_texts_variance():
         _, cache = case.model.run_with_cache(torch.tensor([[*prompt, *completion]]))
         states.append(cache[str(site)][0, -1].double())
     variance = float(torch.stack(states).var(0, correction=0).mean())
-    assert case.fit(ridge=0.7).recipe["ridge"] == [pytest.approx(0.7 * variance, rel=1e-5)]
-    assert case.fit(paper=True).recipe["ridge"] == [0.01]
+    assert case.fit(ridge=0.7).recipe["found"]["ridge"] == [pytest.approx(0.7 * variance, rel=1e-5)]
+    assert case.fit(paper=True).recipe["found"]["ridge"] == [0.01]
     x = torch.randn(1, 3, case.model.cfg.d_model, generator=torch.Generator().manual_seed(2))
     same = case.fit(ridge=0.7 * variance, scale="absolute").loops[0].law.act(x, Now())[0]
     torch.testing.assert_close(case.fit(ridge=0.7).loops[0].law.act(x, Now())[0], same, rtol=1e-4, atol=1e-4)

@@ -130,7 +130,7 @@ def test_scaling_a_neuron_equals_scaling_its_activation_function(device):
 
 def test_last_prompt_is_one_token_also_while_generating(case):
     """Decoding with a cache equals one pass over the whole text in which that token alone is scaled."""
-    with case.steer(record="scalars") as run:
+    with case.steer(record="scalars", where="last_prompt") as run:
         tokens = case.generate(IDS, 5)
         record = run.record.copy()
     for share in record.layers("share").values():
