@@ -28,7 +28,7 @@ def mimic(
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    ridge: float = 0.3,
+    ridge: float = 8.0,
     scale: str = "relative",
     gate: bool = False,
     where: Where = "last",
