@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from steerlens.hosts.types import Model
 from steerlens.laws.conditions import Side
 
 #: How a prompt is pooled -> the tokens whose mean it is.
-POOLS: dict[str, PositionName] = {"mean": "prompt", "last": "last_prompt"}
+Pool: TypeAlias = Literal["mean", "last"]
+
+#: The tokens that each names.
+POOLS: dict[Pool, PositionName] = {"mean": "prompt", "last": "last_prompt"}
 
 
 def gate(
@@ -26,7 +29,7 @@ def gate(
     *,
     gate_layers: Layers = None,
     point: str = "resid_post",
-    pool: str = "mean",
+    pool: Pool = "mean",
     threshold: float | None = None,
 ) -> Gate:
     """A condition on the prompt, fitted on examples: open for prompts like the positive examples.

@@ -251,7 +251,7 @@ class TestControl:
             ({"preview": True}, "preview=True needs solver='output', it is 'scalar'"),
             ({"preview": True, "solver": "output", "setpoint": "angular"}, "setpoint='angular' has none"),
             ({"setpoint": "corner"}, "setpoint='corner'; it is one of 'level', 'angular'"),
-            ({"origin": "mean"}, "origin='mean'; it is one of None, 'own', 'zero', 'negative', 'midpoint'"),
+            ({"origin": "mean"}, "origin='mean'; it is one of 'own', 'zero', 'negative', 'midpoint', None"),
             ({"combine": "sum"}, "combine='sum'"),
             ({"angle_rad": 10}, "angle_rad=10 belongs to setpoint='angular'"),
             ({"setpoint": "angular", "level": 2.0}, "it has no level, and origin='zero'"),

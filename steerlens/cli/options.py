@@ -6,7 +6,6 @@ import difflib
 import inspect
 import json
 import re
-import sys
 import types
 import typing
 from collections import abc
@@ -16,7 +15,7 @@ from typing import Any
 from steerlens import methods
 from steerlens.control.linearization import Linearization
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.method import Method, exported
+from steerlens.fit.method import Method, annotation, exported
 from steerlens.hosts import host_of
 
 
@@ -65,7 +64,7 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
         found[name] = value = _value(name, text.strip())
         if name in ("layers", "gate_layers") and value == "all":
             continue
-        hint = _hint(method, name)
+        hint = annotation(method.function, name)
         if not _fits(value, hint):
             raise ValueError(f"{method.name}: {name}={text} is {_kind(value)}; {name} takes {_words(hint)}")
     return found
@@ -76,16 +75,6 @@ def on_model(options: dict[str, Any], model: Any) -> dict[str, Any]:
     every = list(range(host_of(model).n_layers))
     layers = ("layers", "gate_layers")
     return {name: every if name in layers and value == "all" else value for name, value in options.items()}
-
-
-def _hint(method: Method, name: str) -> Any:
-    """What an option is annotated with; Any where that needs a library which is not imported."""
-    function = inspect.unwrap(method.function)
-    alone = types.SimpleNamespace(__annotations__={name: function.__annotations__[name]})
-    try:
-        return typing.get_type_hints(alone, vars(sys.modules[function.__module__]))[name]
-    except NameError:
-        return Any
 
 
 def _value(name: str, text: str) -> Any:
@@ -147,7 +136,7 @@ def _words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(filter(None, map(_words, inner)))
     if origin is typing.Literal:
-        return ", ".join(inner)
+        return ", ".join(map(str, inner))
     if origin in (abc.Sequence, list, tuple):
         plural = {int: "whole numbers", float: "numbers"}.get(inner[0], "texts")
         return f"{plural}, such as {'0,3 or 0-3' if inner[0] is int else '[0.5, 1]'}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,10 +19,7 @@ from steerlens.flow.sketch import TensorSketch
 from steerlens.hosts.types import Model
 
 
-@method(
-    card=Card(needs="sets", points=VECTORS),
-    options={"mode": ("exact", "paper"), "kernel": ("polynomial", "fourier")},
-)
+@method(card=Card(needs="sets", points=VECTORS))
 def odesteer(
     model: Model,
     data: Pairs,
@@ -31,8 +28,8 @@ def odesteer(
     point: str = "resid_post",
     angle_rad: float | None = None,
     distance: float | None = None,
-    mode: str = "exact",
-    kernel: str = "polynomial",
+    mode: Literal["exact", "paper"] = "exact",
+    kernel: Literal["polynomial", "fourier"] = "polynomial",
     degree: int = 2,
     gamma: float = 0.1,
     coef0: float = 1.0,

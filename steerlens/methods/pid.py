@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-from steerlens.control.targets import AIMS, Aim
+from steerlens.control.targets import AIMS, Aim, Combine, Origin, Tracked
 from steerlens.core import Controller, Loop
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
@@ -20,7 +20,6 @@ from steerlens.sae.feature import Target, targets_of
 
 @method(
     card=Card(needs="sets", points=("resid_post",), prompt_passes=2, token_passes=2, concepts=True, features=True),
-    options=AIMS,
     paper={"origin": "zero", "level": 1.0, "kp": 0.7, "ki": 0.01, "kd": 0.1},
     only={"texts": [*AIMS, "level", "angle_rad", "layers", "paper"]},
 )
@@ -29,10 +28,10 @@ def pid(
     data: Pairs | Sequence[Pairs] | Target | Sequence[Target],
     *,
     level: float | Sequence[float] | None = None,
-    setpoint: str = "level",
-    origin: str | None = None,
+    setpoint: Tracked = "level",
+    origin: Origin | None = None,
     angle_rad: float | None = None,
-    combine: str = "joint",
+    combine: Combine = "joint",
     kp: float = 0.05,
     ki: float = 0.0,
     kd: float = 0.0,
