@@ -37,6 +37,9 @@ ARMS = {
     "lqr, paper": (sl.lqr, {"paper": True, "progress": False}, "level"),
     "pid": (sl.pid, {}, "level"),
     "pid, paper": (sl.pid, {"paper": True}, "level"),
+    "hold": (sl.hold, {}, "level"),
+    "hold, own": (sl.hold, {"origin": "own"}, "level"),
+    "hold, probe": (sl.hold, {"direction": "probe"}, "level"),
 }
 
 

@@ -21,9 +21,9 @@ from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
 from steerlens.hosts.roles import roles
-from steerlens.laws.conditions import Resemblance, Side
+from steerlens.laws.conditions import Probability, Ramp, Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
-from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
+from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point, Range
 from steerlens.laws.single import add, observe, project_out
 from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
 from steerlens.showing import show
@@ -53,7 +53,10 @@ __all__ = [
     "Pid",
     "Point",
     "Preview",
+    "Probability",
     "Project",
+    "Ramp",
+    "Range",
     "Record",
     "Resemblance",
     "Run",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from steerlens.testing import Case, counts_of_steering
+from steerlens.testing.counts import count_per_token
 
 #: Host -> torch operations and Python calls, `python benchmarks/overhead.py --counts --controllers lqr` at commit
 #: 73a7bd5, the last one before signals were functions, with TransformerLens 3.9, nnsight 0.8.1 and torch 2.13.
@@ -17,6 +19,16 @@ def test_a_lqr_without_a_record_costs_no_more_than_it_did(host):
     assert len(case.controller.loops) == 4
     assert 0 < found.operations <= MOST[host][0]
     assert 0 < found.calls <= MOST[host][1]
+
+
+@pytest.mark.parametrize("method", ["lqr", "pid"])
+def test_the_unsteered_pass_beside_a_steered_one_costs_less_than_the_model_alone(host, method):
+    """It leaves out the last block and the output matrix, and what is done around it does not grow with the model."""
+    case = Case(method, host)
+    ids = torch.tensor([case.prompt])
+    alone, found = count_per_token(lambda tokens: case.generate(ids, tokens)), counts_of_steering(case)
+    assert found.operations < alone.operations
+    assert found.calls < 1.05 * alone.calls  # the loops themselves are among them
 
 
 def test_counts_are_the_same_again(host):

@@ -77,10 +77,10 @@ def compare_command(
             file=path,
         )
 
-    fresh, start = not path.exists(), time.monotonic()
+    fresh, start = not path.exists(), time.process_time()
     found = _resumable(run, path)
     # a run that went on from a file says nothing about the time that all of it took
-    took = f", {(time.monotonic() - start) / 60:.0f} min" if fresh else ""
+    took = f", {(time.process_time() - start) / 60:.0f} min of processor time" if fresh else ""
     options: dict[str, Any] = {"pairs": pairs} if pairs else {"concept": concept}
     options |= {"budget": budget, "where": where, "seeds": seeds, "seed": seed, "model": model}
     options |= {"count": count} if count else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,13 @@ def task_of(concept: str, pairs: Path | None, instruction: str | None, count: in
     fit = Pairs(fit.positive, fit.negative, read="completion" if completed else "mean")
     held = held[:count] if count else held
     effect = propensity(held, instruction=asked) if completed else likelihood(held.positive, instruction=asked)
-    return Task(concept, fit, effect, prompts[: 2 * (count or len(held))], prompts)
+    return Task(concept, fit, effect, _alike(prompts)[: 2 * (count or len(held))], prompts)
+
+
+def _alike(prompts: list[Any]) -> list[Any]:
+    """Prompts with the most common number of words first: texts after prompts of one length are written together."""
+    sizes = Counter(len(str(prompt).split()) for prompt in prompts)
+    return sorted(prompts, key=lambda prompt: -sizes[len(str(prompt).split())])
 
 
 def load_model(name: str) -> Any:

@@ -95,8 +95,8 @@ class Controller:
         and batches with padding among it, use `steer`.
 
         Raises:
-            ValueError: a loop acts at `resid_mid`, or has a gate, a summary, a tangent or a reference; hooks
-                cannot serve it.
+            ValueError: a loop acts at `resid_mid`, or has a gate on the prompt, a summary, a tangent or a reference;
+                hooks cannot serve it.
         """
         return forward_hooks(self.loops)
 

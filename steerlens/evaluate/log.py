@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from steerlens.core import Controller, tensors_of
 from steerlens.hosts import Host
 from steerlens.version import __version__
 
 #: Of the files.
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "transformers", "transformer_lens", "nnsight")
 
 
@@ -136,3 +137,13 @@ def identity(controller: Controller) -> dict[str, Any]:
         ),
         "data": controller.recipe.get("data"),
     }
+
+
+def digest(items: Any) -> str:
+    """A hash of plain data."""
+    plain = json.dumps(items, sort_keys=True, default=_plain)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else repr(value)

@@ -16,6 +16,7 @@ import torch
 
 from steerlens.core import Controller, check_where
 from steerlens.fit.card import Card
+from steerlens.fit.directions import own_directions
 from steerlens.fit.goal import goals_of
 from steerlens.fit.reading import check_concepts, check_contrast, check_option, check_paired
 from steerlens.fit.recipe import plain, recipe
@@ -201,7 +202,7 @@ def _check_only(signature: inspect.Signature, given: Mapping[str, Any], only: Ma
 
 def _check_data(name: str, card: Card, data: Any) -> None:
     """Raises unless the data are of the kind that the card names; what only some options need, the method checks."""
-    if card.needs == "texts" or (card.features and goals_of(data)):
+    if card.needs == "texts" or (card.features and goals_of(data)) or (card.vectors and own_directions(data)):
         return
     if card.concepts:
         check_concepts(data)

@@ -7,6 +7,7 @@ from steerlens.methods.caa import caa as caa
 from steerlens.methods.cast import cast as cast
 from steerlens.methods.cold_fd import cold_fd as cold_fd
 from steerlens.methods.cold_kernel import cold_kernel as cold_kernel
+from steerlens.methods.hold import hold as hold
 from steerlens.methods.hpr import hpr as hpr
 from steerlens.methods.inferaligner import inferaligner as inferaligner
 from steerlens.methods.iti import iti as iti

@@ -64,6 +64,8 @@ class BridgeHost(LensHost):
                 )
         self.name = str(getattr(inner.config, "_name_or_path", None) or "")
         self.quantised = is_quantised(inner)
+        #: The Bridge's own names of sites, as far as `_spots` has asked for them.
+        self._own_names: dict[Site, str] = {}
 
     def missing(self, site: Site) -> str | None:
         """Why there is no such hook point, or none that is what its name says."""
@@ -102,8 +104,12 @@ class BridgeHost(LensHost):
     def address(self, site: Site, module: nn.Module) -> Callable[[], nn.Module | None]:
         """By the Bridge's own name, under which sae-lens registers what it splices in."""
         model = self.model
-        name = next(name for name, entry in model._hook_registry.items() if entry is module)
+        name = self._registered(module)
         return lambda: model._hook_registry.get(name)
+
+    def _registered(self, module: nn.Module) -> str:
+        """The Bridge's own name of a hook point, or of an SAE in its place."""
+        return next(name for name, entry in self.model._hook_registry.items() if entry is module)
 
     def signal_taken(self, name: str) -> bool:
         """Whether a hook point of this name exists already."""
@@ -178,8 +184,12 @@ class BridgeHost(LensHost):
             yield
 
     def _spots(self, sites: Sequence[Site]) -> dict[Site, Spot]:
-        heads = self.n_heads
-        found = self.find(sites)
+        heads, registry, own = self.n_heads, self.model._hook_registry, self._own_names
+        # the second pass asks at every token: `find` makes all names of the Bridge anew
+        found = {site: registry.get(own.get(site)) for site in sites}
+        if None in found.values():
+            found = self.find(sites)
+            own.update({site: self._registered(module) for site, module in found.items()})
         return {site: (*place_of(found[site]), heads if site.point == "z" else 0, 1.0) for site in sites}
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
