@@ -13,6 +13,7 @@ import pytest
 import steerlens as sl
 from steerlens import testing
 from steerlens.core.signals import COMMON
+from steerlens.fit.method import exported
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -156,8 +157,22 @@ def test_commands_name_what_there_is(page):
         assert target in targets, f"{page.name} names make {target}"
     checks = " ".join(check.__name__ for check in testing.checks())
     for chosen in re.findall(r"test_conformance\.py -k \"?([\w ]+)", text):
-        for word in chosen.split(" or "):
-            assert word.strip() in checks, f"{page.name} chooses {word}, which is in the name of no check"
+        for word in re.split(" or | and ", chosen):
+            known = word.strip() in checks or word.strip() in exported(sl.methods)
+            assert known, f"{page.name} chooses {word}, which is in the name of no check and no method"
+
+
+def test_defects_name_tests_that_there_are():
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    shown = re.findall(r"`(test_\w+\.py) -k \"?([\w ]+)", page)
+    assert len(shown) > 12
+    for file, chosen in shown:
+        names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
+        if file == "test_conformance.py":
+            names += [f"{check.__name__} {name}" for check in testing.checks() for name in exported(sl.methods)]
+        for alternative in chosen.split(" or "):
+            words = alternative.split(" and ")
+            assert any(all(word.strip() in name for word in words) for name in names), f"no test of {file} is {words}"
 
 
 def test_concepts_lists_every_signal_of_the_library():

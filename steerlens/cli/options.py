@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from steerlens import methods
+from steerlens.cli.layers import parse_layers
 from steerlens.control.linearization import Linearization
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import Method, annotation, exported
 from steerlens.hosts import host_of
+
+#: Options that are layers, which `all` stands for too.
+LAYERS = ("layers", "gate_layers")
 
 
 def split_options(text: str) -> list[str]:
@@ -61,8 +65,10 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, takes, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"{method.name} has no option {name!r}; {hint}it takes {', '.join(takes)}")
+        if name in found:
+            raise ValueError(f"{name} is given twice: {found[name]} and {text.strip()}")
         found[name] = value = _value(name, text.strip())
-        if name in ("layers", "gate_layers") and value == "all":
+        if name in LAYERS and value == "all":
             continue
         hint = annotation(method.function, name)
         if not _fits(value, hint):
@@ -73,8 +79,7 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
 def on_model(options: dict[str, Any], model: Any) -> dict[str, Any]:
     """The options with `all` as the layers that the model has."""
     every = list(range(host_of(model).n_layers))
-    layers = ("layers", "gate_layers")
-    return {name: every if name in layers and value == "all" else value for name, value in options.items()}
+    return {name: every if name in LAYERS and value == "all" else value for name, value in options.items()}
 
 
 def _value(name: str, text: str) -> Any:
@@ -82,11 +87,9 @@ def _value(name: str, text: str) -> Any:
         return Pairs.from_file(text)
     if name == "linearization":
         return Linearization.load(text)
-    if re.fullmatch(r"\d+-\d+", text):
-        first, _, last = text.partition("-")
-        if int(last) < int(first):
-            raise ValueError(f"{name}={text} is an empty range; the smaller layer comes first")
-        return list(range(int(first), int(last) + 1))
+    if name in LAYERS and text != "all" and not text.startswith("[") and text not in ("null", "None"):
+        found = parse_layers(text, name, every="all")
+        return found[0] if text.isdigit() else found
     if name == "where" and re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
         start, _, stop = text.partition(":")
         return slice(int(start) if start else None, int(stop) if stop else None)

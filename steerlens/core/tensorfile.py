@@ -243,7 +243,11 @@ def write_whole(path: str | Path, pieces: Iterable[Any]) -> None:
             if time.time() - left.stat().st_mtime > ABANDONED_S:
                 left.unlink()
     part = target.with_name(f"{stem}{secrets.token_hex(6)}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        # the file that was asked for, not the temporary one beside it
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     try:
         with open(descriptor, "wb") as file:
             for piece in pieces:

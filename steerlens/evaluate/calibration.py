@@ -186,7 +186,11 @@ class _Curve:
 
     def __call__(self, strength: float) -> float:
         if strength not in self.measured:
-            self.measured[strength] = self._measure(strength)
+            log, key = self._bench.log, ["search", self._arms[0].name, len(self._meter.over(self._bench)), strength]
+            if log is None:
+                self.measured[strength] = self._measure(strength)
+            else:
+                self.measured[strength] = log[key] if key in log else log.put(key, self._measure(strength))
             self._tick()
         return self._meter.pool(self.measured[strength])
 

@@ -222,13 +222,17 @@ class Evaluation:
         if meter not in self.meters:
             raise ValueError(f"no meter {meter!r}; there are {', '.join(self.meters)}")
         sign, at = self.meters[self.effect]["direction"] or 1, self.meters[meter]["at"]
-        inside = {}
-        for arm in self.arms:
-            values = self.values(*arm, meter)
-            if arm[0] not in (UNSTEERED_NAME, RANDOM_NAME) and values and pooled(values[::2], at) <= limit:
-                inside[arm] = sign * float(self.change(*arm)[::2].mean())
+        steered = [arm for arm in self.arms if arm[0] not in (UNSTEERED_NAME, RANDOM_NAME)]
+        costs = {arm: pooled(values[::2], at) for arm in steered if (values := self.values(*arm, meter))}
+        inside = {arm: sign * float(self.change(*arm)[::2].mean()) for arm in costs if costs[arm] <= limit}
         if not inside:
-            raise ValueError(f"no row has a {meter} of at most {limit:g} on the items of the choice")
+            least = [
+                f"{costs[arm]:.3g} of {arm[0]} at strength {arm[1]:g}" for arm in sorted(costs, key=costs.__getitem__)
+            ]
+            raise ValueError(
+                f"no row has a {meter} of at most {limit:g} on the items of the choice; the least is "
+                f"{', '.join(least[:1]) or 'unknown: it was not measured'}. Give smaller strengths, or a larger limit"
+            )
         name, strength = max(inside, key=lambda arm: inside[arm])
         held = self.change(name, strength)[1::2]
         damage = pooled(self.values(name, strength, meter)[1::2], at)

@@ -39,11 +39,15 @@ class Log:
         self.protocol = json.loads(json.dumps(protocol))
         self.path = None if path is None else Path(path)
         self._held: dict[str, Any] = {}
-        if self.path is not None and self.path.exists() and self.path.stat().st_size:
-            self._resume(self.path)
-        elif self.path is not None:
+        if self.path is None:
+            return
+        head = _line({"steerlens evaluation": FORMAT, "protocol": self.protocol})
+        # a kill may have come while the first line was written
+        if not self.path.exists() or head.startswith(self.path.read_text(encoding="utf-8")):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"steerlens evaluation": FORMAT, "protocol": self.protocol})
+            self.path.write_text(head, encoding="utf-8")
+        else:
+            self._resume(self.path)
 
     def __contains__(self, key: Any) -> bool:
         return json.dumps(key) in self._held
@@ -61,7 +65,7 @@ class Log:
     def _write(self, line: Any) -> None:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(_line(line))
 
     def _resume(self, path: Path) -> None:
         whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
@@ -81,8 +85,13 @@ class Log:
                 "repeat the run as it was"
             )
         if cut:
-            path.write_text(whole + "\n", encoding="utf-8")
+            with path.open("r+b") as file:
+                file.truncate(len(whole.encode()) + 1)
         self._held = {json.dumps(line["key"]): line["value"] for line in lines[1:]}
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value) + "\n"
 
 
 def _differences(was: Any, now: Any, place: str) -> Iterator[str]:

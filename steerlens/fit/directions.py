@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -240,8 +241,10 @@ def _rows(data: Any) -> dict[int | None, Tensor]:
     rows: dict[int | None, Tensor] = {}
     for layer, each in given.items():
         what = "data" if layer is None else f"data[{layer!r}]"
-        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
-            raise ValueError(f"{what} is no layer; the keys are layers, counted from 0")
+        if layer is not None:
+            if isinstance(layer, bool) or not hasattr(layer, "__index__") or index(layer) < 0:
+                raise ValueError(f"{what} is for no layer; the keys are layers, counted from 0")
+            layer = index(layer)
         try:
             found = torch.as_tensor(each)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -20,6 +20,7 @@ from steerlens.fit.directions import own_directions
 from steerlens.fit.goal import goals_of
 from steerlens.fit.reading import check_concepts, check_contrast, check_option, check_paired
 from steerlens.fit.recipe import plain, recipe
+from steerlens.fit.retune import RETUNES, Retune
 from steerlens.hosts import host_of
 
 Function = TypeVar("Function", bound=Callable[..., Controller])
@@ -31,6 +32,7 @@ def method(
     exceptions: Mapping[str, str] | None = None,
     paper: Mapping[str, Any] | None = None,
     only: Mapping[str, Collection[str]] | None = None,
+    retune: Retune | None = None,
 ) -> Callable[[Function], Function]:
     """Make a steering method of a function `name(model, data, *, ...) -> Controller`.
 
@@ -50,6 +52,7 @@ def method(
             the defaults. The function has the argument `paper`, and need not look at it.
         only: For a card with `features`: the arguments that apply to contrast texts alone, under `"texts"`, and to
             features alone, under `"features"`. The recipe holds those that apply.
+        retune: Arguments that `Controller.retuned` changes without a refit, in addition to `strength`.
 
     Raises:
         TypeError: the function does not begin with model and data, or the declaration names what is no argument of it.
@@ -64,6 +67,8 @@ def method(
         read = {argument: _words(annotation(function, argument)) for argument in signature.parameters}
         choices = {argument: words for argument, words in read.items() if words}
         named = {*(paper or ()), *(["paper"] if paper else []), *limited}
+        if retune is not None and not callable(retune.names):
+            named |= set(retune.names)
         unknown = sorted(named - set(signature.parameters))
         if unknown:
             raise TypeError(f"{name} declares {unknown[0]!r}, which is no argument of it")
@@ -92,6 +97,7 @@ def method(
             loops = [loop.replace(name=name) if loop.name == "loop" else loop for loop in fitted.loops]
             return Controller(loops, recipe(name, host, asked, found=fitted.recipe, data=data))
 
+        RETUNES[name] = retune or Retune()
         fit.method = Method(name, fit, card, dict(exceptions or {}))  # type: ignore[attr-defined]
         return cast(Function, fit)
 

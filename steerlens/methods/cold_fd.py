@@ -16,6 +16,7 @@ from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.objectives import Labelled, Objective, Scale, labelled, objective
 from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.retune import Draft, Retune, edited, ratio
 from steerlens.hosts import Host
 from steerlens.hosts.batches import pad
 from steerlens.hosts.types import Model
@@ -26,10 +27,17 @@ from steerlens.laws.learning import Drift
 RELATIVE_STEP = 3e-6
 
 
+def _retune(draft: Draft) -> None:
+    factor = ratio("eta", draft.changes["eta"], draft.before["eta"])
+    draft.laws(lambda law, loop: edited(law, norm=law.norm * factor))
+    draft.found["rates"] = [rate * factor for rate in draft.found["rates"]]
+
+
 @method(
     card=Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2),
     # a gradient step depends on how a function is parametrised
     exceptions={"hooked": "a HookedTransformer's parameters are not the model's"},
+    retune=Retune(("eta",), _retune),
 )
 def cold_fd(
     model: Model,
@@ -92,6 +100,8 @@ def cold_fd(
             option; a layer or point the model does not have; a gradient that is zero or not finite.
         NotImplementedError: the weights are not on this machine, or the model is a HookedTransformer: a gradient step
             depends on how a function is parametrised, and its parameters are not the model's.
+
+    Without a refit, by `controller.retuned`: `eta`.
 
     Source: COLD-Steer (arXiv 2603.06495). The authors take the difference at a second steered layer against a state
     that the first has already moved, and at decoding steps against a pass without context; here both are unsteered

@@ -15,12 +15,21 @@ from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
 from steerlens.fit.objectives import Scale, objective
 from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.retune import Draft, Retune
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 from steerlens.laws.learning import Kernel
 
 
-@method(card=Card(needs="completions", points=POINTS, derivatives="activations"))
+def _retune(draft: Draft) -> None:
+    factor = draft.scale("eta")
+    draft.found["rates"] = [rate * factor for rate in draft.found["rates"]]
+
+
+@method(
+    card=Card(needs="completions", points=POINTS, derivatives="activations"),
+    retune=Retune(("eta",), _retune),
+)
 def cold_kernel(
     model: Model,
     data: Pairs,
@@ -82,6 +91,8 @@ def cold_kernel(
         ValueError: a text without a prompt or without label tokens; a dpo pair with two different prompts; an unknown
             option; a layer or point the model does not have; a gradient that is zero or not finite.
         NotImplementedError: the model's weights are not on this machine.
+
+    Without a refit, by `controller.retuned`: `eta`.
 
     Source: COLD-Steer (arXiv 2603.06495). The authors' released code overwrites the chosen run's dpo gradient with the
     rejected run's (see `pairs`) and reads it at a position of the wrong sequence if their lengths differ.

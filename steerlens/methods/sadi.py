@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Law, Loop, Site, Summary
+from steerlens.core.law import finite
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.fit.retune import Draft, Retune, edited, ratio
 from steerlens.hosts.types import Model
 from steerlens.laws.scaling import Frozen, Scale
 
@@ -28,7 +30,22 @@ POINTS: dict[Component, tuple[str, ...]] = {
 COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
 
 
-@method(card=Card(needs="sets", points=("z", "mlp_post", "mlp_out", "resid_post")))
+def _retune(draft: Draft) -> None:
+    if draft.arguments["mode"] == "live":
+        draft.scale("strength")
+        return
+    strength, old = finite("strength", draft.changes["strength"]), float(draft.before["strength"])
+    ratio("strength", strength, old)
+    draft.laws(lambda law, loop: edited(law, factors=1 + strength * (law.factors != 1).to(law.factors)))
+    # as the fit does: frozen states of strength 0 are the unsteered ones, which is not the same as no steering
+    off = strength == 0
+    draft.loops = [loop.replace(strength=0.0 if off else loop.strength) for loop in draft.loops]
+
+
+@method(
+    card=Card(needs="sets", points=("z", "mlp_post", "mlp_out", "resid_post")),
+    retune=Retune(("strength",), _retune),
+)
 def sadi(
     model: Model,
     data: Pairs,
