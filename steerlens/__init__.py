@@ -20,6 +20,7 @@ from steerlens.flow.fields import Field
 from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
+from steerlens.hosts.readings import readings
 from steerlens.hosts.roles import roles
 from steerlens.laws.conditions import Probability, Ramp, Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
@@ -78,6 +79,7 @@ __all__ = [
     "observe",
     "project_out",
     "prompt",
+    "readings",
     "remote",
     "roles",
     "sae",

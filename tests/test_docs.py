@@ -85,6 +85,12 @@ def test_code_is_not_scrolled_sideways(page):
         assert all(len(line) <= 120 for _, source, _ in snippets(page) for line in source.splitlines())
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_bar_is_escaped_in_code(page):
+    """The site shows the backslash of `a \\| b`, which GitHub does not."""
+    assert not re.findall(r"`[^`\n]*\\\|[^`\n]*`", page.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("C*.md"))], ids=lambda page: page.name)
 def test_links_and_images_lead_to_files(page):
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
@@ -183,12 +189,18 @@ def test_concepts_lists_every_signal_of_the_library():
 
 
 def signals():
-    """The signals that classes of the package declare as plain tuples, and those that every loop has."""
+    """The signals that classes of the package declare, as tuples or by a property, and those that every loop has."""
     found = set(COMMON)
     for path in (ROOT / "steerlens").rglob("*.py"):
-        if path.parent.name in ("diagnose", "testing"):  # their probes are not the user's
+        if path.parent.name in ("diagnose", "testing", "fit"):  # their probes are not the user's
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "signals":
                 found |= {entry.value for entry in getattr(node.value, "elts", [])}
+            elif isinstance(node, ast.FunctionDef) and node.name == "signals":
+                tuples = [part for part in ast.walk(node) if isinstance(part, ast.Tuple)]
+                entries = [
+                    entry for part in tuples for entry in part.elts if isinstance(getattr(entry, "value", None), str)
+                ]
+                found |= {entry.value for entry in entries}
     return found

@@ -18,6 +18,7 @@ from steerlens.evaluate.bootstrap import draws, ends
 from steerlens.evaluate.meter import Budget, Meter, Values, pooled
 from steerlens.fit.contrast import Text
 from steerlens.hosts.types import Model
+from steerlens.pages.reprs import calibration_html
 
 MET, NEVER, NOTHING = "met", "never", "by doing nothing"
 #: A value below this share of the budget is nothing.
@@ -64,6 +65,9 @@ class Calibration:
         strengths, values = zip(*self.curve, strict=True)
         title = f"{self.budget}: {self.met} at strength {self.strength:.3g}"
         return curves({"value": (strengths, torch.tensor(values))}, title=title, x="strength", y=self.budget)
+
+    def _repr_html_(self) -> str:
+        return calibration_html(self)
 
     def plain(self) -> Json:
         """All but the controller, as plain JSON."""

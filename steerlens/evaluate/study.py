@@ -18,6 +18,7 @@ from steerlens.evaluate.session import Entry, Session, protocol_of
 from steerlens.evaluate.written import fluency
 from steerlens.fit.contrast import Text
 from steerlens.hosts import host_of
+from steerlens.hosts.readings import readings
 from steerlens.hosts.types import Model
 
 #: Baselines by name, in the order of a table.
@@ -189,15 +190,16 @@ def compare(
     entries: list[Entry] = [Entry(UNSTEERED_NAME, lambda: UNSTEERED, 0.0)]
     entries += [_prompted(label, own) for label, own in asked.items()]
     first = next(iter(fits.values()), None)
-    if RANDOM_NAME in baselines and first is not None:
-        # one strength for all directions: they differ among themselves by more than the budget's tolerance
-        every = range(max(seeds, 1))
-        strength = calibrated(RANDOM_NAME, lambda: [randomized(bench.host, first(), number) for number in every])
-        entries += [_random(bench, first, strength, number, seeds) for number in range(seeds)]
-    found = list(session.run(entries))
-    for name, fit in fits.items():
-        strength = calibrated(name, lambda fit=fit: [fit()])  # type: ignore[misc]
-        found += session.run([_steered(name, fit, strength)])
+    with readings(model):
+        if RANDOM_NAME in baselines and first is not None:
+            # one strength for all directions: they differ among themselves by more than the budget's tolerance
+            every = range(max(seeds, 1))
+            strength = calibrated(RANDOM_NAME, lambda: [randomized(bench.host, first(), number) for number in every])
+            entries += [_random(bench, first, strength, number, seeds) for number in range(seeds)]
+        found = list(session.run(entries))
+        for name, fit in fits.items():
+            strength = calibrated(name, lambda fit=fit: [fit()])  # type: ignore[misc]
+            found += session.run([_steered(name, fit, strength)])
     names = [name for name in (RANDOM_NAME, *fits) if ["calibration", name] in log]
     calibrations = {name: log[["calibration", name]] for name in names}
     return Evaluation(protocol, effect.name, session.about, tuple(found), calibrations, tuple(missing))
@@ -259,7 +261,9 @@ def sweep(
     bench.log = Log(file, protocol)
     session = Session(bench, meters, bench.log, progress=progress)
     missing = ("random directions", "a prompt baseline")
-    return Evaluation(protocol, effect.name, session.about, session.run(entries), missing=missing)
+    with readings(model):
+        found = session.run(entries)
+    return Evaluation(protocol, effect.name, session.about, found, missing=missing)
 
 
 class _Once:
