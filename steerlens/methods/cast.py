@@ -12,19 +12,15 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.reading import SCALES, check_paired, contrast_states, every_layer, mean_norm
-from steerlens.gating import POOLS, prompt_states
+from steerlens.fit.reading import Scale, check_paired, contrast_states, every_layer, mean_norm
+from steerlens.gating import POOLS, Pool, prompt_states
 from steerlens.hosts import Host
 from steerlens.hosts.types import Model
 from steerlens.laws.conditions import Resemblance, resemblance
 from steerlens.laws.feedback import Add
 
 
-@method(
-    card=Card(needs="pairs", points=POINTS),
-    options={"pool": tuple(POOLS), "scale": SCALES},
-    paper={"scale": "absolute", "strength": 1.0},
-)
+@method(card=Card(needs="pairs", points=POINTS), paper={"scale": "absolute", "strength": 1.0})
 def cast(
     model: Model,
     data: Pairs,
@@ -33,10 +29,10 @@ def cast(
     layers: Layers = None,
     gate_layers: Layers = None,
     point: str = "resid_post",
-    pool: str = "mean",
+    pool: Pool = "mean",
     threshold: float | None = None,
     strength: float = 0.02,
-    scale: str = "relative",
+    scale: Scale = "relative",
     where: Where = "all",
     paper: bool = False,
 ) -> Controller:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from steerlens.fit.contrast import Pairs
 from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
 from steerlens.fit.objectives import objective
-from steerlens.fit.reading import SCALES, mean_norm, pick_layers
+from steerlens.fit.reading import Scale, mean_norm, pick_layers
 from steerlens.fit.retune import Draft, Retune
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
@@ -27,7 +28,6 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="completions", points=POINTS, derivatives="activations"),
-    options={"pairs": ("sum", "rejected_only"), "kernel": ("unit", "linear"), "scale": SCALES},
     paper={"where": "prompt", "scale": "absolute", "eta": 1.0},
     retune=Retune(("eta",), _retune),
 )
@@ -38,10 +38,10 @@ def cold_kernel(
     loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
     beta: float = 0.1,
     reference: str | None = None,
-    pairs: str = "sum",
-    kernel: str = "unit",
+    pairs: Literal["sum", "rejected_only"] = "sum",
+    kernel: Literal["unit", "linear"] = "unit",
     eta: float = 0.15,
-    scale: str = "relative",
+    scale: Scale = "relative",
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,

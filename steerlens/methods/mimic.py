@@ -11,14 +11,13 @@ from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
-from steerlens.fit.reading import SCALES, contrast_states, pick_layers
+from steerlens.fit.reading import Scale, contrast_states, pick_layers
 from steerlens.hosts.types import Model
 from steerlens.laws.affine import Transport
 
 
 @method(
     card=Card(needs="sets", points=VECTORS),
-    options={"scale": SCALES},
     paper={"ridge": 1e-2, "scale": "absolute"},
 )
 def mimic(
@@ -29,7 +28,7 @@ def mimic(
     point: str = "resid_post",
     strength: float = 1.0,
     ridge: float = 8.0,
-    scale: str = "relative",
+    scale: Scale = "relative",
     gate: bool = False,
     where: Where = "last",
     paper: bool = False,

@@ -10,14 +10,13 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.reading import SCALES, contrast_states, mean_norm, pick_layers
+from steerlens.fit.reading import Scale, contrast_states, mean_norm, pick_layers
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
 @method(
     card=Card(needs="pairs", points=POINTS),
-    options={"scale": SCALES},
     paper={"scale": "absolute", "strength": 1.0},
 )
 def repe(
@@ -27,7 +26,7 @@ def repe(
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 0.25,
-    scale: str = "relative",
+    scale: Scale = "relative",
     where: Where = "last",
     paper: bool = False,
 ) -> Controller:
