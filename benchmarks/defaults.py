@@ -37,6 +37,11 @@ ARMS = {
     "lqr, paper": (sl.lqr, {"paper": True, "progress": False}, "level"),
     "pid": (sl.pid, {}, "level"),
     "pid, paper": (sl.pid, {"paper": True}, "level"),
+    "pid_steering": (sl.pid_steering, {}, "strength"),
+    "alphasteer": (sl.alphasteer, {}, "strength"),
+    "hold": (sl.hold, {}, "level"),
+    "hold, own": (sl.hold, {"origin": "own"}, "level"),
+    "hold, probe": (sl.hold, {"direction": "probe"}, "level"),
 }
 
 

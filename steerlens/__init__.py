@@ -20,10 +20,11 @@ from steerlens.flow.fields import Field
 from steerlens.flow.flows import Flow
 from steerlens.gating import gate, schedule, when
 from steerlens.hosts import remote
+from steerlens.hosts.readings import readings
 from steerlens.hosts.roles import roles
-from steerlens.laws.conditions import Resemblance, Side
+from steerlens.laws.conditions import Probability, Ramp, Resemblance, Side
 from steerlens.laws.feedback import Add, FactoredFeedback, Feedback, Pid, Preview, Project
-from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point
+from steerlens.laws.setpoints import Angle, Independent, Joint, Level, Point, Range
 from steerlens.laws.single import add, observe, project_out
 from steerlens.methods import *  # noqa: F403 (each method is exported there, in one line)
 from steerlens.showing import show
@@ -53,7 +54,10 @@ __all__ = [
     "Pid",
     "Point",
     "Preview",
+    "Probability",
     "Project",
+    "Ramp",
+    "Range",
     "Record",
     "Resemblance",
     "Run",
@@ -75,6 +79,7 @@ __all__ = [
     "observe",
     "project_out",
     "prompt",
+    "readings",
     "remote",
     "roles",
     "sae",

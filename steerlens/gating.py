@@ -1,23 +1,30 @@
-"""When, and how strongly over a generation, a controller acts: `gate`, `when`, `schedule`, for every method alike."""
+"""When, and how strongly, a controller acts: `gate`, `when`, `schedule`, for every method alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from steerlens.core import PROMPT_ONLY, Controller, Gate, Schedule, Site, Summary, check_where
+from steerlens.core import PROMPT_ONLY, Condition, Controller, Gate, Schedule, Site, Summary, check_where
 from steerlens.core.types import Layers, PositionName
 from steerlens.fit.contrast import Pairs
+from steerlens.fit.logistic import logistic
 from steerlens.fit.reading import check_contrast, check_finite, check_option, every_layer
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.types import Model
-from steerlens.laws.conditions import Side
+from steerlens.laws.conditions import Probability, Ramp, Side
 
 #: How a prompt is pooled -> the tokens whose mean it is.
-POOLS: dict[str, PositionName] = {"mean": "prompt", "last": "last_prompt"}
+Pool: TypeAlias = Literal["mean", "last"]
+
+#: The tokens that each names.
+POOLS: dict[Pool, PositionName] = {"mean": "prompt", "last": "last_prompt"}
+
+#: From score to strength: 0 or 1, a straight line between two bounds, the probability of a logistic probe.
+Curve: TypeAlias = Literal["step", "linear", "logistic"]
 
 
 def gate(
@@ -26,16 +33,21 @@ def gate(
     *,
     gate_layers: Layers = None,
     point: str = "resid_post",
-    pool: str = "mean",
+    pool: Pool = "mean",
     threshold: float | None = None,
+    curve: Curve = "step",
+    low: float | None = 0.0,
+    high: float | None = 1.0,
 ) -> Gate:
-    """A condition on the prompt, fitted on examples: open for prompts like the positive examples.
+    """A condition on the prompt, or on each token, fitted on examples: open for what is like the positive examples.
 
         open if <x, s> > b,   s = d / |d|,   d = mean_i x(p_i+) - mean_i x(p_i-),   b half way between the means
+        clip(1/2 + (<x, s> - b) / |d|, low, high)    for curve="linear": 0 at one mean, 1 at the other
+        1 / (1 + exp(-(<x, w> - c)))                 for curve="logistic": w, c by logistic regression
 
-    Decided once for each row, on the unsteered prompt, and kept while tokens are generated. `~gate` is open if
-    `gate` is closed. Texts are read as prompts are when the gate decides, whatever `Pairs.read` is. For a prompt of one
-    token the mean is zero.
+    `when` decides with it once for each row, on the unsteered prompt, or for each token. `~gate` is 1 minus `gate`,
+    open if that is closed. Texts are read as prompts are when the gate decides, whatever `Pairs.read` is. For a prompt
+    of one token the mean is zero.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
@@ -45,36 +57,63 @@ def gate(
             `gate_layers=range(first)` avoids it.
         point: Point of the block, see `Site`.
         pool: `"mean"` over the prompt's tokens except the one at position 0, or `"last"`: its last token.
-        threshold: b, in activation units.
+        threshold: b, in activation units; c, in logits.
+        curve: How a score becomes a strength: `"step"`, `"linear"` or `"logistic"`.
+        low, high: Least and largest strength of the straight line, no unit; None: no bound.
 
     Returns:
-        What `when` takes. Its `condition` is a `Side`; its summary names the chosen layer.
+        What `when` takes. Its `condition` is a `Side`, a `Ramp` or a `Probability`; its summary names the chosen layer.
 
     Raises:
         TypeError: data that are not `Pairs`.
-        ValueError: an unknown pool, a layer or point the model does not have, sides with identical
-            activations at every layer.
+        ValueError: an unknown pool or curve, bounds out of order, or without a straight line to bound; a layer or point
+            the model does not have, sides with identical activations at every layer.
+
+    Source: the step is ours. `curve="logistic"` with `each_token=True` is the regulator of DSAS (arXiv 2512.03661),
+    which fits one for each controlled layer, on the mean over the tokens of a text, after a principal component
+    analysis; here the activations are centred and divided by their root mean square distance from the mean, and the
+    penalty is that of C = 1. `curve="linear"` without bounds has the form of CLAS (arXiv 2604.24693), which trains
+    the line end to end by the likelihood of labelled text; here it goes through the means of two sets.
     """
+    check_option("curve", curve, get_args(Curve))
+    if (low, high) != (0.0, 1.0) and curve != "linear":
+        raise ValueError(f"low={low}, high={high} bound a straight line, and this is curve={curve!r}; use 'linear'")
     host = host_of(model)
     sites = [Site(layer, point) for layer in every_layer(host, gate_layers)]
     host.check(sites)
     states = prompt_states(host, data, sites, pool)
     site, direction, middle = best_separating(states)
+    if curve == "logistic":
+        direction, middle = probe(*states[site])
     bound = torch.as_tensor(middle if threshold is None else threshold, dtype=direction.dtype)
-    return Gate(Side(direction, bound), [Summary(site, where=POOLS[pool])])
+    condition: Condition = Side(direction, bound)
+    if curve == "logistic":
+        condition = Probability(direction, bound)
+    elif curve == "linear":
+        positive, negative = (side.double().mean(0) for side in states[site])
+        condition = Ramp(direction, bound, 1 / float((positive - negative).norm()), 0.5, low, high)
+    return Gate(condition, [Summary(site, where=POOLS[pool])])
 
 
-def when(controller: Controller, *gates: Gate) -> Controller:
-    """The same controller, acting only on prompts for which every gate is open.
+def when(controller: Controller, *gates: Gate, each_token: bool = False) -> Controller:
+    """The same controller, acting only on prompts, or tokens, for which every gate is open.
 
         with steer(model, when(caa(model, pairs), gate(model, harmful_and_harmless))): ...
 
     Decided row by row on the unsteered prompt, and kept while tokens are generated. In addition to the signals of its
-    method each loop records `gate` (0 or 1, the product of all), and what the gates' conditions measured, the second
-    `score` as `score2`; an inverted gate reports the measurement before the inversion.
+    method each loop records `gate` (the product of all), and what the gates' conditions measured, the second `score` as
+    `score2`; an inverted gate reports the measurement before the inversion.
+
+    Args:
+        controller: Of any method.
+        gates: Each multiplies the controls, by 0 or 1 or, with another `curve`, by a strength.
+        each_token: Decide anew for each token, in the prompt too, from its own activation in the steered pass: what
+            acts at earlier layers, or earlier tokens, has changed it already. Needs no second pass.
 
     Raises:
         TypeError: not a controller, or something that is not a gate.
+        ValueError: `each_token` with a gate that looks behind the first layer where the controller acts; it would
+            decide too late.
     """
     _need_controller("when", controller)
     for each in gates:
@@ -82,7 +121,8 @@ def when(controller: Controller, *gates: Gate) -> Controller:
             raise TypeError(f"when() takes gates, it got a {type(each).__name__}; make one with gate(model, data)")
         for summary in each.summaries:
             check_where(summary.where)
-    loops = [loop.replace(gates=(*loop.gates, *gates)) for loop in controller.loops]
+    chosen = [each.of_each_token() if each_token else each for each in gates]
+    loops = [loop.replace(gates=(*loop.gates, *chosen)) for loop in controller.loops]
     return Controller(loops, controller.recipe | {"gates": len(loops[0].gates) if loops else 0})
 
 
@@ -154,6 +194,19 @@ def best_separating(states: dict[Site, tuple[Tensor, Tensor]]) -> tuple[Site, Te
     if best is None:
         raise ValueError("both sides have identical activations at every layer; a gate needs prompts that differ")
     return best[1:]
+
+
+def probe(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Logistic regression of sets `[text d]`: a direction `[d]` in logits per activation unit, a threshold `[]`."""
+    states = torch.cat([positive, negative]).double()
+    middle = states.mean(0)
+    # without a unit, so that the penalty means the same for every layer and model
+    unit = (states - middle).square().sum(1).mean().sqrt()
+    x = (states - middle) / unit
+    labels = torch.tensor([1.0] * len(positive) + [0.0] * len(negative))
+    a, k = logistic(x @ x.T, labels)
+    direction = x.T @ a / unit
+    return direction.to(positive.dtype), direction @ middle - k
 
 
 def _weights(length: int, pool: str) -> list[float]:

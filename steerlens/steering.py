@@ -295,6 +295,7 @@ def _same(a: Controller, b: Controller) -> bool:
 
 def _check_fit(host: Dimensions, controller: Controller, trust: bool) -> None:
     sites = {site for loop in controller.loops for site in (loop.act, loop.sense, loop.reference) if site is not None}
+    sites |= {site for loop in controller.loops for site in loop.gated_by}
     host.trust(sites | {summary.site for loop in controller.loops for summary in loop.summaries})
     if any(loop.tangent is not None for loop in controller.loops):
         host.need_parameters()

@@ -139,7 +139,10 @@ class Reference:
         ends = [prompt] * len(tokens) if isinstance(prompt, int) else list(prompt)
         # a prompt in parts is another prompt with each of them, and is decided about anew
         gates = {
-            end: [[self._decide(gate, tokens[:end], row) for gate in loop.gates] for loop in self.loops]
+            end: [
+                [self._decide(gate, tokens[:end], row) for gate in loop.gates if not gate.each_token]
+                for loop in self.loops
+            ]
             for end in set(ends)
         }
         states: dict[Any, Tensor] = {}
@@ -163,6 +166,13 @@ class Reference:
                     factor = loop.strength
                     for decided in gates[ends[t]][index]:
                         factor *= decided
+                    for gate in loop.gates:
+                        if gate.each_token:
+                            here = [s.site == loop.act for s in gate.summaries]
+                            read = zip(gate.summaries, here, strict=True)
+                            looked = [x + added if same else states[s.site] for s, same in read]
+                            decided = float(gate.condition.decide([value[:, t] for value in looked])[0][0])
+                            factor *= 1 - decided if gate.inverted else decided
                     for schedule in loop.schedules:
                         step = t - (ends[t] - 1)
                         factors = schedule.factors.tolist()
@@ -174,6 +184,7 @@ class Reference:
             return added
 
         sites = {site for loop in self.loops for site in (loop.act, loop.sense)}
+        sites |= {s.site for loop in self.loops for gate in loop.gates if gate.each_token for s in gate.summaries}
         logits = self._run(tokens, sites, act)
         return logits, controls
 

@@ -80,6 +80,13 @@ class Draw(random.Random):
         if where not in ("prompt", "last_prompt") and self.random() < 0.3:
             factors = [self.uniform(0, 1.5) for _ in range(self.randint(1, 4))]
             controller = sl.schedule(controller, factors, prompt=self.choice([1.0, 0.3]))
+        if self.random() < 0.3:
+            # it reads what the residual stream is before the first loop, or where that acts
+            first = min(loop.act for loop in loops)
+            site = first if first.point.startswith("resid") else sl.Site(first.layer, "resid_pre")
+            v, slope = self.unit(32), self.uniform(-0.5, 0.5)
+            made = Gate(sl.Ramp(v, torch.tensor(0.2), slope, 0.5, 0.0, 1.5), [sl.Summary(site)])
+            controller = sl.when(controller, ~made if self.random() < 0.3 else made, each_token=True)
         return controller
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -63,6 +64,18 @@ def test_with_many_prompts_only_the_last_evaluations_need_all(tiny_model):
     assert found.value == pytest.approx(0.3, rel=0.04)
     assert asked.count(200) == len(found.curve) <= 3
     assert max(n for n in asked if n < 200) <= 30
+
+
+def test_one_evaluation_on_all_prompts_is_enough_if_the_search_on_some_hits(tiny_model):
+    """v = s^2 for each item: the coarse search ends at the limit, and its slope gives the interval."""
+    meter = known(lambda s, i: (1 + 0.1 * (i % 3 - 1)) * s**2, 192, "KL")
+    meter = replace(meter, function=lambda bench, arm, own: [[(1 + 0.1 * (i % 3 - 1)) * arm.strength**2] for i in own])
+    found = search(tiny_model("bridge"), meter, 0.3, tolerance=0.1)
+    assert len(found.curve) == 1
+    low, high = found.interval
+    # a has a standard deviation of .0816, so sqrt(.3 / mean a) one of .0816 / 2 sqrt(192), relative
+    assert low < 0.3**0.5 < high
+    assert high / low == pytest.approx(1 + 1.96 * 0.0816 / 192**0.5, rel=0.01)
 
 
 def test_random_directions_share_the_strength_at_which_they_spend_the_budget_together(tiny_model):

@@ -13,12 +13,15 @@ import torch
 
 import steerlens as sl
 from steerlens.models import tiny
+from steerlens.sharing.citations import arxiv_number
 
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
+from steerlens import methods
 from steerlens.cli.__main__ import app
 from steerlens.cli.doctor import examine
+from steerlens.fit.method import exported
 
 #: A program started by a test finds the code that is tested, whatever is installed.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(sl.__file__).parents[1])}
@@ -95,6 +98,20 @@ def test_generate_writes_what_the_library_writes(folder):
     assert found["texts"][0]["a"].split()[0] in page
 
 
+@pytest.mark.parametrize("host", [pytest.param("hooked", marks=pytest.mark.lens3), "nnsight"])
+def test_every_library_fits_and_writes_the_same(folder, host):
+    options = ("--model", "tiny", "--layer", "2", "-s", "strength=3")
+    call("fit", "pairs.csv", *options, "-o", "a.safetensors")
+    assert f"--host {host}" in call("fit", "pairs.csv", *options, "-o", "b.safetensors", "--host", host)
+    one, other = (sl.Controller.load(f"{name}.safetensors").loops[0].law.vector for name in "ab")
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    written = ["generate", "a.safetensors", "w1 w2", "--tokens", "5", "--model", "tiny", "--json"]
+    there = json.loads(call(*written, "--host", host))
+    assert there["host"] == host
+    assert there["texts"] == json.loads(call(*written))["texts"]
+    assert json.loads(call("inspect", "a.safetensors", "--model", "tiny", "--host", host, "--json"))["fits"]["ok"]
+
+
 def test_every_method_that_fits_on_pairs_is_fitted_from_a_file(folder):
     (folder / "asked.csv").write_text("prompt,positive,negative\n" + "".join(f"w30 w31,{a},{b}\n" for a, b in PAIRS))
     more = {"tda": ["-s", "error=0.9"]}
@@ -114,11 +131,17 @@ def test_every_method_that_fits_on_pairs_is_fitted_from_a_file(folder):
         (["pairs.csv", "-s", "layer=1"], "caa has no option 'layer'; did you mean layers? it takes layers, point"),
         (["pairs.csv", "-s", "strength"], "'strength' is no option; write name=value"),
         (["pairs.csv", "-s", "strength=much"], "caa: strength=much is a text; strength takes a number"),
-        (["pairs.csv", "--layers", "first"], "layers=first is a text; layers takes a whole number or whole numbers"),
-        (["pairs.csv", "--layers", "3-1"], "layers=3-1 is an empty range"),
+        (["pairs.csv", "--layers", "first"], "layers=first: 'first' is no layer; write 15, or 3,9, or 5-10, or all"),
+        (["pairs.csv", "--layers", "3-1"], "layers=3-1: 3-1 is an empty range; write 1-3"),
         (["pairs.csv", "--layers", "9"], "no layer 9 in a model of 4 layers"),
+        (["pairs.csv", "--layers", "1,1"], "layers=1,1 names layer 1 twice"),
+        (["pairs.csv", "--layers", "0-99999999"], "no model has a layer 99999999"),
+        (["pairs.csv", "--layers", "2", "-s", "layers=1"], "layers is given twice: 2 and 1"),
+        (["pairs.csv", "-s", "strength=1e400"], "strength=inf; it must be finite"),
+        (["pairs.csv", "-o", "pairs.csv"], "pairs.csv is there and holds no controller"),
+        (["pairs.csv", "-o", "c.gguf"], "a controller's file ends in .safetensors; steerlens convert"),
         (["pairs.csv", "-s", "point=residual"], "residual"),
-        (["pairs.csv", "-s", "form=multiply"], "form='multiply'"),
+        (["pairs.csv", "-s", "form=multiply"], "form takes add, projection, piecewise"),
         (["pairs.csv", "--read", "middle"], "--read middle: it is one of last, mean, completion, or a position"),
         (["pairs.csv", "--read", "completion"], "read='completion' needs (prompt, completion)"),
         (["pairs.csv", "-o", "nowhere/c.safetensors"], "there is no folder nowhere to write c.safetensors in"),
@@ -140,6 +163,15 @@ def test_mistakes_in_generate(folder):
     assert "pairs.csv was not loaded" in refused("generate", "pairs.csv", "w1")
     assert "c.safetensors is a file, not a prompt" in refused("generate", "c.safetensors", "c.safetensors")
     assert "there is no file p.txt with prompts" in refused("generate", "c.safetensors", "--prompts", "p.txt")
+    assert ". is a folder; give a text file with one prompt" in refused("generate", "c.safetensors", "--prompts", ".")
+    assert ". is a folder; name a controller's file in it" in refused("generate", ".", "w1")
+    (folder / "p.txt").write_bytes(b"caf\xe9\n")
+    assert "p.txt is not UTF-8 text (byte 3)" in refused("generate", "c.safetensors", "--prompts", "p.txt")
+    (folder / "p.txt").write_text("\n\n")
+    assert "p.txt holds no prompts; write one a line" in refused("generate", "c.safetensors", "--prompts", "p.txt")
+    tiny_model = ("--model", "tiny")
+    assert "the prompt '' has no tokens" in refused("generate", "c.safetensors", "", *tiny_model)
+    assert "of tiny has no chat template" in refused("generate", "c.safetensors", "w1", "--chat", *tiny_model)
     result = CliRunner().invoke(app, ["generate", "c.safetensors"])
     assert result.exit_code == 2
     assert "no prompts" in result.output
@@ -237,5 +269,6 @@ def test_lists_are_json_too():
     assert {row["architecture"] for row in json.loads(call("models", "--json"))} >= {"gemma2"}
     (entry,) = json.loads(call("cite", "lqr", "--json"))
     assert "2604.19018" in entry["bibtex"]
-    assert call("cite").count("@misc{") == 16
+    papers = {arxiv_number(method.source) or name for name, method in exported(methods).items()}
+    assert call("cite").count("@misc{") == len(papers)
     assert "no method 'lqrr'; did you mean lqr?" in refused("cite", "lqrr")

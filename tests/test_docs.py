@@ -13,6 +13,7 @@ import pytest
 import steerlens as sl
 from steerlens import testing
 from steerlens.core.signals import COMMON
+from steerlens.fit.method import exported
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,6 +83,12 @@ def test_code_is_not_scrolled_sideways(page):
         assert all(len(line) <= 80 for _, source, _ in snippets(page) for line in source.splitlines())
     else:
         assert all(len(line) <= 120 for _, source, _ in snippets(page) for line in source.splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_bar_is_escaped_in_code(page):
+    """The site shows the backslash of `a \\| b`, which GitHub does not."""
+    assert not re.findall(r"`[^`\n]*\\\|[^`\n]*`", page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("C*.md"))], ids=lambda page: page.name)
@@ -156,8 +163,22 @@ def test_commands_name_what_there_is(page):
         assert target in targets, f"{page.name} names make {target}"
     checks = " ".join(check.__name__ for check in testing.checks())
     for chosen in re.findall(r"test_conformance\.py -k \"?([\w ]+)", text):
-        for word in chosen.split(" or "):
-            assert word.strip() in checks, f"{page.name} chooses {word}, which is in the name of no check"
+        for word in re.split(" or | and ", chosen):
+            known = word.strip() in checks or word.strip() in exported(sl.methods)
+            assert known, f"{page.name} chooses {word}, which is in the name of no check and no method"
+
+
+def test_defects_name_tests_that_there_are():
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    shown = re.findall(r"`(test_\w+\.py) -k \"?([\w ]+)", page)
+    assert len(shown) > 12
+    for file, chosen in shown:
+        names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
+        if file == "test_conformance.py":
+            names += [f"{check.__name__} {name}" for check in testing.checks() for name in exported(sl.methods)]
+        for alternative in chosen.split(" or "):
+            words = alternative.split(" and ")
+            assert any(all(word.strip() in name for word in words) for name in names), f"no test of {file} is {words}"
 
 
 def test_concepts_lists_every_signal_of_the_library():
@@ -168,12 +189,18 @@ def test_concepts_lists_every_signal_of_the_library():
 
 
 def signals():
-    """The signals that classes of the package declare as plain tuples, and those that every loop has."""
+    """The signals that classes of the package declare, as tuples or by a property, and those that every loop has."""
     found = set(COMMON)
     for path in (ROOT / "steerlens").rglob("*.py"):
-        if path.parent.name in ("diagnose", "testing"):  # their probes are not the user's
+        if path.parent.name in ("diagnose", "testing", "fit"):  # their probes are not the user's
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "signals":
                 found |= {entry.value for entry in getattr(node.value, "elts", [])}
+            elif isinstance(node, ast.FunctionDef) and node.name == "signals":
+                tuples = [part for part in ast.walk(node) if isinstance(part, ast.Tuple)]
+                entries = [
+                    entry for part in tuples for entry in part.elts if isinstance(getattr(entry, "value", None), str)
+                ]
+                found |= {entry.value for entry in entries}
     return found

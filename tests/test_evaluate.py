@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from evaluating import controller, items, words
 
 import steerlens as sl
 from steerlens.core import Loop
+from steerlens.evaluate.bootstrap import mean_interval
+from steerlens.evaluate.log import Log
 from steerlens.models import tiny
 
 ITEMS = items(12)
@@ -57,6 +60,41 @@ def test_a_controller_that_changes_no_scored_logit_is_an_error(tiny_model, where
     )
     with pytest.raises(RuntimeError, match="changes no scored logit"):
         sl.evaluate(tiny_model("bridge"), idle, effect(), damage=costs(), baselines=(), strengths=(1,), **CHEAP)
+
+
+def test_a_meter_that_differs_at_strength_0_is_an_error(tiny_model):
+    steered = sl.evaluate.Meter(
+        "steered", lambda bench, arm, own: [[float(arm.controller is not None)] for _ in own], items=(1, 2)
+    )
+    with pytest.raises(RuntimeError, match="controller at strength 0 differs from the unsteered model on steered"):
+        sl.evaluate(tiny_model("bridge"), controller(), effect(), damage=[steered], strengths=(0,), **CHEAP)
+
+
+def test_random_directions_share_the_items_of_what_is_a_mean(found):
+    """Two directions have half of the prompts each for the KL, all items for the effect, and one dose."""
+    own = [one for one in found.measured if (one.arm, one.strength) == ("random", 1)]
+    assert {(one.seed, one.meter): len(one.values) for one in own if one.meter != "fluency"} == {
+        (0, "propensity"): 12,
+        (1, "propensity"): 12,
+        (0, "KL"): 6,
+        (1, "KL"): 6,
+        (0, "dose"): 8,
+    }
+    dealt = {one.seed: one.values for one in own if one.meter == "KL"}
+    assert found.values("random", 1, "KL") == [dealt[item % 2][item // 2] for item in range(12)]
+    rows = found.items.loc["random"]
+    column = rows[(rows.strength == 1) & (rows.seed == 1)].set_index("item")["KL"].dropna()
+    assert list(column.index) == list(range(1, 12, 2))
+    assert list(column) == [sum(values) / len(values) for values in dealt[1]]
+
+
+def test_the_kl_has_an_interval_over_items(found):
+    values = torch.tensor([sum(item) / len(item) for item in found.values("controller", 1, "KL")])
+    row = found.table().loc["controller"].set_index("strength").loc[1]
+    assert (row["KL low"], row["KL high"]) == pytest.approx(mean_interval(values))
+    assert f"| {row['KL mean']:.3g} [{row['KL low']:.3g} {row['KL high']:.3g}] |" in found.card()
+    # the fluency of the unsteered model is a level of its own
+    assert not {"fluency low", "propensity low"} & set(found.table().columns)
 
 
 def test_the_table_is_a_view_of_the_items(found):
@@ -145,19 +183,21 @@ def test_methods_are_compared_at_one_budget_on_items_that_it_was_not_chosen_on(t
 
 def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tiny_model, tmp_path):
     model, path = tiny_model("bridge"), tmp_path / "run.jsonl"
-    whole = compared(model)
-    calls = []
+    calls, done = [], []
 
     def stopping(after):
         def measure(bench, arm, own):
             calls.append(arm.name)
             if len(calls) == after:
                 raise KeyboardInterrupt
+            done.append((arm.name, arm.strength, arm.seed))
             return kl.function(bench, arm, own)
 
         return replace(kl, function=measure)
 
     kl = sl.evaluate.kl(tokens=6)
+    whole = compared(model, budget=stopping(10**9) <= 0.1)
+    once, done[:] = list(done), []
     for after in (3, 9, 10**9):
         calls.clear()
         try:
@@ -166,11 +206,35 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tiny_model,
             assert after < 10**9
     assert last.measured == whole.measured or [m.values for m in last.measured] == [m.values for m in whole.measured]
     assert "unsteered" not in calls  # it was in the file
+    assert len(done) - len(once) <= 2 * (
+        CHEAP["seeds"] - 1
+    )  # but the directions of the two strengths that were stopped at
     text = path.read_text()
     path.write_text(text[:-20])  # as a kill leaves it: the last line is cut
     again = compared(model, path)
     assert [repr(m.values) for m in again.measured] == [repr(m.values) for m in whole.measured]
     assert path.read_text() == text
+
+
+def test_a_file_that_was_cut_anywhere_goes_on(tmp_path):
+    path, protocol = tmp_path / "run.jsonl", {"seed": 0}
+    known = {"a": [[1.0, math.nan]], "b": [[2.0]], "c": "\u00e9"}
+
+    def fill():
+        log = Log(path, protocol)
+        held = [key for key in known if key in log]
+        for key, value in known.items():
+            if key not in log:
+                log.put(key, value)
+        return held
+
+    fill()
+    text = path.read_bytes()
+    ends = [place for place, byte in enumerate(text, start=1) if byte == ord("\n")]
+    for size in range(len(text)):
+        path.write_bytes(text[:size])
+        assert fill() == list(known)[: max(sum(end <= size for end in ends) - 1, 0)]
+        assert path.read_bytes() == text
 
 
 def test_a_killed_process_leaves_a_file_that_goes_on(tmp_path, tiny_model):
@@ -267,9 +331,9 @@ def test_a_sweep_chooses_on_one_half_and_reports_on_the_other(tiny_model):
         progress=False,
     )
     best = found.choose("harm", 1.0)
-    assert (best.arm, best.effect, best.damage) == ("layer 1", 0.0, pytest.approx(0.1))
+    assert (best.arm, best.layer, best.effect, best.damage) == ("layer 1", 1, 0.0, pytest.approx(0.1))
     assert found.choose("harm", 0.05 + 0.1).arm == "layer 1"
-    with pytest.raises(ValueError, match="no row has a harm"):
+    with pytest.raises(ValueError, match=r"no row has a harm of at most .* the least is 0\.1 of layer 0"):
         found.choose("harm", 0.05)
 
 

@@ -177,6 +177,13 @@ def set_loop(**state):
         (lambda header: header.pop("loops"), "no list of loops"),
         (lambda header: header.update(recipe=[]), "no recipe"),
         (lambda header: header["recipe"].update(model=3), "is no fingerprint"),
+        (lambda header: header["recipe"].update(method={"a": 1}), "its recipe's method is no text"),
+        (lambda header: header["recipe"].update(arguments=[1]), "its recipe's arguments are no object"),
+        (lambda header: header["recipe"].update(found="x"), "its recipe's found are no object"),
+        (lambda header: header["recipe"].update(steerlens=3), "its recipe's steerlens is no text"),
+        (lambda header: header["recipe"].update(model={"name": ["a"]}), "its model's name is no text"),
+        (lambda header: header["recipe"].update(model={"n_layers": "4"}), "its model's n_layers is no whole number"),
+        (lambda header: header["recipe"].update(method="\ud800"), "its header holds half a character"),
         (lambda header: header["recipe"].update(model={"probe": ["a"] * 8}), "no list of eight numbers"),
         (lambda header: header.update(loops=[]), "'loops.0.law.vector' belongs to no loop"),
         (lambda header: header.update(kind="record"), "it holds a 'record', no controller"),
@@ -241,6 +248,18 @@ def test_a_foreign_file_is_refused(tmp_path, table, words):
 def test_an_illegal_tensor_is_refused_before_it_is_allocated(tmp_path, entry, words):
     raw(tmp_path / "c", {"__metadata__": {"steerlens": '{"format": 2}'}, "t": entry}, b"\x02\x02\x02\x02")
     with pytest.raises(ValueError, match=words):
+        sl.Controller.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("again", [{}, {"steerlens": "{}"}])
+def test_a_name_twice_in_a_table_is_refused(tmp_path, again):
+    """Readers differ in which of the two they take; a digest says nothing of the other."""
+    add().save(tmp_path / "c")
+    data = (tmp_path / "c").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    table = b'{"__metadata__":' + json.dumps(again).encode() + b"," + data[9 : 8 + size]
+    (tmp_path / "c").write_bytes(len(table).to_bytes(8, "little") + table + data[8 + size :])
+    with pytest.raises(ValueError, match="its table of contents has a name twice"):
         sl.Controller.load(tmp_path / "c")
 
 

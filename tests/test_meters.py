@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -13,7 +14,7 @@ from scipy import stats
 import steerlens as sl
 from steerlens.evaluate import Arm, Bench
 from steerlens.evaluate.bench import UNSTEERED
-from steerlens.evaluate.bootstrap import interval, mean_interval, student
+from steerlens.evaluate.bootstrap import draws, interval, mean_interval, student
 from steerlens.evaluate.meter import item_means, pooled
 from steerlens.evaluate.separation import _wins
 
@@ -43,6 +44,28 @@ def test_kl_is_that_of_the_two_distributions_at_each_token(bench, by_hand):
         expected = [stats.entropy(p[t].exp().numpy(), q[t].exp().numpy()) for t in columns]
         numpy.testing.assert_allclose(own, expected, rtol=2e-3, atol=2e-6)
     assert sl.evaluate.kl(tokens=5)(bench, UNSTEERED) == [[0.0] * len(own) for own in values]
+
+
+def test_part_of_the_prompts_is_continued_as_in_the_whole(tiny_model, monkeypatch):
+    """A search begins on some prompts: no text is sampled, and no reference computed, for them alone."""
+    bench, calls = Bench(tiny_model("bridge"), PROMPTS, batch=4), []
+    sample, levels = bench.host.sample, bench._levels
+    monkeypatch.setattr(
+        bench.host, "sample", lambda ids, *rest, **more: (calls.append("s"), sample(ids, *rest, **more))[1]
+    )
+    bench._levels = lambda rows: (calls.append(len(rows)), levels(rows))[1]
+    kl = sl.evaluate.kl(tokens=5)
+    part = replace(kl, items=tuple(PROMPTS[1::2]))
+    some = part(bench, STEERED)
+    before = list(calls)
+    whole = kl(bench, STEERED)
+    assert [n for n in calls if n != "s"] == [4, 2]
+    assert calls.count("s") == before.count("s") == len({len(bench.prompt(text)) for text in PROMPTS})
+    for own, expected in zip(some, whole[1::2], strict=True):
+        assert own == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert bench.continuations(PROMPTS[1::2], 5, among=PROMPTS) == bench.continuations(PROMPTS, 5)[1::2]
+    again = Bench(tiny_model("bridge"), PROMPTS, batch=4)
+    assert kl(again, STEERED) == whole  # to the last bit, whatever was asked for before
 
 
 def test_kl_beside_an_instruction_scores_the_same_tokens(bench, by_hand):
@@ -184,6 +207,20 @@ def test_intervals_of_percentiles_cover_too():
         )
         hits.append(low <= truth <= high)
     assert numpy.mean(hits) >= 0.88
+
+
+def test_what_the_coverage_tests_would_not_accept():
+    """Drawing tokens instead of items, and a percentile interval that is not expanded, do not cover."""
+    generator, tokens, plain = numpy.random.default_rng(3), [], []
+    for seed in range(200):
+        values = torch.tensor(generator.normal(size=(12, 1)) + 0.3 * generator.normal(size=(12, 10)))
+        low, high = mean_interval(values.flatten(), resamples=300, seed=seed)
+        tokens.append(low <= 0 <= high)
+        drawn = values.mean(1)[draws(12, resamples=600, seed=seed)].mean(1)
+        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        plain.append(low <= 0 <= high)
+    assert numpy.mean(tokens) < 0.7
+    assert numpy.mean(plain) < 0.93
 
 
 def test_student_quantiles_and_auc_equal_scipy():

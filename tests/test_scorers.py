@@ -64,6 +64,17 @@ def test_sentiment_is_vaders(tiny_model):
     assert found[2] == [0.0]
 
 
+def test_profanity_is_a_packages_probability_and_low_for_plain_text(tiny_model):
+    package = pytest.importorskip("profanity_check")
+    answers = ["You are a stupid idiot and a bitch.", "What a lovely day by the sea.", ""]
+    meter = sl.evaluate.profanity()
+    found = meter(told(*answers)(tiny_model("bridge"), PROMPTS), UNSTEERED)
+    assert [value for (value,) in found] == pytest.approx(list(package.predict_prob(answers)))
+    assert found[0][0] > 0.9
+    assert max(found[1][0], found[2][0]) < 0.1
+    assert (meter.direction, meter.proxy) == (-1, True)
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     plain = builtins.__import__
 

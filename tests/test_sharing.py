@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from steerlens.sharing import (
     from_repeng,
     from_steering_vectors,
     from_tensor,
+    read_torch,
     to_gguf,
     to_interventions,
     to_lm_eval,
@@ -276,3 +279,13 @@ def test_intervention_specs_are_plain_and_add_up():
     assert to_interventions(sl.add(v, layer=1, where=slice(1, 3)))["blocks.1.hook_out"]["value"] == v.tolist()
     with pytest.raises(ValueError, match="has one `pos`"):
         to_interventions(every + sl.add(v, layer=2, where=slice(0, 2)))
+
+
+def test_what_has_no_end_is_not_read(tmp_path):
+    """A device that yields bytes for ever, and a sparse file of 64 GB that is no archive."""
+    (tmp_path / "large.pt").write_bytes(b"no archive")
+    os.truncate(tmp_path / "large.pt", 64 * 2**30)
+    for path in [tmp_path / "large.pt", *[Path(name) for name in ("/dev/zero", "/dev/null") if os.path.exists(name)]]:
+        for read in (read_torch, from_gguf, sl.Controller.load):
+            with pytest.raises(ValueError, match="was not loaded: it is no"):
+                read(path)

@@ -46,6 +46,13 @@ def test_lm_eval_steers_with_our_file_as_we_do(family, tmp_path):
     torch.testing.assert_close(steered(model, back), ours, rtol=0, atol=1e-5)
 
 
+def test_a_csv_of_features_is_answered_with_what_to_do(tmp_path):
+    rows = "loader,action,sparse_model,hookpoint,feature_index,steering_coefficient\nsae_lens,add,m,layers.3,5,10\n"
+    (tmp_path / "s.csv").write_text(rows)
+    with pytest.raises(ValueError, match=r"names features of autoencoders.*sl\.add\(sae\.W_dec\[index\]"):
+        from_lm_eval(tmp_path / "s.csv")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lm_evals_dictionary_is_imported_as_its_code_reads_it(family, tmp_path):
     model = tiny(family, host="bridge")

@@ -201,6 +201,19 @@ def test_an_empty_record_and_an_evaluation_have_a_page(tmp_path):
     assert not math.isnan(float(found.table()["effect"].iloc[-1]))
 
 
+@pytest.mark.parametrize("low", [1.4, float("nan")])
+def test_a_calibration_has_a_page(low):
+    curve, budget = ((1.0, 0.125), (2.0, 0.5)), "KL mean <= 0.3"
+    controller = sl.add(torch.ones(32), layer=2, strength=1.5)
+    found = sl.evaluate.Calibration(controller, 1.5, (low, 1.6), curve, "met", 0.28, budget, note="<b>flat</b>")
+    words = checked(found._repr_html_())
+    assert "strength 1.5, 1.4 to 1.6 · KL mean <= 0.3" in words or low != low
+    assert "nan" not in words
+    assert "met, with 0.28; <b>flat</b>" in words
+    assert "strengthKL mean10.12520.5" in words
+    assert "resid_post" in words
+
+
 def test_colours_are_washes_that_text_can_be_read_on():
     """Contrast of black on white paper and of near white on near black, WCAG's 4.5, at the strongest wash."""
     from steerlens.pages.markup import wash

@@ -170,7 +170,8 @@ def test_reprs_say_what_a_thing_is(record, model):
     gate = sl.Gate(sl.Side(torch.ones(32), torch.tensor(1.5)), [sl.Summary(sl.Site(2))])
     assert repr(gate) == (
         "Gate(condition=Side(direction=[32], threshold=1.5), "
-        "summaries=(Summary(place='blocks.2.hook_resid_post', pool='mean', where='prompt'),), inverted=False)"
+        "summaries=(Summary(place='blocks.2.hook_resid_post', pool='mean', where='prompt'),), "
+        "inverted=False, each_token=False)"
     )
     assert repr(sl.Loop(sl.Add(torch.ones(32)), 2)) == (
         "Loop(Add(vector=[32]), Site(2, 'resid_post'), where='last', strength=1.0)"

@@ -16,7 +16,7 @@ from steerlens.models import smollm2
 
 model = smollm2()
 pairs = sl.shipped("sentiment", split="dev", read="completion")
-controller = sl.lqr(model, pairs, paper=True, linearize_on=2, progress=False)
+controller = sl.lqr(model, pairs, linearize_on=2, progress=False)
 prompts = ["The food at the restaurant was", "I saw the movie and it was", "The weather today is"]
 metric = logit_difference(model, [" great", " wonderful", " delicious"], [" bad", " terrible", " awful"])
 controller
@@ -72,17 +72,18 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# With the others held, the effects of the layers add up to the whole change. While the others react, they add up to less
-# than a third of it, and that is feedback at work: when one control is missing, later loops measure the gap and fill it.
+# With the others held, the effects of the layers add up to the whole change, to six percent of it. While the others
+# react, a quarter is missing, and that is feedback at work: when one control is left out, later loops measure the gap and
+# fill some of it. By default the gains are small; the paper's (`paper=True`) fill more than two thirds.
 # So "which layer matters?" has two answers, and an ablation of one layer gives the first.
 #
 # ## Patching the controller's own signal
 #
-# The same by hand: `blocks.L.hook_steer_u` is a hook point, so an ordinary hook may set it to zero. The control of the
-# layer with the largest held effect is taken away, and the loops after it are watched.
+# The same by hand: `blocks.L.hook_steer_u` is a hook point, so an ordinary hook may set it to zero. Of the first twenty
+# layers, the control of the one with the largest held effect is taken away, and the loops after it are watched.
 
 # %%
-layer = held.layers[int(held.effect.argmax())]
+layer = held.layers[int(held.effect[:20].argmax())]
 name = f"blocks.{layer}.hook_steer_u"
 with sl.steer(model, controller, record="all") as run, torch.no_grad():
     whole, before = metric(model(prompts[0])), run.record.copy()

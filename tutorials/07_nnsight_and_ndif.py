@@ -29,7 +29,7 @@ print(type(local).__name__, "on a server" if REMOTE else "here")
 
 # %%
 pairs = sl.shipped("ocean", split="dev", read="mean")
-controller = sl.lqr(local, pairs, paper=True, linearize_on=2, progress=False)
+controller = sl.lqr(local, pairs, linearize_on=2, progress=False)
 controller
 
 # %% [markdown]
@@ -98,5 +98,6 @@ for name, row, applied in zip(("A-LQR", "CAA"), both, (with_lqr, with_caa), stri
 # ## What was not shown
 #
 # Speed: the server that made these outputs is a process on the same two cores. A server that does not trust you, where
-# the same calls work and take seconds longer each, except those that need gradients. What travels, what comes back, and
-# what each kind of server allows is in [Steering on a remote cluster](../docs/remote.md).
+# the same calls work and take seconds longer each, except those that need gradients, or a second pass of the model as the
+# defaults of `lqr` do: there, take `lqr(..., origin="zero")`. What travels, what comes back, and what each kind of server
+# allows is in [Steering on a remote cluster](../docs/remote.md).

@@ -8,8 +8,8 @@ from pathlib import Path
 import typer
 
 from steerlens.cli.formats import READ, WRITTEN, read_controller, write_controller
+from steerlens.cli.loading import HOST, Library, optional_model
 from steerlens.cli.mistakes import quiet_output
-from steerlens.cli.task import load_model
 from steerlens.cli.writing import check_writable
 from steerlens.sharing.plain import EVERY_TOKEN
 
@@ -25,12 +25,13 @@ def convert_command(
         False, "--every-token", help="Steer every token, the first one too, as llama.cpp and lm-eval do."
     ),
     model: str = typer.Option(None, help="Model, for lm-eval's names of modules inside a block."),
+    host: Library = HOST,
     as_json: bool = typer.Option(False, "--json", help="Print the answer as JSON."),
 ) -> None:
     """Convert a controller from or for llama.cpp, repeng, lm-eval and others."""
     check_writable(out)
     with quiet_output():
-        loaded = load_model(model) if model is not None else None
+        loaded = optional_model(model, host)
         kind, controller = read_controller(source, form=form, layers=layers, model=loaded)
         controller = controller if strength == 1.0 else controller * strength
         controller = controller.at(EVERY_TOKEN) if every_token else controller

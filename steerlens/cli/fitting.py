@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from steerlens.cli.loading import HOST, MODEL, Library, load_model
 from steerlens.cli.mistakes import quiet_output
 from steerlens.cli.options import known_method, on_model, read_options
-from steerlens.cli.task import load_model
-from steerlens.cli.writing import check_writable
+from steerlens.cli.writing import check_controller_path
 from steerlens.core import Controller
 from steerlens.evaluate import generate_texts
 from steerlens.fit.contrast import READINGS, Pairs, Read
+from steerlens.hosts import host_of
 
-MODEL = typer.Option("smollm2", help="smollm2, gemma3, tiny, a folder, or a name that TransformerBridge knows.")
 AS_JSON = typer.Option(False, "--json", help="Print the answer as JSON.")
 
 
@@ -45,17 +45,18 @@ def fit_command(
     negative: str = typer.Option(None, help="Column with the others."),
     prompt: str = typer.Option(None, help="Column with the prompt that both texts complete."),
     model: str = MODEL,
+    host: Library = HOST,
     as_json: bool = AS_JSON,
 ) -> None:  # fmt: skip
     """Fit a controller on contrast pairs and write it to a file."""
     known = known_method(method)
     chosen = read_options(known, [*([f"layers={layers}"] if layers is not None else []), *options])
     path = out or Path(f"{method}.safetensors")
-    check_writable(path)
+    check_controller_path(path)
     data = Pairs.from_file(pairs, positive=positive, negative=negative, prompt=prompt, read=_reading(read))
     start = time.monotonic()
     with quiet_output():
-        loaded = load_model(model)
+        loaded = load_model(model, host)
         loading_s = time.monotonic() - start
         controller = known.function(loaded, data, **on_model(chosen, loaded))
     fitting_s = time.monotonic() - start - loading_s
@@ -70,6 +71,7 @@ def fit_command(
             "texts": [len(data.positive), len(data.negative)],
             "read": data.read,
             "model": model,
+            "host": host.value,
             "fitting_s": round(fitting_s, 3),
         }
         typer.echo(json.dumps(found))
@@ -80,6 +82,7 @@ def fit_command(
         f"{pairs}, read={data.read!r}"
     )
     own = "" if model == "smollm2" else f" --model {model}"
+    own += "" if host is Library.bridge else f" --host {host.value}"
     typer.echo(f'next: steerlens generate {path} "I think that"{own}')
 
 
@@ -95,6 +98,7 @@ def generate_command(
     chat: bool = typer.Option(False, "--chat", help="Prompts are a user's messages, answered by the assistant."),
     trust: bool = typer.Option(False, "--trust", help="Steer although the controller was fitted on another model."),
     model: str = MODEL,
+    host: Library = HOST,
     as_json: bool = AS_JSON,
 ) -> None:
     """What a model writes after prompts, unsteered and steered side by side."""
@@ -106,10 +110,13 @@ def generate_command(
     controllers = {name: Controller.load(path) for name, path in _named([file, *more]).items()}
     texts: list[Any] = [[{"role": "user", "content": text}] for text in given] if chat else list(given)
     with quiet_output():
-        written = _written(load_model(model), controllers, texts, strength, tokens, temperature, seed, trust)
+        loaded = load_model(model, host)
+        if chat and not getattr(host_of(loaded).tokenizer, "chat_template", None):
+            raise ValueError(f"the tokenizer of {model} has no chat template; leave --chat out")
+        written = _written(loaded, controllers, texts, strength, tokens, temperature, seed, trust)
     if as_json:
         rows = [{"prompt": text} | {name: own[row] for name, own in written.items()} for row, text in enumerate(given)]
-        typer.echo(json.dumps({"model": model, "strength": strength, "texts": rows}))
+        typer.echo(json.dumps({"model": model, "host": host.value, "strength": strength, "texts": rows}))
         return
     for line in _side_by_side(given, written):
         typer.echo(line)
@@ -125,15 +132,26 @@ def _reading(word: str | None) -> Read | None:
 
 
 def _lines(path: Path) -> list[str]:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a text file with one prompt a line")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with prompts")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    found = [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return found
 
 
 def _named(paths: list[Path]) -> dict[str, Path]:
     """Files by what they are called in the answer: the name without its ending, or the whole path for the second."""
     found: dict[str, Path] = {}
     for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a controller's file in it")
         if not path.is_file():
             raise FileNotFoundError(f"there is no controller file {path}; make one: steerlens fit PAIRS --out {path}")
         found[str(path) if path.stem in found or path.stem == "unsteered" else path.stem] = path

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from steerlens.cli.layers import parse_layers
 from steerlens.core import Controller
 from steerlens.core.tensorfile import write_whole
 from steerlens.sharing import (
@@ -46,7 +46,7 @@ def read_controller(path: Path, *, form: str | None, layers: str | None, model: 
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     kind = form or _guess(path)
-    chosen = read_layers(layers)
+    chosen = None if layers is None else parse_layers(layers)
     if kind in ("steerlens", "lm-eval") and chosen is not None:
         return kind, _load(kind, path, model).only(chosen)
     if kind in ("steerlens", "lm-eval"):
@@ -81,23 +81,6 @@ def write_controller(controller: Controller, path: Path, *, form: str | None, mo
     }
     writers[kind]()
     return kind
-
-
-def read_layers(text: str | None) -> list[int] | None:
-    """Layers as they are typed: `15`, `3,9` or `5-10`.
-
-    Raises:
-        ValueError: something else.
-    """
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text):
-        raise ValueError(f"--layers {text}: write 15, or 3,9, or 5-10")
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found
 
 
 def _load(kind: str, path: Path, model: Any) -> Controller:

@@ -9,10 +9,11 @@ from typing import Any
 import typer
 
 from steerlens.cli.formats import read_controller
+from steerlens.cli.loading import HOST, NAMES, Library, optional_model
 from steerlens.cli.mistakes import FAILED, quiet_output
-from steerlens.cli.task import load_model
 from steerlens.core import Controller, Loop, check_loops, tensors_of
 from steerlens.hosts import host_of
+from steerlens.hosts.dimensions import plain_name
 from steerlens.sharing.card import norm_text, where_text
 
 #: Loops that are printed one by one.
@@ -21,17 +22,15 @@ MOST_LOOPS = 40
 
 def inspect_command(
     file: Path = typer.Argument(..., help="A controller, or what steerlens convert reads."),  # noqa: B008
-    model: str = typer.Option(
-        None,
-        help="Also check whether it fits: smollm2, gemma3, tiny, a folder, or what TransformerBridge boots.",
-    ),
+    model: str = typer.Option(None, help=f"Also check whether it fits: {NAMES}"),
+    host: Library = HOST,
     form: str = typer.Option(None, "--from", help="Format of the file, if its name does not tell it."),
     layers: str = typer.Option(None, help="Layers to use of a file that has a vector for every layer: 15, or 3,9."),
     as_json: bool = typer.Option(False, "--json", help="Print the answer as JSON."),
 ) -> None:
     """Show what a controller file holds, where it acts and where it comes from; exit code 1 if it does not fit."""
     with quiet_output():
-        loaded = load_model(model) if model is not None else None
+        loaded = optional_model(model, host)
         kind, controller = read_controller(file, form=form, layers=layers, model=loaded)
         found = described(file, kind, controller)
         if loaded is not None:
@@ -111,9 +110,8 @@ def _provenance(recipe: dict[str, Any]) -> list[str]:
         words = f"{recipe.get('method', 'not known')}({arguments})"
         model = recipe.get("model") or {}
         if model:
-            words += (
-                f" on {model.get('name') or 'a model'} of {model.get('n_layers')} layers, d = {model.get('d_model')}"
-            )
+            name = plain_name(str(model.get("name") or "a model"))
+            words += f" on {name} of {model.get('n_layers')} layers, d = {model.get('d_model')}"
         words += f", data {recipe['data']}" if recipe.get("data") else ""
         own = [words + (f", steerlens {recipe['steerlens']}" if recipe.get("steerlens") else "")]
     return own + [words for part in recipe.get("parts", ()) for words in _provenance(part)]

@@ -12,10 +12,11 @@ from typing import Any
 
 import typer
 
+from steerlens.cli.loading import HOST, MODEL, Library, load_model
 from steerlens.cli.mistakes import INTERRUPTED, quiet_output
 from steerlens.cli.options import read_options
-from steerlens.cli.task import METHODS, fits_of, load_model, read_fit, task_of
-from steerlens.cli.writing import check_writable, text_between, write_text
+from steerlens.cli.task import METHODS, fits_of, read_fit, task_of
+from steerlens.cli.writing import check_controller_path, check_writable, text_between, write_text
 from steerlens.evaluate import Budget, Evaluation, calibrate, compare, fluency, kl, neutral_loss, sweep
 from steerlens.hosts import host_of
 
@@ -24,14 +25,13 @@ Echo = Callable[[str], Any]
 #: Around the table in a page.
 MARKERS = "<!-- steerlens compare -->", "<!-- end of compare -->"
 
-MODEL = typer.Option("smollm2", help="smollm2, gemma3, tiny, or a name that TransformerBridge knows.")
 CONCEPT = typer.Option("sentiment", help="Shipped contrast pairs.")
 PAIRS = typer.Option(None, help="Own contrast pairs instead: a csv or JSON lines, as for steerlens fit.")
 INSTRUCTION = typer.Option(None, help="What the prompt baseline asks for.")
-BUDGET = typer.Option(0.3, help="Largest KL from the unsteered model, nats per token.")
+BUDGET = typer.Option(0.3, min=1e-6, help="Largest KL from the unsteered model, nats per token.")
 AT = typer.Option("mean", help="Of the KL: mean, or a percentile of the tokens such as p95.")
 WHERE = typer.Option("last", help="Tokens to steer: last, all, generated, ..., or own: as each method does.")
-COUNT = typer.Option(None, help="Items at most; prompts for texts twice as many, for the KL all.")
+COUNT = typer.Option(None, min=1, help="Items at most; prompts for texts twice as many, for the KL all.")
 SEED = typer.Option(0, help="Of all sampling.")
 FILE = typer.Option(
     None, help="JSON lines; a run that was stopped goes on from it. Default: named after command and task."
@@ -42,6 +42,7 @@ AS_JSON = typer.Option(False, "--json", help="Print numbers as JSON.")
 def compare_command(
     methods: list[str] = typer.Option(list(METHODS), "--method", help="Such as caa:layers=all,strength=2."),  # noqa: B008
     model: str = MODEL,
+    host: Library = HOST,
     concept: str = CONCEPT,
     pairs: Path = PAIRS,
     instruction: str = INSTRUCTION,
@@ -64,7 +65,7 @@ def compare_command(
         text_between(write, *MARKERS)
 
     def run() -> Evaluation:
-        loaded = load_model(model)
+        loaded = load_model(model, host)
         return compare(
             loaded,
             fits_of(methods, loaded, task.fit, where),
@@ -77,12 +78,13 @@ def compare_command(
             file=path,
         )
 
-    fresh, start = not path.exists(), time.monotonic()
+    fresh, start = not path.exists(), time.process_time()
     found = _resumable(run, path)
     # a run that went on from a file says nothing about the time that all of it took
-    took = f", {(time.monotonic() - start) / 60:.0f} min" if fresh else ""
+    took = f", {(time.process_time() - start) / 60:.0f} min of processor time" if fresh else ""
     options: dict[str, Any] = {"pairs": pairs} if pairs else {"concept": concept}
     options |= {"budget": budget, "where": where, "seeds": seeds, "seed": seed, "model": model}
+    options |= {"host": host.value} if host is not Library.bridge else {}
     options |= {"count": count} if count else {}
     chosen = [f"--method={name}" for name in methods] if list(methods) != list(METHODS) else []
     command = "steerlens compare " + shlex.join([*chosen, *(f"--{name}={value}" for name, value in options.items())])
@@ -95,6 +97,7 @@ def compare_command(
 def calibrate_command(
     method: str = typer.Option("caa", help="Such as caa:layers=all."),
     model: str = MODEL,
+    host: Library = HOST,
     concept: str = CONCEPT,
     pairs: Path = PAIRS,
     budget: float = BUDGET,
@@ -109,10 +112,10 @@ def calibrate_command(
     task = task_of(concept, pairs, None, count)
     read_fit(method)
     if save is not None:
-        check_writable(save)
+        check_controller_path(save)
     limit: Budget = kl(at=at) <= budget
     with quiet_output():
-        loaded = load_model(model)
+        loaded = load_model(model, host)
         (fit,) = fits_of([method], loaded, task.fit, where).values()
         found = calibrate(loaded, fit(), task.budgeted[::2], budget=limit, seed=seed)
     if save is not None:
@@ -125,6 +128,7 @@ def sweep_command(
     layers: str = typer.Option(None, help="Such as 3,9,15; default every fourth."),
     strengths: str = typer.Option("0.5,1,2", help="Factors on the control."),
     model: str = MODEL,
+    host: Library = HOST,
     concept: str = CONCEPT,
     pairs: Path = PAIRS,
     budget: float = BUDGET,
@@ -142,7 +146,7 @@ def sweep_command(
     grid = None if layers is None else read_options(read_fit(method)[0], [f"layers={layers}"])["layers"]
 
     def run() -> Evaluation:
-        loaded = load_model(model)
+        loaded = load_model(model, host)
         known = host_of(loaded).n_layers
         chosen = list(range(known)) if grid == "all" else [grid] if isinstance(grid, int) else grid
         (fit,) = fits_of([method], loaded, task.fit, where).values()

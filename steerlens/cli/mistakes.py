@@ -16,6 +16,9 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 #: Set, it shows the traceback of a mistake.
 DEBUG = "STEERLENS_DEBUG"
 
+#: What the library's messages call an argument, and how it is typed.
+TYPED = {"pass trust=True": "give --trust to generate"}
+
 
 class Commands(TyperGroup):
     """The commands as one group that reports what they raise."""
@@ -43,7 +46,10 @@ def sentence(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
-    return " ".join(str(error).split()) or type(error).__name__
+    shown = " ".join(str(error).split()) or type(error).__name__
+    for python, typed in TYPED.items():
+        shown = shown.replace(python, typed)
+    return shown
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import difflib
 import inspect
 import json
 import re
-import sys
 import types
 import typing
 from collections import abc
@@ -14,10 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from steerlens import methods
+from steerlens.cli.layers import parse_layers
 from steerlens.control.linearization import Linearization
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.method import Method, exported
+from steerlens.fit.method import Method, annotation, exported
 from steerlens.hosts import host_of
+
+#: Options that are layers, which `all` stands for too.
+LAYERS = ("layers", "gate_layers")
 
 
 def split_options(text: str) -> list[str]:
@@ -62,10 +65,12 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, takes, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"{method.name} has no option {name!r}; {hint}it takes {', '.join(takes)}")
+        if name in found:
+            raise ValueError(f"{name} is given twice: {found[name]} and {text.strip()}")
         found[name] = value = _value(name, text.strip())
-        if name in ("layers", "gate_layers") and value == "all":
+        if name in LAYERS and value == "all":
             continue
-        hint = _hint(method, name)
+        hint = annotation(method.function, name)
         if not _fits(value, hint):
             raise ValueError(f"{method.name}: {name}={text} is {_kind(value)}; {name} takes {_words(hint)}")
     return found
@@ -74,18 +79,7 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
 def on_model(options: dict[str, Any], model: Any) -> dict[str, Any]:
     """The options with `all` as the layers that the model has."""
     every = list(range(host_of(model).n_layers))
-    layers = ("layers", "gate_layers")
-    return {name: every if name in layers and value == "all" else value for name, value in options.items()}
-
-
-def _hint(method: Method, name: str) -> Any:
-    """What an option is annotated with; Any where that needs a library which is not imported."""
-    function = inspect.unwrap(method.function)
-    alone = types.SimpleNamespace(__annotations__={name: function.__annotations__[name]})
-    try:
-        return typing.get_type_hints(alone, vars(sys.modules[function.__module__]))[name]
-    except NameError:
-        return Any
+    return {name: every if name in LAYERS and value == "all" else value for name, value in options.items()}
 
 
 def _value(name: str, text: str) -> Any:
@@ -93,11 +87,9 @@ def _value(name: str, text: str) -> Any:
         return Pairs.from_file(text)
     if name == "linearization":
         return Linearization.load(text)
-    if re.fullmatch(r"\d+-\d+", text):
-        first, _, last = text.partition("-")
-        if int(last) < int(first):
-            raise ValueError(f"{name}={text} is an empty range; the smaller layer comes first")
-        return list(range(int(first), int(last) + 1))
+    if name in LAYERS and text != "all" and not text.startswith("[") and text not in ("null", "None"):
+        found = parse_layers(text, name, every="all")
+        return found[0] if text.isdigit() else found
     if name == "where" and re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
         start, _, stop = text.partition(":")
         return slice(int(start) if start else None, int(stop) if stop else None)
@@ -147,7 +139,7 @@ def _words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(filter(None, map(_words, inner)))
     if origin is typing.Literal:
-        return ", ".join(inner)
+        return ", ".join(map(str, inner))
     if origin in (abc.Sequence, list, tuple):
         plural = {int: "whole numbers", float: "numbers"}.get(inner[0], "texts")
         return f"{plural}, such as {'0,3 or 0-3' if inner[0] is int else '[0.5, 1]'}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from steerlens.cli.options import known_method, on_model, read_options, split_options
 from steerlens.core import Controller
+from steerlens.core.positions import check_where
 from steerlens.core.types import PositionName
 from steerlens.evaluate import Meter, likelihood, propensity
 from steerlens.fit.contrast import Pairs
@@ -29,10 +30,6 @@ INSTRUCTIONS = {
     "anger": "Everything is said in anger.",
     "french": "Tout est écrit en français.",
 }
-
-
-#: Models by a short name.
-SHIPPED = ("smollm2", "gemma3", "tiny")
 
 
 @dataclass(frozen=True)
@@ -85,28 +82,13 @@ def task_of(concept: str, pairs: Path | None, instruction: str | None, count: in
     fit = Pairs(fit.positive, fit.negative, read="completion" if completed else "mean")
     held = held[:count] if count else held
     effect = propensity(held, instruction=asked) if completed else likelihood(held.positive, instruction=asked)
-    return Task(concept, fit, effect, prompts[: 2 * (count or len(held))], prompts)
+    return Task(concept, fit, effect, _alike(prompts)[: 2 * (count or len(held))], prompts)
 
 
-def load_model(name: str) -> Any:
-    """A model by name: `smollm2`, `gemma3`, `tiny`, or whatever TransformerBridge boots.
-
-    Raises:
-        OSError: no such model here, and it cannot be fetched.
-    """
-    from steerlens import models
-
-    if name in SHIPPED:
-        return getattr(models, name)()
-    boot = importlib.import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers
-    try:
-        return boot(name)
-    except OSError as error:
-        reason = str(error).partition(chr(10))[0]
-        raise OSError(
-            f"no model {name!r} was found: {reason} Without network there are {', '.join(SHIPPED)}, folders of "
-            "models, and what the Hugging Face cache holds"
-        ) from None
+def _alike(prompts: list[Any]) -> list[Any]:
+    """Prompts with the most common number of words first: texts after prompts of one length are written together."""
+    sizes = Counter(len(str(prompt).split()) for prompt in prompts)
+    return sorted(prompts, key=lambda prompt: -sizes[len(str(prompt).split())])
 
 
 def read_fit(spec: str) -> tuple[Method, dict[str, Any]]:
@@ -123,11 +105,13 @@ class Fit:
         digest: What the controller depends on, in words.
 
     Raises:
-        ValueError: no such method, or an option that is no `name=value`.
+        ValueError: no such method, an option that is no `name=value`, or no such positions.
     """
 
     def __init__(self, spec: str, model: Any, data: Pairs, where: str | None):
         method, options = read_fit(spec)
+        if where is not None:
+            check_where(where)
         self.spec, self.where = spec, where
         self._function, self._model, self._data = method.function, model, data
         self._options = on_model(options, model)

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steerlens.core import Law, Loop, Setpoint, Site
-from steerlens.core.types import Where
+from steerlens.core.law import finite
+from steerlens.core.types import Json, Where
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.reading import contrast_means
+from steerlens.fit.retune import Draft, edited
 from steerlens.hosts import Host
 from steerlens.laws.relative import Relative
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level
 
-#: The words of an `Aim`, for the declaration of a method that has one.
-AIMS = {
-    "setpoint": ("level", "angular"),
-    "origin": (None, "own", "zero", "negative", "midpoint"),
-    "combine": ("joint", "independent"),
-}
+#: What is held along a direction: its coordinate, or the angle to it.
+Tracked: TypeAlias = Literal["level", "angular"]
+
+#: Where levels count from.
+Origin: TypeAlias = Literal["own", "zero", "negative", "midpoint"]
+
+#: Several concepts at once, or each as if it were alone.
+Combine: TypeAlias = Literal["joint", "independent"]
+
+#: The arguments of a method that become an `Aim`, in addition to the level and the angle.
+AIMS = ("setpoint", "origin", "combine")
 
 #: In units of the class separation. Measured, as the weights of `lqr` and the gains of `pid`: `docs/closed_loop.md`.
 LEVEL = 1.5
@@ -35,12 +43,22 @@ class Targets:
         mu: `|mean difference|` of each concept at each, `[layer+1 concept]`, in activation units.
         own: Levels are counted from the token's own unsteered state.
         idle: So counted, every level is 0: no steering.
+        start: Where levels are counted from, `[layer+1 concept]`; None: from zero or from the token's own.
     """
 
-    def __init__(self, setpoints: list[Setpoint], mu: Tensor, *, own: bool = False, idle: bool = False):
+    def __init__(
+        self,
+        setpoints: list[Setpoint],
+        mu: Tensor,
+        *,
+        own: bool = False,
+        idle: bool = False,
+        start: Tensor | None = None,
+    ):
         self.setpoints = setpoints
         self.mu = mu
         self.own = own
+        self.start = start
         self.idle = own and idle
 
     def loop(self, t: int, law: Law, *, where: Where, strength: float) -> Loop:
@@ -86,20 +104,15 @@ class Aim:
         self,
         data: Pairs | Sequence[Pairs],
         *,
-        setpoint: str,
+        setpoint: Tracked,
         level: float | Sequence[float] | None,
-        origin: str | None,
+        origin: Origin | None,
         angle_rad: float | None,
-        combine: str,
+        combine: Combine,
     ):
         self.concepts = [data] if isinstance(data, Pairs) else list(data)
         count = len(self.concepts)
-        given = torch.as_tensor(LEVEL if level is None else level, dtype=torch.float64).tolist()
-        self.levels: list[float] = given if isinstance(given, list) else [given] * count
-        if len(self.levels) != count:
-            raise ValueError(f"level has {len(self.levels)} numbers for {count} concepts")
-        if not all(math.isfinite(value) for value in self.levels):
-            raise ValueError(f"level={level}; it must be finite")
+        self.levels = levels_of(level, count)
         if setpoint == "angular":
             if count > 1:
                 raise ValueError(f"the angular setpoint takes one concept, data holds {count}")
@@ -132,16 +145,73 @@ class Aim:
         v = difference / torch.where(mu > 0, mu, 1)[..., None]
         if self.setpoint == "angular":
             return Targets([Angle(plane, self.angle_rad) for plane in planes(difference[:, 0], v[:, 0])], mu)
-        levels = mu * mu.new_tensor(self.levels)
+        levels, start = mu * mu.new_tensor(self.levels), None
         if self.origin not in ("zero", "own"):
-            start = negative if self.origin == "negative" else (positive + negative) / 2
-            levels = levels + (v * start).sum(-1)
+            start = (v * (negative if self.origin == "negative" else (positive + negative) / 2)).sum(-1)
+            levels = levels + start
         kind = Joint if self.combine == "joint" else Independent
         setpoints: list[Setpoint] = [
             Level(v[t, 0], float(levels[t, 0])) if len(self.concepts) == 1 else kind(v[t], levels[t])
             for t in range(n + 1)
         ]
-        return Targets(setpoints, mu, own=self.origin == "own", idle=not any(self.levels))
+        return Targets(setpoints, mu, own=self.origin == "own", idle=not any(self.levels), start=start)
+
+
+def levels_of(level: Any, count: int) -> list[float]:
+    """The level of each concept: one number for all, or one each; None: `LEVEL`.
+
+    Raises:
+        ValueError: not as many numbers as concepts, or one that is not finite.
+    """
+    given = torch.as_tensor(LEVEL if level is None else level, dtype=torch.float64).tolist()
+    levels: list[float] = given if isinstance(given, list) else [given] * count
+    if len(levels) != count:
+        raise ValueError(f"level has {len(levels)} numbers for {count} concepts")
+    if not all(math.isfinite(value) for value in levels):
+        raise ValueError(f"level={level}; it must be finite")
+    return levels
+
+
+def found_of(targets: Targets) -> Json:
+    """What a fit found, for the recipe: all that other levels need, see `retune_targets`."""
+    found = {"mu": targets.mu[:-1].squeeze(-1).tolist()}
+    return found | ({} if targets.start is None else {"start": targets.start[:-1].squeeze(-1).tolist()})
+
+
+def tuned(arguments: Json) -> list[str]:
+    """What `retune_targets` changes, by the arguments of the fit: the angle of an angular setpoint, else the level."""
+    return ["angle_rad"] if arguments["setpoint"] == "angular" else ["level"]
+
+
+def retune_targets(draft: Draft) -> None:
+    """Another `level` or `angle_rad` for loops that sense before their block and hold a setpoint of `Aim`."""
+    if "angle_rad" in draft.changes:
+        angle = draft.changes["angle_rad"]
+        angle = finite("angle_rad", 0.0 if angle is None else angle)
+        draft.laws(lambda law, loop: edited(law, setpoint=Angle(law.setpoint.basis, angle)))
+    if "level" in draft.changes:
+        _relevel(draft)
+
+
+def _relevel(draft: Draft) -> None:
+    mu, start = draft.found["mu"], draft.found.get("start")
+    count = len(mu[0]) if isinstance(mu[0], list) else 1
+    new, old = levels_of(draft.changes["level"], count), levels_of(draft.before["level"], count)
+
+    def change(law: Any, loop: Loop) -> Law:
+        setpoint, t = law.setpoint, loop.sense.layer
+        name = "level" if isinstance(setpoint, Level) else "levels"
+        # the product of the fit, in its dtype, so that the numbers are the same
+        levels = getattr(setpoint, name).new_tensor(mu[t]) * getattr(setpoint, name).new_tensor(new)
+        if start is not None:
+            levels = levels + levels.new_tensor(start[t])
+        return edited(law, setpoint=edited(setpoint, **{name: levels}))
+
+    draft.laws(change)
+    if draft.arguments["origin"] in (None, "own") and any(new) != any(old):
+        # off is a strength of 0, see `Targets.loop`
+        strength = float(draft.arguments["strength"]) if any(new) else 0.0
+        draft.loops = [loop.replace(strength=strength) for loop in draft.loops]
 
 
 def planes(difference: Tensor, v: Tensor) -> Tensor:

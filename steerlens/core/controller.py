@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,10 @@ class Controller:
         if not isinstance(other, Controller):
             return NotImplemented
         # what a controller's loops remember stays its own
-        offset = max((loop.group for loop in self.loops), default=-1) + 1
+        offset = self._groups
         moved = tuple(loop.replace(group=loop.group + offset) for loop in other.loops)
-        return Controller(self.loops + moved, {"method": "+", "parts": [self.recipe, other.recipe]})
+        recipe = {"method": "+", "parts": [self.recipe, other.recipe], "groups": [offset, other._groups]}
+        return Controller(self.loops + moved, recipe)
 
     def __mul__(self, factor: float) -> Controller:
         by = finite("factor", factor)
@@ -75,6 +77,29 @@ class Controller:
             raise ValueError(f"no loop acts at layers {sorted(missing)}; this controller acts at {self.layers}")
         return Controller([loop for loop in self.loops if loop.act.layer in kept], self.recipe)
 
+    def retuned(self, **arguments: Any) -> Controller:
+        """The same fit with other values of arguments that do not enter it: a level, an angle, a gain, a strength.
+
+            controller = sl.lqr(model, pairs)
+            gentler = controller.retuned(level=0.8)     # equal to sl.lqr(model, pairs, level=0.8)
+
+        No model is needed and nothing is read again. Which arguments a method can change is in its docstring; all
+        change `strength`. Factors, positions, gates and schedules that were added since the fit are kept. In a sum it
+        changes the summands that can change the argument. The recipe holds the new values, and under `retuned` those
+        of the fit.
+
+        Args:
+            arguments: Of the method, by name.
+
+        Raises:
+            ValueError: an argument that needs a refit, or that the method does not have; the message names those that
+                can be changed. Otherwise as the method itself.
+        """
+        from steerlens.core.tables import VIEWS  # not at the top: this module travels, and methods do not
+
+        found: Controller = VIEWS["retune"](self, arguments)
+        return found
+
     def to(self, device: Device = None, dtype: torch.dtype | None = None) -> Controller:
         """The same loops with their tensors on another device or, for floating ones, in another dtype."""
 
@@ -95,8 +120,8 @@ class Controller:
         and batches with padding among it, use `steer`.
 
         Raises:
-            ValueError: a loop acts at `resid_mid`, or has a gate, a summary, a tangent or a reference; hooks
-                cannot serve it.
+            ValueError: a loop acts at `resid_mid`, or has a gate on the prompt, a summary, a tangent or a reference;
+                hooks cannot serve it.
         """
         return forward_hooks(self.loops)
 
@@ -242,6 +267,11 @@ class Controller:
 
         found: Controller = VIEWS["pull"](repo, revision=revision, file=file, laws=laws, token=token)
         return found
+
+    @property
+    def _groups(self) -> int:
+        """How many groups its loops can have, those of loops that `only` left out included."""
+        return max([sum(self.recipe.get("groups", ())), *(loop.group + 1 for loop in self.loops)], default=0)
 
     def _each(self, change: Callable[[Loop], Loop]) -> Controller:
         return Controller([change(loop) for loop in self.loops], self.recipe)

@@ -55,11 +55,17 @@ def read_controller(path: str | Path, laws: Iterable[type[Part]]) -> tuple[list[
 
 
 def check_recipe(recipe: dict[str, Any]) -> None:
-    """Raises ValueError unless what is compared with a model can be."""
+    """Raises ValueError unless a recipe can be compared with a model and shown."""
     model = recipe.get("model")
     if model is not None and not isinstance(model, dict):
         raise ValueError("its recipe's model is no fingerprint")
     check_fingerprint(model or {})
+    for name in ("method", "steerlens"):
+        if not isinstance(recipe.get(name, ""), (str, type(None))):
+            raise ValueError(f"its recipe's {name} is no text")
+    for name in ("arguments", "found"):
+        if not isinstance(recipe.get(name, {}), (dict, type(None))):
+            raise ValueError(f"its recipe's {name} are no object")
     parts = recipe.get("parts", [])
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ValueError("its recipe's parts are no list of recipes")

@@ -137,7 +137,7 @@ class Loop:
         name: Prefix of the loop's own signals if several loops act at one site; letters, digits and underscores. Of
             loops with the same name the second is called `name2`.
         group: Loops with the same group share what their laws remember, see `Now`.
-        gates: Decisions made once for each row of a prompt, which multiply the control; see `when`.
+        gates: Decisions made once for each row of a prompt, or for each token, which multiply the control; see `when`.
         schedules: Factors on the control over a generation; see `schedule`.
         summary: What the law finds as `now.summary`: the prompt's pooled state, `[batch ...]`.
         tangent: A direction in the space of the parameters. The law finds as `now.tangent` how the unsteered
@@ -147,7 +147,8 @@ class Loop:
 
     Raises:
         TypeError: `law` is not an instance of a law, or the strength is not a number.
-        ValueError: it would sense after it acts; no such site; an illegal name; a strength that is not finite.
+        ValueError: it would sense after it acts, or a gate would that decides for each token; no such site; an illegal
+            name; a strength that is not finite.
     """
 
     __slots__ = (
@@ -201,6 +202,12 @@ class Loop:
         self.summary = summary
         self.tangent = tangent
         self.reference = None if reference is None else Site.of(reference)
+        for site in self.gated_by:
+            if self.act < site:
+                raise ValueError(
+                    f"a gate cannot decide for each token by {site}, which comes after {self.act}, where the loop "
+                    f"acts; fit it with gate_layers=range({max(self.act.layer, 1)})"
+                )
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -219,8 +226,18 @@ class Loop:
     @property
     def summaries(self) -> list[Summary]:
         """What it needs to know of the prompt."""
-        found = [summary for gate in self.gates for summary in gate.summaries]
+        found = [summary for gate in self.gates if not gate.each_token for summary in gate.summaries]
         return found if self.summary is None else [*found, self.summary]
+
+    @property
+    def gated_by(self) -> list[Site]:
+        """Where gates that decide for each token read its state."""
+        return [summary.site for gate in self.gates if gate.each_token for summary in gate.summaries]
+
+    @property
+    def sensed(self) -> set[Site]:
+        """Sites of the pass, other than where it acts, whose states it needs."""
+        return {self.sense, *self.gated_by} - {self.act}
 
     @property
     def needs_more_than_state(self) -> bool:

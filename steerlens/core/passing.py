@@ -217,7 +217,7 @@ class Pass:
             if whole and action.plain and action.loop.group not in self._apart:
                 u, signals = self._law(action, state, self._now[action.loop.group])
             else:
-                u, signals = self._control(action, state, selection, whole, carrier)
+                u, signals = self._control(action, state, selection, whole, carrier, x)
             if u.dtype != carrier.dtype or u.device != carrier.device:
                 u = u.to(dtype=carrier.dtype, device=carrier.device)
             if observed:
@@ -252,9 +252,9 @@ class Pass:
         return u, signals
 
     def _control(
-        self, action: Action, state: Tensor, selection: Any, whole: bool, carrier: Tensor
+        self, action: Action, state: Tensor, selection: Any, whole: bool, carrier: Tensor, here: Tensor
     ) -> tuple[Tensor, Signals]:
-        """The control in full shape, zero at unselected tokens, and the signals, NaN there."""
+        """The control in full shape, zero at unselected tokens, and the signals, NaN there; `here`: where it acts."""
         loop, shape = action.loop, state.shape[:2]
         if selection is None:
             blank = partial(torch.full, shape, torch.nan, device=state.device)
@@ -283,8 +283,14 @@ class Pass:
         for schedule in action.schedules:
             u = u * _over(schedule.to(seen).at(self.positions.steps())[:, part], u)
         for number, (gate, placed, table) in enumerate(action.gates):
-            decided, measured = self._decision((action.index, number), gate, placed, seen)
-            u = u * _over(decided[:, None], u)
+            if gate.each_token:
+                states = [here if site == loop.act else self._states[site.order] for site in gate.sites]
+                exact = [x[:, part].to(seen.device) for x in states]
+                decided, measured = _exactly(seen.device.type, partial(placed.to(seen).factors, exact))
+            else:
+                decided, measured = self._decision((action.index, number), gate, placed, seen)
+                decided = decided[:, None]
+            u = u * _over(decided, u)
             if self._observed:
                 signals = _gated(signals, decided, {name: measured[own] for own, name in table.items()}, u.shape[:2])
         if not whole:
@@ -357,11 +363,11 @@ def _exactly(kind: str, function: Callable[[], Any]) -> Any:
 
 
 def _gated(signals: Signals, decided: Tensor, measured: dict[str, Tensor], shape: Any) -> Signals:
-    """The signals of a loop with a gate: the product of all gates, and what this one measured, `[batch]` each."""
+    """The signals of a loop with a gate: the product of all gates, and what this one measured, row by row or token."""
     before = signals.get("gate")
 
     def product() -> Tensor:
-        gate = decided[:, None].expand(shape)
+        gate = decided.expand(shape)
         return gate if before is None else gate * before()
 
     rows = {name: partial(_rows, value, shape, decided.device) for name, value in measured.items()}
@@ -369,8 +375,9 @@ def _gated(signals: Signals, decided: Tensor, measured: dict[str, Tensor], shape
 
 
 def _rows(value: Tensor, shape: Any, device: Any) -> Tensor:
-    """`[batch]` at every token, `[batch pos]`."""
-    return value.to(device)[:, None].expand(shape)
+    """`[batch]` at every token, `[batch pos]`; what each token has stays as it is."""
+    value = value.to(device)
+    return (value[:, None] if value.ndim == 1 else value).expand(shape)
 
 
 def _whole(selection: Any, length: int) -> bool:

@@ -70,7 +70,7 @@ class Summary(Part):
 
 
 class Condition(Part):
-    """Abstract: decides from a summary of the prompt, row by row, whether to steer.
+    """Abstract: decides from a summary of the prompt, row by row, whether or how strongly to steer.
 
     A subclass is final, holds tensors and numbers only, and defines `decide`.
 
@@ -81,7 +81,7 @@ class Condition(Part):
     signals: tuple[str, ...] = ()
 
     def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gate, 0 to 1, and signals: one `[batch ...]` per summary `-> [batch], {name: [batch]}`."""
+        """The gate, usually 0 to 1, and signals: one `[batch ...]` per summary `-> [batch], {name: [batch]}`."""
         raise NotImplementedError
 
 
@@ -91,16 +91,42 @@ class Gate(Part):
     Args:
         condition: Decides.
         summaries: What it reads, in its order.
-        inverted: Open if the condition is not met.
+        inverted: Open if the condition is not met: 1 minus its decision.
+        each_token: It decides anew for each token, from the token's own state in the steered pass instead of the pooled
+            prompt; the tokens that a summary names count for nothing then.
     """
 
-    def __init__(self, condition: Condition, summaries: Sequence[Summary], inverted: bool = False):
+    # files of before have none
+    each_token: bool = False
+
+    def __init__(
+        self, condition: Condition, summaries: Sequence[Summary], inverted: bool = False, each_token: bool = False
+    ):
         self.condition = condition
         self.summaries = tuple(summaries)
         self.inverted = inverted
+        self.each_token = each_token
 
     def __invert__(self) -> Gate:
-        return Gate(self.condition, self.summaries, not self.inverted)
+        return Gate(self.condition, self.summaries, not self.inverted, self.each_token)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where it reads states, summary by summary."""
+        return [summary.site for summary in self.summaries]
+
+    def of_each_token(self) -> Gate:
+        """The same gate, deciding for each token."""
+        return Gate(self.condition, self.summaries, self.inverted, True)
+
+    def factors(self, states: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decisions about tokens by themselves: one `[batch pos ...]` per summary `-> [batch pos], {name: same}`."""
+        shape = states[0].shape[:2]
+        # a token is a prompt of one token
+        alone = [x.reshape(-1, 1, *x.shape[2:]) for x in states]
+        pooled = [summary.of(x, slice(None)) for summary, x in zip(self.summaries, alone, strict=True)]
+        decided, signals = self.decide(pooled)
+        return decided.view(shape), {name: value.view(shape) for name, value in signals.items()}
 
     def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The condition's decision, inverted if the gate is."""

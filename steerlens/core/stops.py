@@ -117,7 +117,7 @@ def stops_of(
     By order and not by site: a dictionary would call a site's `__hash__`, five times a layer and token.
     """
     wheres: list[Any] = []
-    sensed = {loop.sense for loop in loops if loop.sense != loop.act}
+    sensed = {site for loop in loops for site in loop.sensed}
     stops = {}
     for site in sorted({*names, *sensed, *summarised}):
         signals = names.get(site)
@@ -131,7 +131,7 @@ def stops_of(
         stops[site.order] = Stop(site, kept=site in sensed, summarised=site in summarised, actions=actions, shown=shown)
     for site in sensed:
         # a long prompt's states at all layers would fill a GPU
-        stops[max(loop.act.order for loop in loops if loop.sense == site)].spent.append(site.order)
+        stops[max(loop.act.order for loop in loops if site in loop.sensed)].spent.append(site.order)
     return stops, wheres
 
 

@@ -129,7 +129,8 @@ def parse_json(text: str, what: str) -> Any:
     """JSON of finite numbers.
 
     Raises:
-        ValueError: no JSON, nested too deeply, or a number that is not finite or not exact.
+        ValueError: no JSON, nested too deeply, a name twice in one object, half a character (a lone surrogate), or a
+            number that is not finite or not exact.
     """
 
     def refuse(word: str) -> Any:
@@ -142,8 +143,20 @@ def parse_json(text: str, what: str) -> Any:
     def real(word: str) -> float:
         return float(word) if math.isfinite(float(word)) else refuse(word)
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # readers differ in which of two values of one name they take
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"{what} has a name twice")
+        return found
+
     try:
-        return json.loads(text, parse_constant=refuse, parse_int=whole, parse_float=real)
+        held = json.loads(text, parse_constant=refuse, parse_int=whole, parse_float=real, object_pairs_hook=once)
+        if "\\ud" in text.lower():
+            json.dumps(held, ensure_ascii=False).encode()
+        return held
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds half a character, which no text can contain") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} is no JSON ({error.msg})") from None
     except RecursionError:
@@ -156,6 +169,11 @@ def check_fingerprint(model: Mapping[str, Any]) -> None:
     numbers = isinstance(probe, list) and all(type(value) in (int, float) for value in probe)
     if probe is not None and not (numbers and len(probe) == 8):
         raise ValueError("its model's fingerprint has a probe that is no list of eight numbers")
+    if not isinstance(model.get("name", ""), (str, type(None))):
+        raise ValueError("its model's name is no text")
+    for name in ("n_layers", "d_model", "n_heads", "d_vocab"):
+        if type(model.get(name, 0)) is not int:
+            raise ValueError(f"its model's {name} is no whole number")
 
 
 def _table(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
@@ -243,7 +261,11 @@ def write_whole(path: str | Path, pieces: Iterable[Any]) -> None:
             if time.time() - left.stat().st_mtime > ABANDONED_S:
                 left.unlink()
     part = target.with_name(f"{stem}{secrets.token_hex(6)}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        # the file that was asked for, not the temporary one beside it
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     try:
         with open(descriptor, "wb") as file:
             for piece in pieces:

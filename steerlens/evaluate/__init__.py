@@ -17,7 +17,7 @@ from steerlens.evaluate.calibration import Calibration, calibrate
 from steerlens.evaluate.evaluation import Choice, Evaluation, Measured
 from steerlens.evaluate.likelihoods import ab, kl, likelihood, logit_difference, mc, neutral_loss, propensity
 from steerlens.evaluate.meter import Budget, Meter
-from steerlens.evaluate.scorers import alignment, concept, sentiment
+from steerlens.evaluate.scorers import alignment, concept, profanity, sentiment
 from steerlens.evaluate.scoring import log_probabilities, scored_logits
 from steerlens.evaluate.separation import Separation, separation
 from steerlens.evaluate.study import compare, sweep
@@ -53,6 +53,7 @@ __all__ = [
     "mc",
     "neutral_loss",
     "nll",
+    "profanity",
     "prompt",
     "propensity",
     "refusal",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerlens.core import Controller, Site
 from steerlens.core.progress import bar
+from steerlens.evaluate.log import Log, digest
 from steerlens.evaluate.scoring import Kept, Reduce, log_probabilities, scored_logits
 from steerlens.evaluate.texts import Generation, generate_texts, prompt_ids, with_instruction
 from steerlens.fit.contrast import Text, tokenize
@@ -23,7 +24,7 @@ from steerlens.hosts.types import Model
 from steerlens.steering import apply, steer
 
 #: Log-probabilities of the unsteered model are kept up to this size, and computed again beyond it.
-KEPT_BYTES = 2**30
+KEPT_BYTES = 2**31
 #: Prompts on which the dose is measured.
 DOSED = 8
 
@@ -102,9 +103,11 @@ class Bench:
         self.batch, self.seed, self.prepend_bos = batch, seed, prepend_bos
         self.max_new_tokens, self.temperature, self.samples = max_new_tokens, temperature, samples
         self._continuations: dict[Any, list[Row]] = {}
+        self._together: dict[Any, list[Row]] = {}
+        #: Where continuations are kept, so that a run which goes on has those that it began with.
+        self.log: Log | None = None
         self._texts: tuple[Any, list[list[Generation]]] | None = None
         self._kept: dict[Any, Tensor] = {}
-        self._bytes = 0
 
     def row(self, text: Text, arm: Arm = UNSTEERED) -> Row:
         """A text as prompt and completion. A text without a completion is scored from its second token on."""
@@ -151,41 +154,80 @@ class Bench:
             rows: The arm's rows.
             plain: The same completions after the prompts of the unsteered model.
         """
+        if arm.controller is None and not arm.instruction:
+            return [[0.0] * len(completion) for _, completion in plain]
         if self.host.remote:
             from steerlens.hosts.traced.served import kl_of_rows
 
             return kl_of_rows(self.host, _steering(arm), rows, plain, self.batch)
-        found: list[list[float]] = []
+        found: dict[int, list[float]] = {}
+        longest_first = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
         for start in bar(range(0, len(rows), self.batch), desc="scoring texts"):
-            part = slice(start, start + self.batch)
-            reference = self._reference(plain[part])
+            chosen = longest_first[start : start + self.batch]
+            own = [plain[index] for index in chosen]
+            # strength 0 is compared bit for bit, and bits depend on what else is in a forward pass
+            reference = self._levels(own) if arm.strength == 0 else self._reference(own)
 
             def both(index: int, logits: Tensor, reference: list[Tensor] = reference) -> list[float]:
                 return divergence(reference[index].to(logits.device), logits[:-1].log_softmax(-1)).tolist()
 
-            found += self.logits(arm, rows[part], both)
-        return found
+            found |= zip(chosen, self.logits(arm, [rows[index] for index in chosen], both), strict=True)
+        return [found[index] for index in range(len(rows))]
 
     def _reference(self, rows: Sequence[Row]) -> list[Tensor]:
-        keys = [(tuple(prompt), tuple(completion)) for prompt, completion in rows]
-        if all(key in self._kept for key in keys):
-            return [self._kept[key] for key in keys]
-        found = self.logits(UNSTEERED, rows, lambda _, logits: logits[:-1].log_softmax(-1))
-        size = sum(value.numel() * value.element_size() for value in found)
-        if self._bytes + size <= KEPT_BYTES:
-            self._kept.update(zip(keys, found, strict=True))
-            self._bytes += size
-        return found
+        """Log-probabilities of the unsteered model, `[completion vocab]` each, computed once as far as they are kept.
 
-    def continuations(self, prompts: Sequence[Text], tokens: int) -> list[Row]:
-        """Prompts and the unsteered model's own continuations of them, sampled at temperature 1."""
+        They do not depend on what was asked for before: continuations of one set share forward passes.
+        """
+        for row in rows:
+            batch = self._together.get(_key(row))
+            if batch is not None and _key(row) not in self._kept and self._size() < KEPT_BYTES:
+                self._kept |= zip(map(_key, batch), self._levels(batch), strict=True)
+        if all(_key(row) in self._kept for row in rows):
+            return [self._kept[_key(row)] for row in rows]
+        return self._levels(rows)
+
+    def _size(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self._kept.values())
+
+    def _levels(self, rows: Sequence[Row]) -> list[Tensor]:
+        return self.logits(UNSTEERED, rows, lambda _, logits: logits[:-1].log_softmax(-1))
+
+    def continuations(self, prompts: Sequence[Text], tokens: int, *, among: Sequence[Text] = ()) -> list[Row]:
+        """Prompts and the unsteered model's own continuations of them, sampled at temperature 1.
+
+        Args:
+            prompts: What is continued.
+            tokens: Largest number of tokens to write.
+            among: Prompts that are continued together with these. Part of a set is continued as in the whole of it,
+                so a search may begin on some of the prompts.
+        """
         rows = [self.prompt(text) for text in prompts]
+        whole = [self.prompt(text) for text in among]
+        written = self._continued(rows if not all(row in whole for row in rows) else whole, tokens)
+        if [row[0] for row in written] == rows:
+            return written
+        known = {tuple(row[0]): row for row in written}
+        return [known[tuple(row)] for row in rows]
+
+    def _continued(self, rows: list[list[int]], tokens: int) -> list[Row]:
         key = (tuple(map(tuple, rows)), tokens)
         if key not in self._continuations:
-            written = generate_texts(
-                self.host, None, rows, max_new_tokens=tokens, temperature=1.0, seed=self.seed, batch=2 * self.batch
-            )
-            self._continuations[key] = [(list(text.prompt), list(text.completion)) for text in written]
+            name = ["continuations", digest([rows, tokens])]
+            if self.log is not None and name in self.log:
+                written = list(zip(rows, self.log[name], strict=True))
+            else:
+                texts = generate_texts(
+                    self.host, None, rows, max_new_tokens=tokens, temperature=1.0, seed=self.seed, batch=2 * self.batch
+                )
+                written = [(list(text.prompt), list(text.completion)) for text in texts]
+                if self.log is not None:
+                    self.log.put(name, [completion for _, completion in written])
+            ordered = sorted(written, key=lambda row: -sum(map(len, row)))
+            for start in range(0, len(ordered), self.batch):
+                batch = ordered[start : start + self.batch]
+                self._together |= {_key(row): batch for row in batch}
+            self._continuations[key] = written
         return self._continuations[key]
 
     def texts(self, arm: Arm, prompts: Sequence[Text]) -> list[list[Generation]]:
@@ -294,6 +336,10 @@ class Bench:
         other = Bench.__new__(Bench)
         other.__dict__.update(self.__dict__ | {"prompts": list(prompts)})
         return other
+
+
+def _key(row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(row[0]), tuple(row[1])
 
 
 def _steering(arm: Arm) -> Callable[..., Any] | None:

@@ -18,6 +18,7 @@ from steerlens.evaluate.bootstrap import draws, ends
 from steerlens.evaluate.meter import Budget, Meter, Values, pooled
 from steerlens.fit.contrast import Text
 from steerlens.hosts.types import Model
+from steerlens.pages.reprs import calibration_html
 
 MET, NEVER, NOTHING = "met", "never", "by doing nothing"
 #: A value below this share of the budget is nothing.
@@ -64,6 +65,9 @@ class Calibration:
         strengths, values = zip(*self.curve, strict=True)
         title = f"{self.budget}: {self.met} at strength {self.strength:.3g}"
         return curves({"value": (strengths, torch.tensor(values))}, title=title, x="strength", y=self.budget)
+
+    def _repr_html_(self) -> str:
+        return calibration_html(self)
 
     def plain(self) -> Json:
         """All but the controller, as plain JSON."""
@@ -157,21 +161,21 @@ def search(
         raise ValueError("no prompts; give at least one")
     name, controller = arms[0].name, arms[0].controller
     assert controller is not None
-    start, slope = 1.0, 2.0
+    start, slope, known = 1.0, 2.0, False
     with counting(evaluations, desc=f"calibrate {name}", progress=progress) as shown:
         if len(items) >= 2 * COARSE:
             part = _Curve(bench, arms, replace(meter, items=tuple(items[:: len(items) // COARSE])), shown.update)
             found, met, _ = _find(part, limit, max(tolerance, COARSELY), largest, evaluations)
             if met == MET:
-                start, slope = found, part.slope(limit)
+                start, slope, known = found, part.slope(limit), len(part.measured) > 1
         curve = _Curve(bench, arms, meter, shown.update)
         strength, met, note = _find(curve, limit, tolerance, largest, evaluations, start, slope)
-        if met == MET and len(curve.measured) < 2:
+        if met == MET and len(curve.measured) < 2 and not known:
             curve(0.9 * strength)  # the interval needs a slope
     points = tuple((s, meter.pool(values)) for s, values in sorted(curve.measured.items()))
     reached = dict(points).get(strength, curve.at_rest)
     settled = met == MET and not note
-    bounds = _bounds(curve.measured, meter.at, limit, level, bench.seed) if settled else (math.nan, math.nan)
+    bounds = _bounds(curve.measured, slope, meter.at, limit, level, bench.seed) if settled else (math.nan, math.nan)
     return Calibration(controller * strength, strength, bounds, points, met, reached, str(budget), note)
 
 
@@ -186,7 +190,11 @@ class _Curve:
 
     def __call__(self, strength: float) -> float:
         if strength not in self.measured:
-            self.measured[strength] = self._measure(strength)
+            log, key = self._bench.log, ["search", self._arms[0].name, len(self._meter.over(self._bench)), strength]
+            if log is None:
+                self.measured[strength] = self._measure(strength)
+            else:
+                self.measured[strength] = log[key] if key in log else log.put(key, self._measure(strength))
             self._tick()
         return self._meter.pool(self.measured[strength])
 
@@ -280,24 +288,29 @@ def _outside(
     return low, MET, f"the value goes from {known[low]:.3g} at {low:.4g} to {known[high]:.3g} at {high:.4g}"
 
 
-def _bounds(measured: dict[float, Values], at: str, limit: float, level: float, seed: int) -> tuple[float, float]:
-    """Where bootstrapped curves cross the limit, in logarithms between the strengths that were tried."""
+def _bounds(
+    measured: dict[float, Values], slope: float, at: str, limit: float, level: float, seed: int
+) -> tuple[float, float]:
+    """Where bootstrapped curves cross the limit, in logarithms between the strengths that were tried.
+
+    If all items were measured at one strength only, the slope is that of the search's beginning.
+    """
     strengths = sorted(s for s in measured if s > 0)
     n = len(measured[strengths[0]])
-    if len(strengths) < 2:
-        return math.nan, math.nan
     crossings = []
     for chosen in draws(n, resamples=400, seed=seed).tolist():
         values = [pooled([measured[s][index] for index in chosen], at) for s in strengths]
-        crossings.append(_crossing(strengths, values, limit))
+        crossings.append(_crossing(strengths, values, limit, slope))
     return ends(torch.tensor(crossings, dtype=torch.float64), n, level)
 
 
-def _crossing(strengths: list[float], values: list[float], limit: float) -> float:
+def _crossing(strengths: list[float], values: list[float], limit: float, slope: float) -> float:
     points = [(math.log(s), math.log(v)) for s, v in zip(strengths, values, strict=True) if v > 0]
+    goal = math.log(limit)
+    if len(points) == 1 == len(strengths):
+        return math.exp(points[0][0] + (goal - points[0][1]) / slope)
     if len(points) < 2:
         return math.nan
-    goal = math.log(limit)
     # beyond what was tried the nearest line goes on
     right = next((index for index, (_, v) in enumerate(points) if v >= goal), len(points) - 1)
     (s0, v0), (s1, v1) = points[max(right, 1) - 1], points[max(right, 1)]

@@ -63,7 +63,8 @@ def _table(found: Any) -> str:
 def _cells(found: Any) -> tuple[list[str], list[list[str]]]:
     """Names of the columns, and a row of words for each arm and strength."""
     rows = found.table().reset_index().to_dict("records")
-    names = [name for name in rows[0] if name not in ("low", "high")]
+    ends = {f"{name} {end}".strip() for name in ("", *found.meters) for end in ("low", "high")}
+    names = [name for name in rows[0] if name not in ends]
     several = len({own.seed for own in found.measured if own.arm == "random"})
     return names, [[_cell(name, row, several) for name in names] for row in rows]
 
@@ -79,6 +80,9 @@ def _cell(name: str, row: dict[str, Any], several: int) -> str:
         return "0" if plain else f"{value:+.2f} [{row['low']:+.2f} {row['high']:+.2f}]"
     if name == "wrong way":
         return f"{100 * value:.0f} %"
+    meter = name.removesuffix(" mean")
+    if f"{meter} low" in row and not plain:
+        return f"{value:.3g} [{row[f'{meter} low']:.3g} {row[f'{meter} high']:.3g}]"
     return f"{value:.3g}"
 
 

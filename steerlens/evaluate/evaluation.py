@@ -25,13 +25,22 @@ WORST = 0.1
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one arm on one meter, for each item."""
+    """Numbers of one arm on one meter, for each item.
+
+    Attributes:
+        layer: Where the arm acts, in a sweep over layers; else None.
+        start, step: The numbers are those of items `start, start + step, ...`: arms that differ by their seed may share
+            the items between them.
+    """
 
     arm: str
     strength: float
     seed: int
     meter: str
     values: Values
+    layer: int | None = None
+    start: int = 0
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,11 @@ class Evaluation:
 
     def values(self, arm: str, strength: float, meter: str) -> Values:
         """The numbers of each item, those of several seeds one after the other; empty if it was not measured."""
-        found = [own.values for own in self.measured if (own.arm, own.strength, own.meter) == (arm, strength, meter)]
-        return [[value for values in item for value in values] for item in zip(*found, strict=True)]
+        found: dict[int, list[float]] = {}
+        for own in self._of(arm, strength, meter):
+            for index, values in enumerate(own.values):
+                found.setdefault(own.start + own.step * index, []).extend(values)
+        return [found[index] for index in sorted(found)]
 
     def change(self, arm: str, strength: float, *, seed: int | None = None) -> Tensor:
         """Effect minus that of the unsteered model, of each item, `[item]`; of one seed, or the mean over seeds."""
@@ -99,14 +111,15 @@ class Evaluation:
         Columns: `effect`, the mean change against the unsteered model, with its interval `low`, `high` (a bootstrap
         over items, paired); `worst`: the mean over the tenth of the items with the least change; `wrong way`: the share
         of items that moved against the aim; then each other meter at its poolings, relative ones as the unsteered
-        model's value over this one; then the dose |u|/|x|.
+        model's value over this one, and one that is 0 without steering with its interval, `KL low` and `KL high` (a
+        bootstrap over items); then the dose |u|/|x|.
         """
         rows: list[dict[str, Any]] = []
         for arm, strength in self.arms:
             row: dict[str, Any] = {"arm": arm, "strength": strength} | self._effect(arm, strength, level)
             for name, about in self.meters.items():
                 if name != self.effect:
-                    row |= self._cost(arm, strength, name, about)
+                    row |= self._cost(arm, strength, name, about, level)
             row[DOSE] = pooled(values, "mean") if (values := self.values(arm, strength, DOSE)) else float("nan")
             rows.append(row)
         return frame({name: [row[name] for row in rows] for name in rows[0]}, "arm")
@@ -124,7 +137,7 @@ class Evaluation:
             "wrong way": float((signed < 0).double().mean()),
         }
 
-    def _cost(self, arm: str, strength: float, name: str, about: Mapping[str, Any]) -> dict[str, float]:
+    def _cost(self, arm: str, strength: float, name: str, about: Mapping[str, Any], level: float) -> dict[str, float]:
         values = self.values(arm, strength, name)
         plain = self.values(UNSTEERED_NAME, 0.0, name)
         found = {}
@@ -132,6 +145,10 @@ class Evaluation:
             title = name if at == "mean" and len(about["columns"]) == 1 else f"{name} {at}"
             value = pooled(values, at) if values else float("nan")
             found[title] = pooled(plain, at) / value if about["relative"] and value else value
+            if at == "mean" and pooled(plain, at) == 0:
+                # others are read against the row of the unsteered model
+                ends = mean_interval(item_means(values), level=level) if values else (float("nan"),) * 2
+                found |= zip((f"{name} low", f"{name} high"), ends, strict=True)
         return found
 
     @property
@@ -139,7 +156,8 @@ class Evaluation:
         """One row an item of an arm, strength and seed, and one column a meter, a pandas DataFrame."""
         rows: dict[tuple[str, float, int, int], dict[str, Any]] = {}
         for own in self.measured:
-            for item, value in enumerate(item_means(own.values).tolist()):
+            for index, value in enumerate(item_means(own.values).tolist()):
+                item = own.start + own.step * index
                 key = (own.arm, own.strength, own.seed, item)
                 place = {"arm": own.arm, "strength": own.strength, "seed": own.seed, "item": item}
                 rows.setdefault(key, place)[own.meter] = value
@@ -204,18 +222,22 @@ class Evaluation:
         if meter not in self.meters:
             raise ValueError(f"no meter {meter!r}; there are {', '.join(self.meters)}")
         sign, at = self.meters[self.effect]["direction"] or 1, self.meters[meter]["at"]
-        inside = {}
-        for arm in self.arms:
-            values = self.values(*arm, meter)
-            if arm[0] not in (UNSTEERED_NAME, RANDOM_NAME) and values and pooled(values[::2], at) <= limit:
-                inside[arm] = sign * float(self.change(*arm)[::2].mean())
+        steered = [arm for arm in self.arms if arm[0] not in (UNSTEERED_NAME, RANDOM_NAME)]
+        costs = {arm: pooled(values[::2], at) for arm in steered if (values := self.values(*arm, meter))}
+        inside = {arm: sign * float(self.change(*arm)[::2].mean()) for arm in costs if costs[arm] <= limit}
         if not inside:
-            raise ValueError(f"no row has a {meter} of at most {limit:g} on the items of the choice")
+            least = [
+                f"{costs[arm]:.3g} of {arm[0]} at strength {arm[1]:g}" for arm in sorted(costs, key=costs.__getitem__)
+            ]
+            raise ValueError(
+                f"no row has a {meter} of at most {limit:g} on the items of the choice; the least is "
+                f"{', '.join(least[:1]) or 'unknown: it was not measured'}. Give smaller strengths, or a larger limit"
+            )
         name, strength = max(inside, key=lambda arm: inside[arm])
         held = self.change(name, strength)[1::2]
         damage = pooled(self.values(name, strength, meter)[1::2], at)
-        layer = int(name.split()[1]) if self.protocol.get("verb") == "sweep" else None
-        return Choice(name, strength, float(held.mean()), mean_interval(held, level=level), damage, layer)
+        own = next(self._of(name, strength, self.effect))
+        return Choice(name, strength, float(held.mean()), mean_interval(held, level=level), damage, own.layer)
 
     def plot(self, against: str | None = None) -> Figure:
         """Effect against a meter of damage, one curve a method with intervals of the effect; the random band is grey.

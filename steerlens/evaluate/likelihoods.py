@@ -34,7 +34,7 @@ def kl(prompts: Sequence[Text] | None = None, *, at: str = "mean", tokens: int =
     """
 
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
-        plain = bench.continuations(items, tokens)
+        plain = bench.continuations(items, tokens, among=bench.prompts if prompts is None else prompts)
         rows = plain
         if arm.instruction:
             rows = [(bench.prompt(text, arm), completion) for text, (_, completion) in zip(items, plain, strict=True)]

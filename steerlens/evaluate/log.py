@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from steerlens.core import Controller, tensors_of
 from steerlens.hosts import Host
 from steerlens.version import __version__
 
 #: Of the files.
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "transformers", "transformer_lens", "nnsight")
 
 
@@ -38,11 +39,15 @@ class Log:
         self.protocol = json.loads(json.dumps(protocol))
         self.path = None if path is None else Path(path)
         self._held: dict[str, Any] = {}
-        if self.path is not None and self.path.exists() and self.path.stat().st_size:
-            self._resume(self.path)
-        elif self.path is not None:
+        if self.path is None:
+            return
+        head = _line({"steerlens evaluation": FORMAT, "protocol": self.protocol})
+        # a kill may have come while the first line was written
+        if not self.path.exists() or head.startswith(self.path.read_text(encoding="utf-8")):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"steerlens evaluation": FORMAT, "protocol": self.protocol})
+            self.path.write_text(head, encoding="utf-8")
+        else:
+            self._resume(self.path)
 
     def __contains__(self, key: Any) -> bool:
         return json.dumps(key) in self._held
@@ -60,7 +65,7 @@ class Log:
     def _write(self, line: Any) -> None:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(_line(line))
 
     def _resume(self, path: Path) -> None:
         whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
@@ -80,8 +85,13 @@ class Log:
                 "repeat the run as it was"
             )
         if cut:
-            path.write_text(whole + "\n", encoding="utf-8")
+            with path.open("r+b") as file:
+                file.truncate(len(whole.encode()) + 1)
         self._held = {json.dumps(line["key"]): line["value"] for line in lines[1:]}
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value) + "\n"
 
 
 def _differences(was: Any, now: Any, place: str) -> Iterator[str]:
@@ -136,3 +146,13 @@ def identity(controller: Controller) -> dict[str, Any]:
         ),
         "data": controller.recipe.get("data"),
     }
+
+
+def digest(items: Any) -> str:
+    """A hash of plain data."""
+    plain = json.dumps(items, sort_keys=True, default=_plain)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else repr(value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from steerlens.core.types import Json
 from steerlens.evaluate.bench import Arm, Bench
+from steerlens.evaluate.log import digest
 from steerlens.fit.contrast import Text
 
 #: For each item the numbers that it gave: one, or one a token.
@@ -151,13 +150,3 @@ def _quantile(at: str) -> float | None:
 def fixed(items: Sequence[Any] | None) -> tuple[Any, ...] | None:
     """Items as a meter holds them; None stays None."""
     return None if items is None else tuple(items)
-
-
-def digest(items: Any) -> str:
-    """A hash of plain data."""
-    plain = json.dumps(items, sort_keys=True, default=_plain)
-    return hashlib.sha256(plain.encode()).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else repr(value)

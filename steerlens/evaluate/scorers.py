@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from steerlens.evaluate.bench import Arm, Bench
-from steerlens.evaluate.meter import Meter, Values, digest, fixed
+from steerlens.evaluate.log import digest
+from steerlens.evaluate.meter import Meter, Values, fixed
 from steerlens.evaluate.written import scorer
 from steerlens.fit.contrast import Pairs, Text
 
@@ -104,6 +105,29 @@ def sentiment(prompts: Sequence[Text] | None = None, *, direction: int = 1, inst
     )
 
 
+def profanity(prompts: Sequence[Text] | None = None, *, direction: int = -1, instruction: str = "") -> Meter:
+    """Probability that a text is profane, by the linear classifier of alt-profanity-check, 0 to 1; a proxy.
+
+    It knows words, not what they are used for: a sentence on anatomy counts as profane, a polite threat does not.
+
+    Args:
+        prompts: What the model continues; None: the prompts of the evaluation.
+        direction: -1 if it is unwanted, 1 if it is wanted.
+        instruction: What a prompt baseline asks for, if the evaluation names none.
+
+    Raises:
+        ImportError: alt-profanity-check is not installed.
+
+    Source: https://github.com/dimitrismistriotis/alt-profanity-check, a linear SVM on counts of words.
+    """
+    predict = _package("profanity_check", "alt-profanity-check").predict_prob
+
+    def profane(text: str) -> float:
+        return float(predict([text])[0])
+
+    return scorer(profane, prompts, name="profanity", unit="probability", direction=direction, instruction=instruction)
+
+
 def alignment(direction: Tensor, prompts: Sequence[Text] | None = None, *, tokens: int = 24, sign: int = 0) -> Meter:
     """Cosine of the control with a direction, such as the one by which a model refuses; 0 at tokens without control.
 
@@ -125,7 +149,7 @@ def alignment(direction: Tensor, prompts: Sequence[Text] | None = None, *, token
         raise ValueError("the direction is zero; give one that is not")
 
     def measure(bench: Bench, arm: Arm, items: Sequence[Text]) -> Values:
-        rows = bench.continuations(items, tokens)
+        rows = bench.continuations(items, tokens, among=bench.prompts if prompts is None else prompts)
         found = []
         for u in bench.controls(arm, rows):
             if u.shape[2:] != direction.shape:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from steerlens.core.progress import counting
 from steerlens.evaluate.bench import Arm, Bench
 from steerlens.evaluate.evaluation import DOSE, RANDOM_NAME, UNSTEERED_NAME, Measured
-from steerlens.evaluate.log import Log, setting
-from steerlens.evaluate.meter import Meter, Values, digest
+from steerlens.evaluate.log import Log, digest, setting
+from steerlens.evaluate.meter import Meter, Values
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,17 @@ class Entry:
     Args:
         name, strength, seed: As of `Arm`.
         build: Gives the arm. Its own strength is what the controller is scaled by.
+        layer: Where it acts, in a sweep over layers; else None.
+        dealt: Number of arms of this name and strength that share the items of what is a matter of their mean, such as
+            the KL, by their seeds; 1: it has all items.
     """
 
     name: str
     build: Callable[[], Arm]
     strength: float
     seed: int = 0
+    layer: int | None = None
+    dealt: int = 1
 
 
 class Session:
@@ -65,17 +70,32 @@ class Session:
             return built[0]
 
         found: dict[str, Values] = {}
+        parts: dict[str, tuple[int, int]] = {}
         for meter in self._for(entry):
-            found[meter.name] = self._known(entry, meter.name, lambda meter=meter: meter(self.bench, arm()))  # type: ignore[misc]
+            parts[meter.name] = start, step = self._part(entry, meter)
+            own = meter if step == 1 else replace(meter, items=meter.over(self.bench)[start::step])
+            found[meter.name] = self._known(entry, meter.name, lambda own=own: own(self.bench, arm()))  # type: ignore[misc]
             tick()
-        found[DOSE] = self._known(entry, DOSE, lambda: self.bench.dose(arm()))
+        if not self._again(entry):
+            found[DOSE] = self._known(entry, DOSE, lambda: self.bench.dose(arm()))
         tick()
-        self._check(entry, found)
-        return [Measured(entry.name, entry.strength, entry.seed, name, values) for name, values in found.items()]
+        self._check(entry, found, parts)
+        place = (entry.name, entry.strength, entry.seed)
+        return [Measured(*place, name, values, entry.layer, *parts.get(name, (0, 1))) for name, values in found.items()]
+
+    def _part(self, entry: Entry, meter: Meter) -> tuple[int, int]:
+        """The items of a meter that an arm is measured on: the first one, and how far it is to the next."""
+        shared = entry.dealt > 1 and meter is not self.meters[0] and meter.needs == "logits"
+        return (entry.seed, entry.dealt) if shared and len(meter.over(self.bench)) >= entry.dealt else (0, 1)
+
+    @staticmethod
+    def _again(entry: Entry) -> bool:
+        """Whether it is a random direction after the first, which have the norms of the first."""
+        return entry.name == RANDOM_NAME and entry.seed > 0
 
     def _for(self, entry: Entry) -> list[Meter]:
         # likelihoods are cheap; random directions after the first write texts only if texts are the aim
-        if entry.name != RANDOM_NAME or entry.seed == 0:
+        if not self._again(entry):
             return self.meters
         return [meter for number, meter in enumerate(self.meters) if number == 0 or meter.needs == "logits"]
 
@@ -83,11 +103,11 @@ class Session:
         key = [entry.name, entry.strength, entry.seed, name]
         return self.log[key] if key in self.log else self.log.put(key, measure())
 
-    def _check(self, entry: Entry, found: dict[str, Values]) -> None:
+    def _check(self, entry: Entry, found: dict[str, Values], parts: dict[str, tuple[int, int]]) -> None:
         """Compare an arm with the unsteered one."""
         if entry.name == UNSTEERED_NAME:
             return
-        plain = {name: self.log[[UNSTEERED_NAME, 0.0, 0, name]] for name in found if name != DOSE}
+        plain = {name: self.log[[UNSTEERED_NAME, 0.0, 0, name]][start::step] for name, (start, step) in parts.items()}
         exact = [meter.name for meter in self.meters if meter.needs == "logits"]
         changed = [name for name in plain if found[name] != plain[name]]
         if entry.strength == 0 and changed:

@@ -18,6 +18,7 @@ from steerlens.evaluate.session import Entry, Session, protocol_of
 from steerlens.evaluate.written import fluency
 from steerlens.fit.contrast import Text
 from steerlens.hosts import host_of
+from steerlens.hosts.readings import readings
 from steerlens.hosts.types import Model
 
 #: Baselines by name, in the order of a table.
@@ -58,7 +59,9 @@ def evaluate(
         baselines: `"unsteered"` is always measured. `"random"`: random directions of equal norm at every token, at each
             strength. `"prompt"`: the instruction that the effect brings, or a `prompt("...")` of your own.
         strengths: Factors on every control. The row of strength 0 is measured, and must equal the unsteered one.
-        seeds: Number of random directions. Texts are written for the first of them only, unless the effect needs texts.
+        seeds: Number of random directions. The effect is measured on all items for each; the items of other meters on
+            logits are dealt to the directions in turn. Dose and texts are those of the first direction, unless the
+            effect needs texts.
         file: JSON lines to which each number goes as soon as it is known; a run that was interrupted goes on.
         batch: Texts in one forward pass.
         seed: Of all sampling.
@@ -87,13 +90,16 @@ def evaluate(
     steered = [strength for strength in strengths if strength]
     if RANDOM_NAME in baselines:
         entries += [
-            _random(bench, lambda: controller, strength, number) for strength in steered for number in range(seeds)
+            _random(bench, lambda: controller, strength, number, seeds)
+            for strength in steered
+            for number in range(seeds)
         ]
     entries += [_steered(name, lambda: controller, strength) for strength in strengths]
     protocol = protocol_of(bench, meters) | {"verb": "evaluate", "controller": identity(controller), "seeds": seeds}
     protocol |= {"strengths": list(strengths), "prompted": {label: own.instruction for label, own in asked.items()}}
     bench.check_zero(controller)
-    session = Session(bench, meters, Log(file, protocol), progress=progress)
+    bench.log = Log(file, protocol)
+    session = Session(bench, meters, bench.log, progress=progress)
     return Evaluation(protocol, effect.name, session.about, session.run(entries), missing=tuple(missing))
 
 
@@ -129,7 +135,7 @@ def compare(
         budget: `meter <= limit`, as in `evaluate.kl() <= 0.3`.
         baselines: As for `evaluate`. Random directions have the norms of the first controller's control, and share the
             one strength at which they spend the budget together.
-        seeds: Number of random directions.
+        seeds: Number of random directions; see `evaluate`.
 
     Raises:
         TypeError: the budget is no `meter <= limit`, or a function that gives no controller.
@@ -170,7 +176,7 @@ def compare(
     protocol = protocol_of(held, meters) | {"verb": "compare", "budget": str(budget), "seeds": seeds}
     protocol |= {"arms": {name: own.identity() for name, own in fits.items()}}
     protocol |= {"prompted": {label: own.instruction for label, own in asked.items()}}
-    log = Log(file, protocol)
+    log = chosen.log = held.log = Log(file, protocol)
     session = Session(held, meters, log, progress=progress)
 
     def calibrated(name: str, build: Callable[[], list[Controller]]) -> float:
@@ -184,15 +190,16 @@ def compare(
     entries: list[Entry] = [Entry(UNSTEERED_NAME, lambda: UNSTEERED, 0.0)]
     entries += [_prompted(label, own) for label, own in asked.items()]
     first = next(iter(fits.values()), None)
-    if RANDOM_NAME in baselines and first is not None:
-        # one strength for all directions: they differ among themselves by more than the budget's tolerance
-        every = range(max(seeds, 1))
-        strength = calibrated(RANDOM_NAME, lambda: [randomized(bench.host, first(), number) for number in every])
-        entries += [_random(bench, first, strength, number) for number in range(seeds)]
-    found = list(session.run(entries))
-    for name, fit in fits.items():
-        strength = calibrated(name, lambda fit=fit: [fit()])  # type: ignore[misc]
-        found += session.run([_steered(name, fit, strength)])
+    with readings(model):
+        if RANDOM_NAME in baselines and first is not None:
+            # one strength for all directions: they differ among themselves by more than the budget's tolerance
+            every = range(max(seeds, 1))
+            strength = calibrated(RANDOM_NAME, lambda: [randomized(bench.host, first(), number) for number in every])
+            entries += [_random(bench, first, strength, number, seeds) for number in range(seeds)]
+        found = list(session.run(entries))
+        for name, fit in fits.items():
+            strength = calibrated(name, lambda fit=fit: [fit()])  # type: ignore[misc]
+            found += session.run([_steered(name, fit, strength)])
     names = [name for name in (RANDOM_NAME, *fits) if ["calibration", name] in log]
     calibrations = {name: log[["calibration", name]] for name in names}
     return Evaluation(protocol, effect.name, session.about, tuple(found), calibrations, tuple(missing))
@@ -250,10 +257,13 @@ def sweep(
             def build(name: str = name, layer: int = layer, strength: float = strength) -> Arm:
                 return Arm(name, make(layer, strength))
 
-            entries.append(Entry(name, build, strength))
-    session = Session(bench, meters, Log(file, protocol), progress=progress)
+            entries.append(Entry(name, build, strength, layer=layer))
+    bench.log = Log(file, protocol)
+    session = Session(bench, meters, bench.log, progress=progress)
     missing = ("random directions", "a prompt baseline")
-    return Evaluation(protocol, effect.name, session.about, session.run(entries), missing=missing)
+    with readings(model):
+        found = session.run(entries)
+    return Evaluation(protocol, effect.name, session.about, found, missing=missing)
 
 
 class _Once:
@@ -316,8 +326,8 @@ def _steered(name: str, build: Callable[[], Controller], strength: float) -> Ent
     return Entry(name, lambda: Arm(name, build(), strength), strength)
 
 
-def _random(bench: Bench, build: Callable[[], Controller], strength: float, seed: int) -> Entry:
+def _random(bench: Bench, build: Callable[[], Controller], strength: float, seed: int, count: int) -> Entry:
     def make() -> Arm:
         return Arm(RANDOM_NAME, randomized(bench.host, build(), seed), strength, "", seed)
 
-    return Entry(RANDOM_NAME, make, strength, seed)
+    return Entry(RANDOM_NAME, make, strength, seed, dealt=count)

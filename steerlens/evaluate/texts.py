@@ -63,6 +63,8 @@ def generate_texts(
     """
     host = host_of(model)
     ids = [prompt_ids(prompt, host, prepend_bos) for prompt in prompts]
+    if not all(ids):
+        raise ValueError(f"the prompt {prompts[ids.index([])]!r} has no tokens; there is nothing to go on from")
     found: dict[int, Generation] = {}
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(ids):

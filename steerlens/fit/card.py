@@ -37,6 +37,7 @@ class Card:
         token_passes: Forward passes at each generated token.
         concepts: Whether it also takes a list of `Pairs`, one for each concept.
         features: Whether it also takes features of autoencoders in place of the texts, one or a list of them.
+        vectors: Whether it also takes directions of one's own in place of the texts.
         also: What else it needs, in words.
 
     Raises:
@@ -50,6 +51,7 @@ class Card:
     token_passes: int = 1
     concepts: bool = False
     features: bool = False
+    vectors: bool = False
     also: str = ""
 
     def __post_init__(self) -> None:

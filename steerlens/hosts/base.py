@@ -17,6 +17,7 @@ from steerlens.hosts.batches import pad
 from steerlens.hosts.blocks.graph import Place, pooled_gradients
 from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.dimensions import Dimensions
+from steerlens.hosts.readings import readings_of
 from steerlens.hosts.steered import unsteered
 
 if TYPE_CHECKING:
@@ -162,8 +163,23 @@ class Host(Dimensions):
             batch: Texts per forward pass. Rows are padded on the right, where a causal model cannot see it.
 
         Returns:
-            `{site: [text ...]}` in float32 (float64 for a float64 model), on the CPU.
+            `{site: [text ...]}` in float32 (float64 for a float64 model), on the CPU; inside `readings` what was read
+            before.
         """
+        kept = readings_of(self)
+        if kept is not None:
+            return kept.read(self, tokens, weights, sites, batch=batch)
+        return self.read_anew(tokens, weights, sites, batch=batch)
+
+    def read_anew(
+        self,
+        tokens: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        sites: Sequence[Site],
+        *,
+        batch: int = 16,
+    ) -> dict[Site, Tensor]:
+        """As `read`, always by passes of the model."""
         rows = self._rows(tokens, weights, sites, batch)
         return {site: torch.stack([row[index] for row in rows]) for index, site in enumerate(sorted(sites))}
 

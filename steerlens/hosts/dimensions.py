@@ -163,7 +163,7 @@ class Dimensions:
             "d_vocab": self.d_vocab,
             "processed": self.processed,
             "probe": self.probe(),
-            "name": self.name,
+            "name": plain_name(self.name),
         } | ({"adapter": adapter} if (adapter := self.adapter()) else {})
 
     def differences(self, fingerprint: dict[str, Any]) -> list[str]:
@@ -202,7 +202,20 @@ class Dimensions:
 
     def _rounds(self, fingerprint: dict[str, Any]) -> bool:
         """Whether this is the quantised form of the model of a fingerprint, by name."""
-        return self.quantised and bool(self.name) and self.name == fingerprint.get("name")
+        return self.quantised and bool(self.name) and plain_name(self.name) == plain_name(fingerprint.get("name") or "")
+
+
+def plain_name(name: str) -> str:
+    """What a model is called, without the folders of the machine that it was loaded on.
+
+    `org/name` stays as it is; a folder of the Hub's cache is `org/name`, any other folder its own name.
+    """
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    for part in parts:
+        if part.startswith("models--"):
+            return "/".join(part.split("--")[1:])
+    is_folder = name[:1] in ("/", ".", "~") or ":" in parts[0] or len(parts) > 2
+    return parts[-1] if is_folder else name
 
 
 def _close(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -51,5 +51,27 @@ class Push(Law):
         return _along(2 * (along > 0).to(x.dtype) - 1, self.vector), {"projection": lambda: along / self.vector.norm()}
 
 
+class Sensed(Law):
+    """Push the state along one vector in proportion to what another one reads: `u = <g, x> v`.
+
+    Args:
+        vector: v, `[d]`, in activation units.
+        sensor: g, `[d]`, in units of 1 / activation.
+
+    Signals: `score` `[batch pos]`, <g, x>, no unit.
+    """
+
+    signals = ("score",)
+
+    def __init__(self, vector: Tensor, sensor: Tensor):
+        self.vector = vector
+        self.sensor = sensor
+
+    def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
+        """`u = <g, x> v`"""
+        score = x @ self.sensor
+        return score[..., None] * self.vector, {"score": lambda: score}
+
+
 def _along(factor: Tensor, vector: Tensor) -> Tensor:
     return factor.view(*factor.shape, *[1] * vector.ndim) * vector

@@ -114,6 +114,59 @@ class Independent(Setpoint):
         return c, _signals(c, self.basis, projection)
 
 
+class Range(Setpoint):
+    """Keep the projections on directions within ranges, and do nothing where they are: a one- or two-sided hold.
+
+        c = (V V')^-1 g,   e = c @ V,   g_i = lower_i - p_i if p_i < below_i, upper_i - p_i if p_i > above_i, else 0
+
+    with p = V x. A direction outside its range is moved to the range's end, and the others stay where they are, however
+    the directions overlap. For one direction e is the shortest way.
+
+    Args:
+        directions: V, `[m d]`, rows of unit norm, linearly independent.
+        lower, upper: Where a projection outside the range is moved to, `[m]`, in activation units; infinite if there is
+            no bound.
+        below, above: A projection is outside below or above these, `[m]`; below at most lower, above at least upper.
+
+    Signals: `error`, `|e|`, and `projection` (`projection_0`, `projection_1`, ... for several directions), `<v, x>`, in
+    activation units; `acted`, 1 where e is not 0, otherwise 0; all `[batch pos]`.
+    """
+
+    unbounded = ("lower", "upper", "below", "above")
+    lower: Tensor
+    upper: Tensor
+    below: Tensor
+    above: Tensor
+    inverse: Tensor
+
+    def __init__(self, directions: Tensor, lower: Tensor, upper: Tensor, below: Tensor, above: Tensor):
+        self.basis = directions
+        self.lower = lower.to(directions)
+        self.upper = upper.to(directions)
+        self.below = below.to(directions)
+        self.above = above.to(directions)
+        gram = directions.double() @ directions.double().T
+        self.inverse = torch.linalg.inv(gram).to(directions).contiguous()
+
+    @property
+    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`error`, a projection for each direction, `acted`."""
+        count = self.basis.shape[0]
+        named = ["projection"] if count == 1 else [f"projection_{index}" for index in range(count)]
+        return ("error", *named, "acted")
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Signals]:
+        """`[... d] -> ([... m], signals)`"""
+        p = linear(x, self.basis)
+        # a bound that is infinite is never crossed, and inf - p must not reach a sum
+        up = torch.where(p < self.below, self.lower, p)
+        gap = torch.where(p > self.above, self.upper, up) - p
+        c = gap if self.basis.shape[0] == 1 else linear(gap, self.inverse)
+        projections = {name: lambda i=i: p[..., i] for i, name in enumerate(self.signals[1:-1])}
+        acted = {"acted": lambda: (gap != 0).any(-1).to(p.dtype)}
+        return c, {"error": lambda: norm(c @ self.basis), **projections, **acted}
+
+
 def _signals(c: Tensor, basis: Tensor, projection: Tensor) -> Signals:
     """One number per token each, so that all of them are recorded as scalars."""
     single = {f"projection_{i}": lambda i=i: projection[..., i] for i in range(basis.shape[0])}

@@ -6,16 +6,26 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site
+from steerlens.core.law import finite
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_means, every_layer
+from steerlens.fit.retune import Draft, Retune, edited
 from steerlens.hosts.types import Model
 from steerlens.laws.rotation import Turn
 
 
-@method(card=Card(needs="sets", points=("resid_pre", "resid_mid")))
+def _retune(draft: Draft) -> None:
+    angle = finite("angle_rad", draft.arguments["angle_rad"])
+    draft.laws(lambda law, loop: edited(law, angle_rad=angle, adaptive=bool(draft.arguments["adaptive"])))
+
+
+@method(
+    card=Card(needs="sets", points=("resid_pre", "resid_mid")),
+    retune=Retune(("angle_rad", "adaptive"), _retune),
+)
 def angular(
     model: Model,
     data: Pairs,
@@ -54,6 +64,8 @@ def angular(
     Raises:
         ValueError: a layer the model does not have; sides that differ at fewer than two layers, or in the same
             direction at all of them.
+
+    Without a refit, by `controller.retuned`: `angle_rad`, `adaptive`.
 
     Source: Vu and Nguyen (arXiv 2510.26243). The authors act on the outputs of the normalisation modules; here, as in
     IBM's port, on their inputs: the residual stream before attention and before the MLP.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
+from steerlens.fit.objectives import Labelled, Objective, Scale, labelled, objective
 from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.retune import Draft, Retune, edited, ratio
 from steerlens.hosts import Host
 from steerlens.hosts.batches import pad
 from steerlens.hosts.types import Model
@@ -25,11 +27,17 @@ from steerlens.laws.learning import Drift
 RELATIVE_STEP = 3e-6
 
 
+def _retune(draft: Draft) -> None:
+    factor = ratio("eta", draft.changes["eta"], draft.before["eta"])
+    draft.laws(lambda law, loop: edited(law, norm=law.norm * factor))
+    draft.found["rates"] = [rate * factor for rate in draft.found["rates"]]
+
+
 @method(
     card=Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2),
     # a gradient step depends on how a function is parametrised
     exceptions={"hooked": "a HookedTransformer's parameters are not the model's"},
-    options={"estimator": ("auto", "jvp", "fd"), "embedding": ("tied", "untied", None), "scale": SCALES},
+    retune=Retune(("eta",), _retune),
 )
 def cold_fd(
     model: Model,
@@ -38,10 +46,10 @@ def cold_fd(
     loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
     beta: float = 0.1,
     reference: str | None = None,
-    estimator: str = "auto",
-    embedding: str | None = "tied",
+    estimator: Literal["auto", "jvp", "fd"] = "auto",
+    embedding: Literal["tied", "untied"] | None = "tied",
     eta: float = 0.1,
-    scale: str = "relative",
+    scale: Scale = "relative",
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
@@ -92,6 +100,8 @@ def cold_fd(
             option; a layer or point the model does not have; a gradient that is zero or not finite.
         NotImplementedError: the weights are not on this machine, or the model is a HookedTransformer: a gradient step
             depends on how a function is parametrised, and its parameters are not the model's.
+
+    Without a refit, by `controller.retuned`: `eta`.
 
     Source: COLD-Steer (arXiv 2603.06495). The authors take the difference at a second steered layer against a state
     that the first has already moved, and at decoding steps against a pass without context; here both are unsteered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,16 +13,22 @@ from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, objective
+from steerlens.fit.objectives import Scale, objective
 from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.retune import Draft, Retune
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 from steerlens.laws.learning import Kernel
 
 
+def _retune(draft: Draft) -> None:
+    factor = draft.scale("eta")
+    draft.found["rates"] = [rate * factor for rate in draft.found["rates"]]
+
+
 @method(
     card=Card(needs="completions", points=POINTS, derivatives="activations"),
-    options={"pairs": ("sum", "rejected_only"), "kernel": ("unit", "linear"), "scale": SCALES},
+    retune=Retune(("eta",), _retune),
 )
 def cold_kernel(
     model: Model,
@@ -30,10 +37,10 @@ def cold_kernel(
     loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
     beta: float = 0.1,
     reference: str | None = None,
-    pairs: str = "sum",
-    kernel: str = "unit",
+    pairs: Literal["sum", "rejected_only"] = "sum",
+    kernel: Literal["unit", "linear"] = "unit",
     eta: float = 0.1,
-    scale: str = "relative",
+    scale: Scale = "relative",
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
@@ -84,6 +91,8 @@ def cold_kernel(
         ValueError: a text without a prompt or without label tokens; a dpo pair with two different prompts; an unknown
             option; a layer or point the model does not have; a gradient that is zero or not finite.
         NotImplementedError: the model's weights are not on this machine.
+
+    Without a refit, by `controller.retuned`: `eta`.
 
     Source: COLD-Steer (arXiv 2603.06495). The authors' released code overwrites the chosen run's dpo gradient with the
     rejected run's (see `pairs`) and reads it at a position of the wrong sequence if their lengths differ.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site, map_tensors
+from steerlens.core.law import finite
 from steerlens.core.progress import bar
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
@@ -16,12 +17,18 @@ from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, every_layer
+from steerlens.fit.retune import Draft, Retune, edited
 from steerlens.flow.flows import angle
 from steerlens.hosts.types import Model
 from steerlens.laws.rotation import PseudoRotation, predict_angle
 
 
-@method(card=Card(needs="pairs", points=("resid_post",)))
+def _retune(draft: Draft) -> None:
+    alpha = finite("alpha", draft.changes["alpha"])
+    draft.laws(lambda law, loop: edited(law, alpha=alpha))
+
+
+@method(card=Card(needs="pairs", points=("resid_post",)), retune=Retune(("alpha",), _retune))
 def hpr(
     model: Model,
     data: Pairs,
@@ -71,6 +78,8 @@ def hpr(
     Raises:
         ValueError: a layer the model does not have; fewer than two pairs; a number of layers, of steps or of pairs in a
             step below 1; pairs that do not differ; activations that are not finite.
+
+    Without a refit, by `controller.retuned`: `alpha`.
 
     Source: Pham and Nguyen, Householder Pseudo-Rotation (EMNLP 2024, arXiv 2409.10053). Deviations: the authors train
     probe and network by one loss, whose two terms share no parameter; here the probe is the optimum of its own. They

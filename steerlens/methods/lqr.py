@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from typing import cast
+from typing import Literal, cast
 
 from steerlens.control.gains import foresee, gains_for, react
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant, check_texts
 from steerlens.control.regulator import SOLVERS, Weights
-from steerlens.control.targets import AIMS, Aim, Targets
+from steerlens.control.targets import AIMS, Aim, Combine, Origin, Targets, Tracked, found_of, retune_targets, tuned
 from steerlens.core import Controller
-from steerlens.core.types import Layers, Where
+from steerlens.core.types import Json, Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
+from steerlens.fit.retune import Retune
 from steerlens.hosts import Host
 from steerlens.hosts.types import Model
 from steerlens.sae.feature import Target, targets_of
 from steerlens.sae.reach import acting_layers, check_affine, least_control
+
+
+def _names(recipe: Json) -> list[str]:
+    arguments = recipe["arguments"]
+    # with preview the levels of all later layers are in every law
+    fixed = arguments.get("preview") or "targets" in recipe["found"]
+    return [] if fixed else tuned(arguments)
 
 
 @method(
@@ -32,12 +40,12 @@ from steerlens.sae.reach import acting_layers, check_affine, least_control
         concepts=True,
         features=True,
     ),
-    options={**AIMS, "solver": tuple(SOLVERS)},
     paper={"origin": "zero", "level": 1.0, "q": 0.1, "solver": "dense"},
     only={
         "texts": [*AIMS, "level", "angle_rad", "q", "qf", "solver", "preview", "linearize_on", "full_gain", "paper"],
         "features": ["texts", "limit"],
     },
+    retune=Retune(_names, retune_targets),
 )
 def lqr(
     model: Model,
@@ -45,14 +53,14 @@ def lqr(
     texts: Sequence[Text] | None = None,
     *,
     level: float | Sequence[float] | None = None,
-    setpoint: str = "level",
-    origin: str | None = None,
+    setpoint: Tracked = "level",
+    origin: Origin | None = None,
     angle_rad: float | None = None,
-    combine: str = "joint",
+    combine: Combine = "joint",
     q: float | Sequence[float] = 1e-4,
     r: float | Sequence[float] = 1.0,
     qf: float = 0.1,
-    solver: str = "scalar",
+    solver: Literal["dense", "output", "scalar"] = "scalar",
     preview: bool = False,
     layers: Layers = None,
     strength: float = 1.0,
@@ -167,6 +175,8 @@ def lqr(
     Warns:
         UserWarning: sides with identical activations at some layers; it names them.
 
+    Without a refit, by `controller.retuned`: `level` or `angle_rad`, but not with `preview` nor of features.
+
     Source: arXiv 2604.19018. Differences from the authors' code: exact Jacobians of one token against its KV cache
     instead of the whole sequence (equal, an order of magnitude faster); S symmetric to the last bit and streamed
     backwards, so that no [T d d] tensor exists, in float32 for a float32 model (gains agree with float64 to 1e-5);
@@ -212,7 +222,7 @@ def lqr(
     found = {
         "controller": SOLVERS[solver] + (" with preview" if preview else ""),
         "linearized_on": gains.n_texts,
-        "mu": targets.mu[:-1].squeeze(-1).tolist(),
+        **found_of(targets),
     }
     return Controller(loops, found)
 

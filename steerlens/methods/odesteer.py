@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from steerlens.core import Controller, Loop, map_tensors
+from steerlens.core.law import finite
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.fit.retune import Draft, Retune, edited
 from steerlens.flow.barriers import cosine_barrier, exact_barrier, sketched_barrier, truncate
 from steerlens.flow.fields import Field, Quadratic
 from steerlens.flow.flows import Flow, angle
@@ -19,9 +21,18 @@ from steerlens.flow.sketch import TensorSketch
 from steerlens.hosts.types import Model
 
 
+def _retune(draft: Draft) -> None:
+    asked = {name: draft.changes.get(name) for name in ("angle_rad", "distance")}
+    _check(draft.arguments["mode"], 1, **asked)
+    length = _length(**asked)
+    draft.laws(lambda law, loop: edited(law, distance=length, radians=asked["distance"] is None))
+    draft.arguments.update(asked)
+    draft.found["length"] = length
+
+
 @method(
     card=Card(needs="sets", points=VECTORS),
-    options={"mode": ("exact", "paper"), "kernel": ("polynomial", "fourier")},
+    retune=Retune(("angle_rad", "distance"), _retune),
 )
 def odesteer(
     model: Model,
@@ -31,8 +42,8 @@ def odesteer(
     point: str = "resid_post",
     angle_rad: float | None = None,
     distance: float | None = None,
-    mode: str = "exact",
-    kernel: str = "polynomial",
+    mode: Literal["exact", "paper"] = "exact",
+    kernel: Literal["polynomial", "fourier"] = "polynomial",
     degree: int = 2,
     gamma: float = 0.1,
     coef0: float = 1.0,
@@ -89,6 +100,8 @@ def odesteer(
         ValueError: a layer or point the model does not have; both lengths; `mode="paper"` without `distance`; an
             unknown mode, kernel or solver; all activations equal.
 
+    Without a refit, by `controller.retuned`: `angle_rad` or `distance`.
+
     Source: ODESteer (arXiv 2602.17560). The authors' code stops the regression at a tolerance of 1e-4 and draws the
     sketch from the global random state; here the optimum is exact and the seed explicit. h is bounded on the sphere:
     even a long flow need not reach h >= 0; `barrier_after` shows whether it did.
@@ -97,7 +110,7 @@ def odesteer(
     sites = pick_layers(model, layers, point, default="middle")
     if len(model.shape(sites[0])) != 1:
         raise ValueError(f"odesteer follows the state as one vector, which it is not at point={point!r}")
-    length = distance if distance is not None else 0.3 if angle_rad is None else angle_rad
+    length = _length(angle_rad, distance)
     polynomial: dict[str, Any] = {"degree": degree, "gamma": gamma, "coef0": coef0}
     loops, lost, norms = [], [], []
     for site, (positive, negative) in contrast_states(model, data, sites).items():
@@ -124,6 +137,12 @@ def odesteer(
         norms.append(float(states.norm(dim=1).median()))
     found = {"length": length, "solver": name, "steps": count, "median_norm": norms, "truncation_rad": lost}
     return Controller(loops, found)
+
+
+def _length(angle_rad: float | None, distance: float | None) -> float:
+    if distance is not None:
+        return finite("distance", distance)
+    return 0.3 if angle_rad is None else finite("angle_rad", angle_rad)
 
 
 def _check(mode: str, degree: int, angle_rad: float | None, distance: float | None) -> None:

@@ -6,33 +6,48 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-from steerlens.control.targets import AIMS, Aim
+from steerlens.control.targets import AIMS, Aim, Combine, Origin, Tracked, found_of, retune_targets, tuned
 from steerlens.core import Controller, Loop
-from steerlens.core.types import Layers, Where
+from steerlens.core.law import finite
+from steerlens.core.types import Json, Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
+from steerlens.fit.retune import Draft, Retune, edited
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Pid
-from steerlens.sae.feature import Target, targets_of
+from steerlens.sae.feature import FEATURE_LEVELS, Target, retune_features, targets_of
+
+GAINS = ("kp", "ki", "kd")
+
+
+def _retune(draft: Draft) -> None:
+    gains = {name: finite(name, draft.arguments[name]) for name in GAINS}
+    _check_gains(**gains)
+    draft.laws(lambda law, loop: edited(law, **gains))
+    retune_features(draft) if "targets" in draft.found else retune_targets(draft)
+
+
+def _names(recipe: Json) -> list[str]:
+    return [*GAINS, *(FEATURE_LEVELS if "targets" in recipe["found"] else tuned(recipe["arguments"]))]
 
 
 @method(
     card=Card(needs="sets", points=("resid_post",), prompt_passes=2, token_passes=2, concepts=True, features=True),
-    options=AIMS,
     paper={"origin": "zero", "level": 1.0, "kp": 0.7, "ki": 0.01, "kd": 0.1},
     only={"texts": [*AIMS, "level", "angle_rad", "layers", "paper"]},
+    retune=Retune(_names, _retune),
 )
 def pid(
     model: Model,
     data: Pairs | Sequence[Pairs] | Target | Sequence[Target],
     *,
     level: float | Sequence[float] | None = None,
-    setpoint: str = "level",
-    origin: str | None = None,
+    setpoint: Tracked = "level",
+    origin: Origin | None = None,
     angle_rad: float | None = None,
-    combine: str = "joint",
+    combine: Combine = "joint",
     kp: float = 0.05,
     ki: float = 0.0,
     kd: float = 0.0,
@@ -89,10 +104,12 @@ def pid(
             with identical activations at every layer. For features: an option of contrast texts, two targets at a
             site, an autoencoder that does not fit the model.
 
+    Without a refit, by `controller.retuned`: `level`, `angle_rad`, `kp`, `ki`, `kd`; of features `level`, `at_least`,
+    `at_most`.
+
     Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.
     """
-    if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
-        raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
+    _check_gains(kp, ki, kd)
     if reset_every is not None and reset_every < 1:
         raise ValueError(f"reset_every={reset_every}; it is a number of layers, or None")
     gains = float(kp), float(ki), float(kd)
@@ -115,7 +132,12 @@ def pid(
     for t in asked if carry else asked[asked.index(first) :]:
         law = Pid(targets.setpoints[t], *gains, reset=_resets(t, reset_every), carry=carry)
         loops.append(targets.loop(t, law, where=where, strength=strength))
-    return Controller(loops, {"mu": targets.mu[:-1].squeeze(-1).tolist()})
+    return Controller(loops, found_of(targets))
+
+
+def _check_gains(kp: float, ki: float, kd: float) -> None:
+    if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
+        raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
 
 
 def _resets(t: int, every: int | None) -> bool:

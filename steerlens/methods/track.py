@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,15 +18,22 @@ from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import check_finite, every_layer
-from steerlens.hosts import Host
+from steerlens.fit.retune import Draft, Retune, edited
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import FactoredFeedback, Feedback
 from steerlens.laws.setpoints import Point
 
 
+def _retune(draft: Draft) -> None:
+    path = draft.changes["path"]
+    _check_path(path, draft.found["shape"])
+    rows = _rows(path)
+    draft.laws(lambda law, loop: edited(law, setpoint=Point(rows[loop.sense.layer].to(law.setpoint.point))))
+
+
 @method(
     card=Card(needs="texts", points=("resid_post",), derivatives="blocks"),
-    options={"solver": ("dense", "output")},
+    retune=Retune(("path",), _retune),
 )
 def track(
     model: Model,
@@ -36,7 +43,7 @@ def track(
     q: float | Sequence[float] = 0.1,
     r: float | Sequence[float] = 1.0,
     qf: float = 0.1,
-    solver: str = "dense",
+    solver: Literal["dense", "output"] = "dense",
     layers: Layers = None,
     strength: float = 1.0,
     where: Where = "last",
@@ -76,6 +83,8 @@ def track(
             length or width, or not finite, `"output"` without `Pairs` or with identical activations on both sides, a
             linearization of another model.
 
+    Without a refit, by `controller.retuned`: `path`.
+
     Source: arXiv 2604.19018, tracking of a trajectory. Differences from the authors' code: works with a KV cache and on
     generated tokens, and for a path of several texts.
     """
@@ -83,7 +92,9 @@ def track(
         raise ValueError("solver='output' weighs directions; give steerlens.Pairs, whose differences they are")
     weights = Weights(q, r, qf, model.n_layers)
     controlled = every_layer(model, layers)
-    _check_path(path, model)
+    shape = [model.n_layers, model.d_model]
+    if path is not None:
+        _check_path(path, shape)
     texts = _texts(data, linearize_on)
     if linearization is not None:
         check_plant(model, linearization)
@@ -103,8 +114,7 @@ def track(
         model, tokens, solver, weights, controlled, features, linearization=linearization, keep=keep, progress=progress
     )
     check_finite(gains.states, "the blocks' inputs", model)
-    nominal = (gains.states[:-1] if path is None else path).detach().cpu()
-    nominal = nominal.to(torch.promote_types(nominal.dtype, torch.float32))
+    nominal = _rows(gains.states[:-1] if path is None else path)
     loops = [
         Loop(
             _law(Point(nominal[t].clone()), gains, t),
@@ -115,7 +125,12 @@ def track(
         )
         for t in sorted(gains.rows)
     ]
-    return Controller(loops, {"controller": SOLVERS[solver], "linearized_on": gains.n_texts})
+    return Controller(loops, {"controller": SOLVERS[solver], "linearized_on": gains.n_texts, "shape": shape})
+
+
+def _rows(path: Tensor) -> Tensor:
+    path = path.detach().cpu()
+    return path.to(torch.promote_types(path.dtype, torch.float32)).clone()
 
 
 def _law(setpoint: Point, gains: Gains, t: int) -> Law:
@@ -137,15 +152,12 @@ def _texts(data: Pairs | Text | Sequence[Text], count: int) -> list[Text]:
     return texts[:count]
 
 
-def _check_path(path: Any, host: Host) -> None:
-    if path is None:
-        return
+def _check_path(path: Any, shape: Sequence[int]) -> None:
     if not isinstance(path, Tensor):
         raise TypeError(f"path is a {type(path).__name__}; give a tensor [layer d]")
-    if path.shape != (host.n_layers, host.d_model):
+    if list(path.shape) != list(shape):
         raise ValueError(
-            f"path has shape {list(path.shape)}; this model needs [{host.n_layers}, {host.d_model}], "
-            "a row for the input of each block"
+            f"path has shape {list(path.shape)}; this model needs {list(shape)}, a row for the input of each block"
         )
     if not torch.isfinite(path).all():
         raise ValueError("path is not finite")

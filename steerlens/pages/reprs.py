@@ -79,6 +79,17 @@ def target_html(target: Any) -> str:
     return fragment(head, table(("feature", "at least", "at most"), rows), note)
 
 
+def calibration_html(found: Any) -> str:
+    """The strength that meets a budget, what was tried, and the controller at that strength."""
+    low, high = found.interval
+    between = f", {low:.3g} to {high:.3g}" if low == low else ""
+    head = f"<p><b>Calibration</b> &middot; strength {found.strength:.3g}{between} &middot; {text(found.budget)}</p>"
+    words = f"{found.met}, with {found.value:.3g}" + (f"; {found.note}" if found.note else "")
+    tried = table(("strength", found.budget.partition(" <=")[0]), [list(map(float, row)) for row in found.curve])
+    curve = details(f"{len(found.curve)} evaluations", tried)
+    return fragment(head, f"<p>{text(words)}</p>", curve, controller_pieces(found.controller))
+
+
 def _row(loop: Loop) -> list[Any]:
     law = type(loop.law).__name__
     setpoint = getattr(loop.law, "setpoint", None)

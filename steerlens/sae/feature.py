@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steerlens.core import Controller, Loop, Site
 from steerlens.core.types import Autoencoder, Json, Where
 from steerlens.fit.contrast import Text, tokenize
 from steerlens.fit.goal import Goal, goals_of
 from steerlens.fit.recipe import digest, recipe
+from steerlens.fit.retune import RETUNES, Draft, Retune, edited
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.types import Model
 from steerlens.laws import single
@@ -29,6 +31,8 @@ OFF = 1e-3
 #: Smallest cosine between a direction and the encoder row, and largest condition of several, with which one step is
 #: trusted in float32.
 COSINE, CONDITION = 1e-2, 1e4
+#: What `Controller.retuned` changes of features without a refit.
+FEATURE_LEVELS = ("level", "at_least", "at_most")
 
 
 @dataclass(frozen=True)
@@ -138,16 +142,7 @@ def place(slices: Slices, indices: Sequence[int], lower: list[float], upper: lis
     Raises:
         ValueError: a level at or below the threshold, a direction that does not move its feature, dependent features.
     """
-    floors, ceilings = [], []
-    _check_normalised(slices, indices, lower)
-    for name, theta, low, high in zip(indices, slices.threshold.tolist(), lower, upper, strict=True):
-        if 0 < low <= theta:
-            raise ValueError(
-                f"feature {name} cannot have the activation {low:g}: it is 0 or above its threshold {theta:g}; "
-                f"ask for more than {theta:g}, or for level=0"
-            )
-        floors.append(low if low > 0 else -math.inf)
-        ceilings.append(high if high > theta else theta * (1 - OFF))
+    floors, ceilings = bounds(slices, indices, lower, upper)
     directions = slices.decoder if along == "decoder" else slices.sensor
     norms = directions.norm(dim=-1)
     basis = directions / torch.where(norms > 0, norms, 1)[:, None]
@@ -166,15 +161,36 @@ def place(slices: Slices, indices: Sequence[int], lower: list[float], upper: lis
         slices.sensor,
         slices.bias,
         slices.threshold,
-        slices.bias.new_tensor(floors),
-        slices.bias.new_tensor(ceilings),
+        floors,
+        ceilings,
         basis,
         normalise=slices.normalise,
         labels=[str(name) for name in indices],
     )
 
 
-def _check_normalised(slices: Slices, indices: Sequence[int], lower: list[float]) -> None:
+def bounds(
+    slices: Slices | Feature, indices: Sequence[int | str], lower: list[float], upper: list[float]
+) -> tuple[Tensor, Tensor]:
+    """The range of pre-activations that a range of activations asks for, `[m]` each.
+
+    Raises:
+        ValueError: a level at or below the threshold, or above what a normalised input can have.
+    """
+    floors, ceilings = [], []
+    _check_normalised(slices, indices, lower)
+    for name, theta, low, high in zip(indices, slices.threshold.tolist(), lower, upper, strict=True):
+        if 0 < low <= theta:
+            raise ValueError(
+                f"feature {name} cannot have the activation {low:g}: it is 0 or above its threshold {theta:g}; "
+                f"ask for more than {theta:g}, or for level=0"
+            )
+        floors.append(low if low > 0 else -math.inf)
+        ceilings.append(high if high > theta else theta * (1 - OFF))
+    return slices.bias.new_tensor(floors), slices.bias.new_tensor(ceilings)
+
+
+def _check_normalised(slices: Slices | Feature, indices: Sequence[int | str], lower: list[float]) -> None:
     """A normalised input has norm sqrt(d): no activation exceeds `sqrt(d) |w| + b`."""
     if slices.normalise == "none":
         return
@@ -213,7 +229,7 @@ def hold(model: Model, target: Target, *, where: Where = "last") -> Controller:
     """
     host = checked("hold", model, target)
     law = Feedback(target.setpoint, target.setpoint.basis)
-    return Controller([Loop(law, target.site, where=where, name="hold")], recipe("hold", host, target.arguments))
+    return Controller([Loop(law, target.site, where=where, name="hold")], recipe("sae.hold", host, target.arguments))
 
 
 def observe(model: Model, target: Target, *, where: Where = "all") -> Controller:
@@ -255,6 +271,38 @@ def targets_of(host: Host, data: Any) -> list[Target]:
         if one.site == other.site:
             raise ValueError(f"two targets at {one.site}; give one there: feature(sae, [i, j], level=[a, b])")
     return targets
+
+
+def retune_features(draft: Draft) -> None:
+    """Another level or range for loops that each hold the features of a target at its site.
+
+    One number is for all features, a list for those of all targets in the order of their sites.
+    """
+    ranges = [draft.arguments] if "features" in draft.arguments else draft.found["targets"]
+    asked = {name: draft.changes.get(name) for name in FEATURE_LEVELS}
+    if all(value is None for value in asked.values()):
+        return
+    counts = [len(target["features"]) for target in ranges]
+    lower, upper = _range(sum(counts), **asked)
+    by_site = {}
+    for target, count in zip(ranges, counts, strict=True):
+        by_site[target["site"]] = lower[:count], upper[:count]
+        target["at_least"], target["at_most"] = (
+            [b if math.isfinite(b) else None for b in side[:count]] for side in (lower, upper)
+        )
+        lower, upper = lower[count:], upper[count:]
+    draft.laws(lambda law, loop: edited(law, setpoint=_moved(law.setpoint, *by_site[str(loop.act)])))
+    for name in FEATURE_LEVELS:
+        if "features" not in draft.arguments or name == "level":
+            draft.arguments.pop(name, None)
+
+
+def _moved(setpoint: Feature, lower: list[float], upper: list[float]) -> Feature:
+    floors, ceilings = bounds(setpoint, setpoint.labels, lower, upper)
+    return edited(setpoint, lower=floors.to(setpoint.lower), upper=ceilings.to(setpoint.upper))
+
+
+RETUNES["sae.hold"] = Retune(lambda recipe: FEATURE_LEVELS, retune_features)
 
 
 def _range(count: int, level: Any, at_least: Any, at_most: Any) -> tuple[list[float], list[float]]:

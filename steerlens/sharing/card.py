@@ -12,6 +12,7 @@ from torch import Tensor
 from steerlens import methods
 from steerlens.core import Controller, Loop
 from steerlens.fit.method import exported
+from steerlens.hosts.dimensions import plain_name
 from steerlens.sharing.citations import arxiv_number, bibtex
 from steerlens.version import __version__
 
@@ -90,7 +91,7 @@ def _metadata(recipes: Iterable[Mapping[str, Any]], license: str | None) -> list
     recipes = list(recipes)
     names = [str(recipe.get("method")) for recipe in recipes if recipe.get("method")]
     tags = dict.fromkeys(["steerlens", "activation-steering", *(name for name in names if name.isidentifier())])
-    models = dict.fromkeys(str((recipe.get("model") or {}).get("name", "")) for recipe in recipes)
+    models = dict.fromkeys(plain_name(str((recipe.get("model") or {}).get("name", ""))) for recipe in recipes)
     bases = [name for name in models if _REPO.fullmatch(name) and not name.startswith("steerlens/")]
     found: dict[str, Any] = {"library_name": "steerlens", "tags": list(tags)}
     found |= {"license": license} if license else {}
@@ -110,7 +111,8 @@ def _made(recipes: Iterable[Mapping[str, Any]], data_license: str | None) -> lis
                 f"{key} {model[key]}" for key in ("n_layers", "d_model", "n_heads", "d_vocab") if key in model
             )
             weights = "folded norms, centred writes" if model.get("processed") else "as published"
-            rows += [("model", model.get("name") or "not named"), ("its sizes", sizes), ("its weights", weights)]
+            name = plain_name(str(model.get("name") or "not named"))
+            rows += [("model", name), ("its sizes", sizes), ("its weights", weights)]
             rows += [("fingerprint of its weights", model.get("probe"))]
         if recipe.get("data") is not None:
             rows += [("data, SHA-256", recipe["data"])]

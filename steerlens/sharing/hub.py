@@ -69,6 +69,9 @@ def from_hub(
 
 def _hub() -> Any:
     try:
+        # its older versions have these two as attributes only once they are imported
+        for part in ("errors", "constants"):
+            importlib.import_module(f"huggingface_hub.{part}")
         return importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise ImportError("sharing on the Hub needs huggingface_hub; pip install 'steerlens[hub]'") from error

@@ -41,11 +41,17 @@ def from_lm_eval(
 
     Raises:
         OSError: no such file.
-        ValueError: anything else: a file that `read_torch` refuses, an entry of another form, a module that is no point
-            of steerlens, an entry for one head (no module of Hugging Face has heads in its output).
+        ValueError: anything else: a file that `read_torch` refuses, lm-eval's CSV of features, which holds no vectors,
+            an entry of another form, a module that is no point of steerlens, an entry for one head (no module of
+            Hugging Face has heads in its output).
 
     Source: lm-eval 0.4.13, `lm_eval/models/hf_steered.py`.
     """
+    if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".csv":
+        raise ValueError(
+            f"{source} names features of autoencoders, which lm-eval fetches from the Hub; load the autoencoder and "
+            "add its decoder's row: sl.add(sae.W_dec[index], layer=..., strength=coefficient)"
+        )
     held = read_torch(source) if isinstance(source, (str, Path)) else source
     if not isinstance(held, Mapping) or not held:
         raise ValueError(f"{FORM} takes a dictionary of hook points, this is a {type(held).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickletools
 import zipfile
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from steerlens.core.tensorfile import write_whole
 
+#: How a zip archive begins, which is what torch.save writes.
+_BEGIN = b"PK\x03\x04"
 #: Largest list of instructions in such a file, in bytes, and how many values it may make.
 LARGEST_PICKLE, MOST_STEPS = 4 * 2**20, 400_000
 #: Instructions that make plain values and tensors; the few names that they may look up.
@@ -86,7 +89,11 @@ def read_torch(path: str | Path) -> Held:
         OSError: no such file, or it cannot be read.
         ValueError: anything else: an older format, one that holds objects, a damaged one.
     """
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(len(_BEGIN))
+        # nothing else is read as a whole; a device has no size, and no end
+        if data == _BEGIN:
+            data += file.read(os.fstat(file.fileno()).st_size - len(_BEGIN))
     try:
         _check(data)
         try:

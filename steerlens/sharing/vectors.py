@@ -21,6 +21,8 @@ from steerlens.sharing.plain import EVERY_TOKEN
 Numbers: TypeAlias = Tensor | Sequence[float]
 #: An object of a library that steerlens does not import, or a file of it; its attributes are checked.
 Foreign: TypeAlias = Any
+#: What hidden-directions calls a bias that it baked into an MLP.
+BAKED = "advocate_bias.pt"
 
 
 def from_tensor(
@@ -194,7 +196,11 @@ def from_hidden_directions(
     held = source
     if isinstance(source, (str, Path)):
         path = Path(source)
-        held = read_torch(path / "advocate_bias.pt" if path.is_dir() else path)
+        if path.is_dir() and not (path / BAKED).exists():
+            raise FileNotFoundError(
+                f"the folder {path} has no {BAKED}, which hidden-directions writes; name a file in it"
+            )
+        held = read_torch(path / BAKED if path.is_dir() else path)
     about: dict[str, Any] = {"strength": float(strength)}
     if isinstance(held, Mapping) and isinstance(held.get("bias"), Tensor) and _whole(held.get("layer")):
         layer = int(held["layer"])

@@ -160,6 +160,14 @@ def _check_data(case: Case, card: Card) -> None:
     assert (message is None) == card.features, (
         f"the card says features={card.features}; with one: {message or 'it fits'}"
     )
+    message = None
+    try:
+        case.fit(data=torch.ones(host_of(case.model).d_model))
+    except TypeError as error:
+        message = str(error)
+    except ValueError:
+        pass
+    assert (message is None) == card.vectors, f"the card says vectors={card.vectors}; with one: {message or 'it fits'}"
 
 
 def _feature(case: Case) -> Target:

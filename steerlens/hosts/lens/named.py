@@ -10,3 +10,16 @@ def bridge(name: str) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(name)
+
+
+def hooked(name: str) -> Any:
+    """The HookedTransformer of a model on TransformerLens' list, with its own weights: nothing folded or centred.
+
+    Raises:
+        ImportError: TransformerLens 4, which has no HookedTransformer.
+    """
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError as error:
+        raise ImportError("TransformerLens 4 has no HookedTransformer; use TransformerBridge") from error
+    return HookedTransformer.from_pretrained_no_processing(name)

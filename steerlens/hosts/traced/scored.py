@@ -15,7 +15,7 @@ def chosen(logits: Tensor, ids: Tensor) -> Tensor:
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL from p to q, log-probabilities `[... vocab]` each, `[...]`, nats, float64."""
-    return (p.exp() * (p - q)).double().sum(-1)
+    return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
 
 
 def divergences(p: Tensor, q: Tensor, p_starts: list[int], q_starts: list[int], counts: list[int]) -> list[Tensor]:
