@@ -20,6 +20,12 @@ LOST = (
     "assistant_model out, cut the cache where a pass has ended, or keep a value for every token in now.sequence"
 )
 
+#: The sentence for a law whose memory goes through all layers.
+STEPWISE = (
+    "a law remembers all layers of the token before, so that generated tokens must come one at a time: leave "
+    "prompt_lookup_num_tokens and assistant_model out, or pid's carry=True"
+)
+
 
 class Memory:
     """One dictionary for all rows; one for each row once the rows of a pass differ in the tokens that are selected.

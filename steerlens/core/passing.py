@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerlens.core.aside import Aside
 from steerlens.core.law import Loop, Signals
-from steerlens.core.memory import LOST, Memory, apart
+from steerlens.core.memory import LOST, STEPWISE, Memory, apart
 from steerlens.core.now import Now
 from steerlens.core.prompt import Gate
 from steerlens.core.record import Record
@@ -111,10 +111,7 @@ class Pass:
             self.log.show(sequence.store)
         self._pieces, self._age = sequence.store["pieces"], len(sequence.store["moves"])
         if self._stepwise and end is not None and shape[1] > 1 and (end <= past or (first and end < past + shape[1])):
-            raise RuntimeError(
-                "a law remembers all layers of the token before, so that generated tokens must come one at a time: "
-                "leave prompt_lookup_num_tokens and assistant_model out, or pid's carry=True"
-            )
+            raise RuntimeError(STEPWISE)
         for group in self._groups:
             if group not in sequence.memory:
                 sequence.memory[group] = Memory()
