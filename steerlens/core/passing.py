@@ -112,9 +112,8 @@ class Pass:
         self._pieces, self._age = sequence.store["pieces"], len(sequence.store["moves"])
         if self._stepwise and end is not None and shape[1] > 1 and (end <= past or (first and end < past + shape[1])):
             raise RuntimeError(STEPWISE)
-        for group in self._groups:
-            if group not in sequence.memory:
-                sequence.memory[group] = Memory()
+        for group in self._groups.keys() - sequence.memory.keys():
+            sequence.memory[group] = Memory()
         self._observed = self.record is not None or self.display is not None
         self._now, self._selection, self._apart = {}, [], set()
         for group, kept in sequence.memory.items():
