@@ -16,9 +16,6 @@ from steerlens.hosts import Host
 #: Loss -> which texts of a pair it needs.
 SIDES = {"dpo": "both", "negative_sft": "negative", "sft": "positive"}
 
-#: What the size of a step is relative to.
-SCALES = ("relative", "absolute")
-
 
 class Labelled:
     """A text whose tokens from `start` on are labels.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,7 +32,6 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="sets", points=VECTORS),
-    options={"mode": ("exact", "paper"), "kernel": ("polynomial", "fourier")},
     retune=Retune(("angle_rad", "distance"), _retune),
 )
 def odesteer(
@@ -43,8 +42,8 @@ def odesteer(
     point: str = "resid_post",
     angle_rad: float | None = None,
     distance: float | None = None,
-    mode: str = "exact",
-    kernel: str = "polynomial",
+    mode: Literal["exact", "paper"] = "exact",
+    kernel: Literal["polynomial", "fourier"] = "polynomial",
     degree: int = 2,
     gamma: float = 0.1,
     coef0: float = 1.0,
@@ -71,7 +70,8 @@ def odesteer(
         data: Contrast texts; `Pairs.read` selects the token whose activation is x. The sides may differ in number.
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
-        angle_rad: Length of the flow in radians, T / |x|; default 0.3. Beyond about 0.5 a small model's output suffers.
+        angle_rad: Length of the flow in radians, T / |x|; default 0.2, which has a KL of
+            about 0.3 nats per token on SmolLM2. Beyond about 0.5 a small model's output suffers.
         distance: Length T in activation units, instead of `angle_rad`. The paper's values, 3 to 23, hold for one model
             and one layer each.
         mode: `"exact"`: the kernel itself, and one Runge-Kutta step of order 4, or the exact great circle if h is
@@ -143,7 +143,7 @@ def odesteer(
 def _length(angle_rad: float | None, distance: float | None) -> float:
     if distance is not None:
         return finite("distance", distance)
-    return 0.3 if angle_rad is None else finite("angle_rad", angle_rad)
+    return 0.2 if angle_rad is None else finite("angle_rad", angle_rad)
 
 
 def _check(mode: str, degree: int, angle_rad: float | None, distance: float | None) -> None:
