@@ -18,7 +18,7 @@ from steerlens.core.now import Now
 from steerlens.core.prompt import Gate
 from steerlens.core.record import Record
 from steerlens.core.sequence import Sequence
-from steerlens.core.signals import SiteSignals, name_signals
+from steerlens.core.signals import SiteSignals, gated, name_signals
 from steerlens.core.sites import Site
 from steerlens.core.span import Span
 from steerlens.core.stops import Action, Placed, Shown, stops_of, wheres_of, wide_of
@@ -297,7 +297,7 @@ class Pass:
                 decided = decided[:, None]
             u = u * _over(decided, u)
             if self._observed:
-                signals = _gated(signals, decided, {name: measured[own] for own, name in table.items()}, u.shape[:2])
+                signals = gated(signals, decided, {name: measured[own] for own, name in table.items()}, u.shape[:2])
         if not whole:
             u = _spread(u, selection, shape, 0.0)
             if self._observed:
@@ -365,24 +365,6 @@ def _exactly(kind: str, function: Callable[[], Any]) -> Any:
         with torch.autocast(kind, enabled=False):
             return function()
     return function()
-
-
-def _gated(signals: Signals, decided: Tensor, measured: dict[str, Tensor], shape: Any) -> Signals:
-    """The signals of a loop with a gate: the product of all gates, and what this one measured, row by row or token."""
-    before = signals.get("gate")
-
-    def product() -> Tensor:
-        gate = decided.expand(shape)
-        return gate if before is None else gate * before()
-
-    rows = {name: partial(_rows, value, shape, decided.device) for name, value in measured.items()}
-    return {**signals, **rows, "gate": product}
-
-
-def _rows(value: Tensor, shape: Any, device: Any) -> Tensor:
-    """`[batch]` at every token, `[batch pos]`; what each token has stays as it is."""
-    value = value.to(device)
-    return (value[:, None] if value.ndim == 1 else value).expand(shape)
 
 
 def _whole(selection: Any, length: int) -> bool:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from steerlens.core.law import Loop, free
+from torch import Tensor
+
+from steerlens.core.law import Loop, Signals, free
 from steerlens.core.sites import Site
 
 #: Signals of every loop: the control in the model's dtype, and its Euclidean norm over all but batch and position.
@@ -57,3 +61,21 @@ def name_signals(loops: Sequence[Loop], run: str = "") -> dict[Site, SiteSignals
         )
         for site in sites
     }
+
+
+def gated(signals: Signals, decided: Tensor, measured: dict[str, Tensor], shape: Any) -> Signals:
+    """The signals of a loop with a gate: the product of all gates, and what this one measured, row by row or token."""
+    before = signals.get("gate")
+
+    def product() -> Tensor:
+        gate = decided.expand(shape)
+        return gate if before is None else gate * before()
+
+    rows = {name: partial(_rows, value, shape, decided.device) for name, value in measured.items()}
+    return {**signals, **rows, "gate": product}
+
+
+def _rows(value: Tensor, shape: Any, device: Any) -> Tensor:
+    """`[batch]` at every token, `[batch pos]`; what each token has stays as it is."""
+    value = value.to(device)
+    return (value[:, None] if value.ndim == 1 else value).expand(shape)

@@ -30,6 +30,12 @@ def embed(steered: Steered, inner: Callable[..., Any], tokens: Any) -> Any:
     return inner(tokens)
 
 
+def ids_of(steered: Steered, embeddings: Tensor) -> Tensor:
+    """The ids of embeddings that come in: the latest that `generate` has embedded; elsewhere they are not known."""
+    ids = None if steered.generation is None else steered.generation.embedded
+    return embeddings if ids is None else ids[:, -embeddings.shape[1] :]
+
+
 def caching(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """HookedTransformer counts the axis of positions from the end, where a signal of one number a token has none.
 

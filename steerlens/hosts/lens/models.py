@@ -22,7 +22,7 @@ from steerlens.hosts.blocks.selfcheck import doubts_about
 from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
-from steerlens.hosts.lens.calls import caching, embed, folded, generate, padding_mask, refuse_empty_slots
+from steerlens.hosts.lens.calls import caching, embed, folded, generate, ids_of, padding_mask, refuse_empty_slots
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
 from steerlens.hosts.roles import Layout, output_matrix, refuse_other_kinds, submodule
@@ -310,9 +310,7 @@ class HookedHost(LensHost):
             if start is not None:
                 mask, positions = kwargs.get("attention_mask"), kwargs.get("shortformer_pos_embed")
                 layer = range(self.n_layers)[start]
-                # in a generation the embeddings come in, of tokens that were embedded before the pass
-                ids = None if layer or steered.generation is None else steered.generation.embedded
-                tokens = given if ids is None else ids[:, -given.shape[1] :]
+                tokens = given if layer else ids_of(steered, given)
                 self._begin(call, given, tokens=tokens, mask=mask, positions=positions, layer=layer)
                 return inner(given, *rest, **kwargs)
             if self._shows_pads(given, steered) and kwargs.get("attention_mask") is None:
