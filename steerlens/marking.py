@@ -147,7 +147,7 @@ def _raw(tokenizer: Any, token: int) -> bytes:
         return bytes([int(single[1], 16)])
     if all(letter in _BYTES for letter in name):
         return bytes(_BYTES[letter] for letter in name)
-    return tokenizer.decode([token]).encode()  # type: ignore[no-any-return]
+    return str(tokenizer.decode([token])).encode()
 
 
 def _letters() -> dict[str, int]:

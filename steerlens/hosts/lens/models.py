@@ -310,8 +310,8 @@ class HookedHost(LensHost):
             if start is not None:
                 mask, positions = kwargs.get("attention_mask"), kwargs.get("shortformer_pos_embed")
                 layer = range(self.n_layers)[start]
-                tokens = given if layer else ids_of(steered, given)
-                self._begin(call, given, tokens=tokens, mask=mask, positions=positions, layer=layer)
+                ids = given if layer else ids_of(steered, given)
+                self._begin(call, given, tokens=ids, mask=mask, positions=positions, layer=layer)
                 return inner(given, *rest, **kwargs)
             if self._shows_pads(given, steered) and kwargs.get("attention_mask") is None:
                 call["pads"] = padding_mask(self.tokenizer, given, self.prepends_bos, "right")
@@ -347,15 +347,8 @@ class HookedHost(LensHost):
         cache = call["cache"]
         past = 0 if cache is None else cache[0].past_keys.shape[1]
         companion = partial(BlocksCompanion, self, layer, state, {"shortformer_pos_embed": positions}, mask, past)
-        call["begin"](
-            state.shape[:2],
-            past=past,
-            mask=mask,
-            device=state.device,
-            cache=cache,
-            tokens=tokens,
-            companion=companion,
-        )
+        known = {"past": past, "mask": mask, "device": state.device, "cache": cache}
+        call["begin"](state.shape[:2], tokens=tokens, companion=companion, **known)
 
     def nominal(self, tokens: Sequence[int]) -> Nominal:
         """The unsteered path of the last token."""
