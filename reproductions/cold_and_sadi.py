@@ -50,7 +50,7 @@ pairs, held_out = pairs_of(EXCHANGES), pairs_of(UNSEEN)
 
 # %%
 layers = [4, 9, 14]
-kernel = sl.cold_kernel(model, pairs, layers=layers)
+kernel = sl.cold_kernel(model, pairs, layers=layers, eta=0.1, where="prompt")
 exact = sl.cold_fd(model, pairs, layers=layers)
 contrast = sl.caa(model, pairs, layers=layers)
 for controller in (kernel, exact, contrast):
@@ -307,7 +307,7 @@ figure.update_layout(title="Where SADI acts", template="simple_white", width=100
 
 # %%
 prompt = UNSEEN[1][0]
-live = {component: sl.sadi(model, pairs, component=component) for component in counts}
+live = {component: sl.sadi(model, pairs, component=component, where="last_prompt") for component in counts}
 rows = []
 for component, controller in live.items():
     with sl.steer(model, controller) as run, torch.no_grad():
@@ -347,7 +347,7 @@ rows, changes = [], {}
 for component, strength in [("head", 4.0), ("neuron", 1.0), ("neuron", 4.0)]:
     kinds = {
         "live": live[component] * (strength / 4),
-        "frozen": sl.sadi(model, pairs, component=component, strength=strength, mode="frozen"),
+        "frozen": sl.sadi(model, pairs, component=component, strength=strength, mode="frozen", paper=True),
     }
     found = {name: last(controller) for name, controller in kinds.items()}
     row = {"component": component, "strength": strength}

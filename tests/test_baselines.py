@@ -169,6 +169,37 @@ def test_strength_goes_that_far_along_the_transport(method):
     torch.testing.assert_close(b, a / 2)
 
 
+@pytest.mark.parametrize("method", ["repe", "cast"])
+def test_a_relative_strength_is_a_share_of_the_states_norm(method):
+    """The states are read with the library's own cache; the paper's vectors have unit length."""
+    case = Case(method, "bridge")
+    relative, paper = case.fit(strength=0.5), case.fit(paper=True)
+    for one, other in zip(relative.loops, paper.loops, strict=True):
+        norms = []
+        for prompt, completion in (*case.data.positive, *case.data.negative):
+            _, cache = case.model.run_with_cache(torch.tensor([[*prompt, *completion]]))
+            norms.append(float(cache[str(one.act)][0, -1].norm()))
+        size = float((one.law.vector * one.strength).norm())
+        assert size == pytest.approx(0.5 * sum(norms) / len(norms), rel=1e-5)
+        assert float((other.law.vector * other.strength).norm()) == pytest.approx(1.0, rel=1e-5)
+        torch.testing.assert_close(one.law.vector / one.law.vector.norm(), other.law.vector)
+
+
+def test_mimics_ridge_is_a_share_of_the_negative_texts_variance():
+    case = Case("mimic", "bridge")
+    (site,) = case.controller.sites
+    states = []
+    for prompt, completion in case.data.negative:
+        _, cache = case.model.run_with_cache(torch.tensor([[*prompt, *completion]]))
+        states.append(cache[str(site)][0, -1].double())
+    variance = float(torch.stack(states).var(0, correction=0).mean())
+    assert case.fit(ridge=0.7).recipe["found"]["ridge"] == [pytest.approx(0.7 * variance, rel=1e-5)]
+    assert case.fit(paper=True).recipe["found"]["ridge"] == [0.01]
+    x = torch.randn(1, 3, case.model.cfg.d_model, generator=torch.Generator().manual_seed(2))
+    same = case.fit(ridge=0.7 * variance, scale="absolute").loops[0].law.act(x, Now())[0]
+    torch.testing.assert_close(case.fit(ridge=0.7).loops[0].law.act(x, Now())[0], same, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [

@@ -86,7 +86,7 @@ def test_the_reference_selects_what_the_names_say():
 def test_one_forward_pass(name, side):
     def case(lib, draw):
         texts = [draw.text() for _ in range(draw.randint(1, 3))]
-        controller = draw.controller(lib.family, batch=draw.choice([None, len(texts)]))
+        controller = draw.controller(lib.family, batch=draw.choice([None, len(texts)]), memory=True)
         compare(forward(lib, texts, side, controller), lib.reference(controller))
 
     each(name, 24, case)
@@ -111,7 +111,7 @@ def test_greedy_generation(name, cached):
 def test_greedy_generation_of_padded_prompts(name):
     def case(lib, draw):
         texts = [draw.text() for _ in range(draw.randint(2, 3))]
-        controller = draw.controller(lib.family, batch=draw.choice([None, len(texts)]))
+        controller = draw.controller(lib.family, batch=draw.choice([None, len(texts)]), memory=True)
         seen = generation(lib, texts, draw.randint(1, 5), controller)
         compare(seen, lib.reference(controller), forbidden=lib.forbidden)
 

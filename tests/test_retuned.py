@@ -37,7 +37,7 @@ VALUES = {
 #: Fits that need other options for an argument.
 OPTIONS = {("lqr", "angle_rad"): {"setpoint": "angular"}, ("pid", "angle_rad"): {"setpoint": "angular"}}
 MORE = [
-    ("sadi", "strength", {"mode": "frozen"}, 2.0),
+    ("sadi", "strength", {"mode": "frozen", "paper": True}, 2.0),
     ("lqr", "level", {"solver": "dense"}, 0.4),
     ("track", "path", {"solver": "output"}, VALUES["path"][0][1]),
     ("cold_kernel", "eta", {"kernel": "linear"}, 0.03),

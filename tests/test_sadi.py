@@ -130,7 +130,7 @@ def test_scaling_a_neuron_equals_scaling_its_activation_function(device):
 
 def test_last_prompt_is_one_token_also_while_generating(case):
     """Decoding with a cache equals one pass over the whole text in which that token alone is scaled."""
-    with case.steer(record="scalars") as run:
+    with case.steer(record="scalars", where="last_prompt") as run:
         tokens = case.generate(IDS, 5)
         record = run.record.copy()
     for share in record.layers("share").values():
@@ -156,7 +156,7 @@ def test_left_padded_rows_equal_single_ones(case):
 @pytest.mark.parametrize("component", ["head", "neuron", "hidden"])
 def test_frozen_states_are_those_of_an_unsteered_pass(case, component):
     """The state of every layer at the last prompt token is the unsteered one, scaled; alone, batched, generating."""
-    controller = case.fit(mode="frozen", component=component, n_elements=3, strength=4.0)
+    controller = case.fit(mode="frozen", component=component, n_elements=3, strength=4.0, paper=True)
     ids = torch.tensor([[3, 17, 25, 29, 41], [7, 30, 31, 32, 33]])
     sites = [loop.act for loop in controller.loops]
     assert [site.layer for site in sites] == list(range(host_of(case.model).n_layers))
@@ -187,7 +187,7 @@ def test_frozen_states_are_those_of_an_unsteered_pass(case, component):
 
 
 def test_frozen_states_survive_saving(case, tmp_path):
-    controller = case.fit(mode="frozen")
+    controller = case.fit(mode="frozen", paper=True)
     controller.save(tmp_path / "c.safetensors")
     with case.steer(controller=sl.Controller.load(tmp_path / "c.safetensors")):
         loaded = case.logits(IDS)
@@ -202,7 +202,7 @@ def test_strength_zero_is_off_in_both_modes_also_after_another_controller(case, 
     prompt = torch.tensor([case.prompt])
     with case.steer(controller=before):
         alone = case.logits(prompt)
-    with case.steer(controller=before + case.fit(mode=mode, strength=0.0)):
+    with case.steer(controller=before + case.fit(mode=mode, strength=0.0, paper=True)):
         assert torch.equal(case.logits(prompt), alone)
 
 

@@ -104,10 +104,13 @@ class Law(Part):
     Attributes:
         signals: Names of the signals that `act` returns in addition to the control, exactly these.
         vectors: Those of them that have more than one number per token.
+        stepwise: What it remembers of a token in `now.sequence` comes from later layers than the one that needs it at
+            the next token, so that generated tokens must go through the model one at a time.
     """
 
     signals: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    stepwise: bool = False
 
     def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """The control to add, and its signals: `[batch pos ...] -> ([batch pos ...], {name: () -> [batch pos]})`.

@@ -36,6 +36,18 @@ class Now:
         self._tangent = tangent
         self._reference = reference
 
+    def of_row(self, row: int, columns: Tensor, layers: Memory, sequence: Memory) -> Now:
+        """The same for one row of the batch and some of its tokens, with memories of its own."""
+        given = (self._summary, self._tangent, self._reference)
+        summary, tangent, reference = (None if value is None else value[row : row + 1] for value in given)
+        return Now(
+            layers,
+            sequence,
+            summary=summary,
+            tangent=None if tangent is None else tangent[:, columns],
+            reference=None if reference is None else reference[:, columns],
+        )
+
     @property
     def summary(self) -> Tensor:
         """The prompt's pooled state, `[batch ...]`, in the law's dtype; the loop declares which one.

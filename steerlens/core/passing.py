@@ -13,13 +13,14 @@ from torch import Tensor
 
 from steerlens.core.aside import Aside
 from steerlens.core.law import Loop, Signals
+from steerlens.core.memory import LOST, STEPWISE, Memory, apart
 from steerlens.core.now import Now
 from steerlens.core.prompt import Gate
 from steerlens.core.record import Record
 from steerlens.core.sequence import Sequence
 from steerlens.core.signals import SiteSignals, name_signals
 from steerlens.core.sites import Site
-from steerlens.core.stops import Action, Placed, Shown, stops_of, wide_of
+from steerlens.core.stops import Action, Placed, Shown, stops_of, wheres_of, wide_of
 from steerlens.core.types import RecordSpec
 
 
@@ -60,6 +61,8 @@ class Pass:
         self.aside = Aside(self.loops)
         # what would be asked anew at every site and token
         self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.summarised, record)
+        self._groups = wheres_of(self.loops)
+        self._stepwise = any(loop.law.stepwise for loop in self.loops)
         # of the present pass
         self.sequence = Sequence()
         self.positions = self.sequence.positions
@@ -68,6 +71,7 @@ class Pass:
         self._selection: list[tuple[Any, bool]] = []
         self._states: dict[tuple[int, int], Tensor] = {}
         self._now: dict[int, Now] = {}  # by group
+        self._apart: set[int] = set()  # groups whose laws are called row by row
         self._pieces: dict[str, list[Any]] = {}
         self._age = 0
 
@@ -101,16 +105,24 @@ class Pass:
         self.sequence = sequence = Sequence() if sequence is None else sequence
         self.positions = sequence.positions
         lengths = self._lengths() if self.scored and end is None else None
+        first, sequence.wheres = sequence.positions.seen == 0, self._groups
         sequence.begin(shape, past, mask, device=device, end=end, lengths=lengths)
         if shown:
             self.log.show(sequence.store)
         self._pieces, self._age = sequence.store["pieces"], len(sequence.store["moves"])
-        for loop in self.loops:
-            sequence.memory.setdefault(loop.group, {})
+        if self._stepwise and end is not None and shape[1] > 1 and (end <= past or (first and end < past + shape[1])):
+            raise RuntimeError(STEPWISE)
+        for group in self._groups.keys() - sequence.memory.keys():
+            sequence.memory[group] = Memory()
         self._observed = self.record is not None or self.display is not None
-        self._now, self._selection = {}, []
+        self._now, self._selection, self._apart = {}, [], set()
         for group, kept in sequence.memory.items():
-            self._now[group] = Now({}, kept)
+            if kept.lost:
+                raise RuntimeError(LOST)
+            if kept.rows is not None:
+                self._apart.add(group)
+                kept.layers = None
+            self._now[group] = Now({}, kept.together)
         for where in self._wheres:
             selection = self.positions.select(where)
             self._selection.append((selection, _whole(selection, shape[1])))
@@ -198,7 +210,7 @@ class Pass:
             if not observed and (selection is None or action.strength == 0):
                 continue
             state = x if action.sense is None else self._states[action.sense]
-            if whole and action.plain:
+            if whole and action.plain and action.loop.group not in self._apart:
                 u, signals = self._law(action, state, self._now[action.loop.group])
             else:
                 u, signals = self._control(action, state, selection, whole, carrier, x)
@@ -257,7 +269,13 @@ class Pass:
                 tangent=None if tangent is None else tangent.to(wide_of(seen)),
                 reference=None if reference is None else reference.to(seen.device, wide_of(seen)),
             )
-        u, signals = self._law(action, seen, now)
+        if isinstance(selection, Tensor) or loop.group in self._apart:
+            memory = self.sequence.memory[loop.group]
+            u, signals = apart(partial(self._law, action), seen, selection, now, memory, loop.law.signals)
+            if memory.rows is not None:
+                self._apart.add(loop.group)
+        else:
+            u, signals = self._law(action, seen, now)
         for schedule in action.schedules:
             u = u * _over(schedule.to(seen).at(self.positions.steps())[:, part], u)
         for number, (gate, placed, table) in enumerate(action.gates):
@@ -327,7 +345,9 @@ class Pass:
 #: Behind every site: what `at` compares with where no pass has begun.
 _OUTSIDE = (1 << 60, 0)
 #: Attributes of a `Pass` that belong to one forward pass.
-_OF_PASS = ("sequence", "positions", "_reached", "_observed", "_selection", "_states", "_now", "_pieces", "_age")
+_OF_PASS = (
+    *("sequence", "positions", "_reached", "_observed", "_selection", "_states", "_now", "_apart", "_pieces", "_age"),
+)
 
 
 def _exactly(kind: str, function: Callable[[], Any]) -> Any:

@@ -188,10 +188,15 @@ class Positions:
 
     def whole(self) -> Positions:
         """The same sequence as if it had gone through the model in one pass."""
-        whole = Positions()
-        whole.__dict__.update(self.__dict__)
-        whole.past, whole.length, whole.index = 0, self.seen, self._index
-        return whole
+        return self.part(0, self.seen)
+
+    def part(self, past: int, seen: int) -> Positions:
+        """The same sequence as of a pass over these columns of it."""
+        part = Positions()
+        part.__dict__.update(self.__dict__)
+        part.past, part.length, part.seen = past, seen - past, seen
+        part.index = None if self._index is None else self._index[:, past:seen]
+        return part
 
     def select(self, where: Where) -> slice | Tensor | None:
         """The columns to touch: None (nothing), a slice of this pass's tokens, or a bool mask `[batch length]`."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steerlens.core.memory import Memory
 from steerlens.core.positions import Positions
 from steerlens.core.record import blank, cut
 
@@ -20,7 +21,8 @@ class Sequence:
         positions: Of its tokens, and where its prompt ends.
         store: Its signals, see `record.blank`.
         memory: By group of loops, what their laws remember until the sequence ends: `now.sequence`. A tensor in it is
-            `[batch pos ...]` and ends with the last column of its pass, or `[batch]`.
+            `[batch pos ...]`, one value for each token that the law saw in the latest pass, or `[batch ...]`.
+        wheres: By group of loops, the tokens that they act on.
         states: By site, what summaries of the prompt are made of, `[batch pos ...]` of each pass.
         pooled: The summaries, by their id.
         decisions: Of gates.
@@ -32,14 +34,15 @@ class Sequence:
     def __init__(self) -> None:
         self.positions = Positions()
         self.store = blank()
-        self.memory: dict[int, dict[str, Any]] = {}
+        self.memory: dict[int, Memory] = {}
+        self.wheres: dict[int, list[Any]] = {}
         self.states: dict[Any, list[Tensor]] = {}
         self.pooled: dict[int, Tensor] = {}
         self.decisions: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
         self.kept: dict[Any, Any] = {}
         self.tangents: dict[Any, Tensor] = {}
         self.references: dict[Any, Tensor] = {}
-        self._before: list[tuple[int, dict[int, dict[str, Any]]]] = []
+        self._before: list[tuple[int, dict[int, Memory]]] = []
 
     def begin(self, shape: tuple[int, int], past: int, mask: Tensor | None, **options: Any) -> None:
         """Enter a pass; arguments as in `Positions.begin`."""
@@ -49,9 +52,9 @@ class Sequence:
             self.pooled.clear()
             self.decisions.clear()
         self.store["length"] = past + shape[1]
-        if self.memory:
-            self._before = self._before[1 - _REMEMBERED :]
-            self._before.append((past, {group: dict(kept) for group, kept in self.memory.items()}))
+        self._before = self._before[1 - _REMEMBERED :]
+        held = {group: kept.fork() for group, kept in self.memory.items() if kept.together or kept.rows or kept.lost}
+        self._before.append((past, held))
 
     def cut(self, column: int) -> None:
         """The cache has lost the columns from this one on."""
@@ -59,8 +62,8 @@ class Sequence:
         if column >= seen:
             return
         cut(self.store, column)
-        self.positions.cut(column)
         self._remember(column, seen)
+        self.positions.cut(column)
         for site, pieces in self.states.items():
             self.states[site] = _columns(pieces, column)
         for kept in self.kept.values():
@@ -70,12 +73,11 @@ class Sequence:
         """The cache has other rows by now, `[new batch]` numbers of those that were there."""
         self.store["moves"].append(index)
         self.positions.rows(index)
-        tables: list[dict[Any, Any]] = [self.pooled, *self.memory.values()]
-        for _, before in self._before:
-            tables += before.values()
-        for table in tables:
-            for name, value in table.items():
-                table[name] = _pick(value, index)
+        for name, value in self.pooled.items():
+            self.pooled[name] = _pick(value, index)
+        for memories in (self.memory, *(before for _, before in self._before)):
+            for memory in memories.values():
+                memory.pick(index)
         for site, pieces in self.states.items():
             self.states[site] = [_pick(value, index) for value in pieces]
         for key, (decided, measured) in self.decisions.items():
@@ -95,8 +97,9 @@ class Sequence:
             "moves": list(self.store["moves"]),
             "length": self.store["length"],
         }
-        twin.memory = {group: dict(memory) for group, memory in self.memory.items()}
-        twin._before = [(past, {group: dict(memory) for group, memory in old.items()}) for past, old in self._before]
+        twin.memory = {group: memory.fork() for group, memory in self.memory.items()}
+        twin._before = [(past, {group: memory.fork() for group, memory in old.items()}) for past, old in self._before]
+        twin.wheres = self.wheres
         twin.states = {site: list(pieces) for site, pieces in self.states.items()}
         twin.pooled, twin.decisions = dict(self.pooled), dict(self.decisions)
         twin.kept = {key: kept.fork() for key, kept in self.kept.items()}
@@ -110,13 +113,16 @@ class Sequence:
             self.memory = self._before.pop()[1]
         elif column == 0:
             self.memory = {}
-        else:
+        elif self._before:
+            past, old = self._before[-1]
+            part = self.positions.part(past, seen)
+            for group, memory in self.memory.items():
+                wheres = self.wheres.get(group, [])
+                chosen = part.select(wheres[0]) if len(wheres) == 1 else slice(0, seen - past)
+                memory.cut(old.get(group) or Memory(), chosen, column - past)
+        else:  # longer ago than is remembered
             for memory in self.memory.values():
-                for name, value in list(memory.items()):
-                    if isinstance(value, Tensor) and value.ndim > 1:
-                        memory[name] = value[:, : max(value.shape[1] - (seen - column), 0)]
-                        if not memory[name].shape[1]:
-                            del memory[name]
+                memory.lost = bool(memory.together or memory.rows)
 
 
 def _columns(pieces: list[Tensor], column: int) -> list[Tensor]:

@@ -135,6 +135,14 @@ def stops_of(
     return stops, wheres
 
 
+def wheres_of(loops: Sequence[Loop]) -> dict[int, list[Any]]:
+    """By group of loops, the token positions that they name."""
+    found: dict[int, list[Any]] = {}
+    for loop in loops:
+        _index(found.setdefault(loop.group, []), loop.where)
+    return found
+
+
 def _shown(names: dict[str, str], record: RecordSpec, vectors: Sequence[str]) -> list[Shown]:
     """Signals of one loop, or of all at a site; `names`: by signal, as in `SiteSignals`."""
     if record in (None, "all"):

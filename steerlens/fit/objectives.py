@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from steerlens.hosts import Host
 
 #: Loss -> which texts of a pair it needs.
 SIDES = {"dpo": "both", "negative_sft": "negative", "sft": "positive"}
-
-#: What the size of a step is relative to.
-Scale: TypeAlias = Literal["relative", "absolute"]
 
 
 class Labelled:

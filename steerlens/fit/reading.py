@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from operator import index
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from steerlens.core import Site
 from steerlens.core.types import Layers
 from steerlens.fit.contrast import Pairs
 from steerlens.hosts import Host
+
+#: What the size of a control is given in: shares of the states' norm, or activation units.
+Scale: TypeAlias = Literal["relative", "absolute"]
 
 
 def every_layer(host: Host, layers: Layers) -> list[int]:

@@ -143,6 +143,11 @@ class Pid(Law):
         """Those of the setpoint, `integral` and `derivative`."""
         return (*self.setpoint.signals, "integral", "derivative")
 
+    @property
+    def stepwise(self) -> bool:  # type: ignore[override]
+        """If the error is carried over tokens."""
+        return self.carry
+
     def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """`u = kp e + ki s + kd (e - e_before)`"""
         c, signals = self.setpoint.measure(x)

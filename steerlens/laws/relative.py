@@ -45,6 +45,11 @@ class Relative(Law):
         return (*self.law.signals, *(_reference(name) for name in self._projections))
 
     @property
+    def stepwise(self) -> bool:  # type: ignore[override]
+        """As the law is."""
+        return bool(self.law.stepwise)
+
+    @property
     def _projections(self) -> list[str]:
         return [name for name in self.law.setpoint.signals if name.startswith("projection")]
 

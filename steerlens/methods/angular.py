@@ -24,6 +24,7 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="sets", points=("resid_pre", "resid_mid")),
+    paper={"strength": 1.0},
     retune=Retune(("angle_rad", "adaptive"), _retune),
 )
 def angular(
@@ -34,12 +35,13 @@ def angular(
     read_layer: int | None = None,
     layers: Layers = None,
     adaptive: bool = False,
-    strength: float = 1.0,
+    strength: float = 0.1,
     where: Where = "all",
+    paper: bool = False,
 ) -> Controller:
     """Rotate the state within a plane to a given angle from the feature's direction, without changing its norm.
 
-        u = |P x| (cos(theta) b1 + sin(theta) b2) - P x,   P = b1 b1' + b2 b2'
+        u = s (|P x| (cos(theta) b1 + sin(theta) b2) - P x),   P = b1 b1' + b2 b2'
 
     b1 is the mean difference of one layer, b2 the first principal component of the mean differences of all layers,
     made orthogonal to b1. The angle is set, not added to: 0 points along the feature, pi against it, and at pi / 2 it
@@ -53,8 +55,10 @@ def angular(
             those of the other blocks.
         layers: Where to act: before the attention and before the MLP of each; default all.
         adaptive: Rotate only states that have the feature, `<b1, x> > 0`.
-        strength: s, the fraction of u that is added; only 1 keeps the norm.
+        strength: s, the fraction of the way at each site; only 1 (the paper) sets the angle and keeps the norm. The
+            default has a KL of about 0.3 nats per token on SmolLM2, 1 one of 0.8 to 1.6.
         where: Token positions, see `Loop`.
+        paper: Take the paper's strength, if none is given.
 
     Returns:
         Up to two loops per layer, on one plane. Recorded signals: `angle_rad` `[batch pos]`, the angle in the plane

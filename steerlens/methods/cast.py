@@ -12,7 +12,7 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.reading import check_paired, contrast_states, every_layer
+from steerlens.fit.reading import Scale, check_paired, contrast_states, every_layer, mean_norm
 from steerlens.gating import POOLS, Pool, prompt_states
 from steerlens.hosts import Host
 from steerlens.hosts.types import Model
@@ -20,7 +20,7 @@ from steerlens.laws.conditions import Resemblance, resemblance
 from steerlens.laws.feedback import Add
 
 
-@method(card=Card(needs="pairs", points=POINTS))
+@method(card=Card(needs="pairs", points=POINTS), paper={"scale": "absolute", "strength": 1.0})
 def cast(
     model: Model,
     data: Pairs,
@@ -31,12 +31,15 @@ def cast(
     point: str = "resid_post",
     pool: Pool = "mean",
     threshold: float | None = None,
-    strength: float = 1.0,
+    strength: float = 0.02,
+    scale: Scale = "relative",
     where: Where = "all",
+    paper: bool = False,
 ) -> Controller:
     """Add a behaviour vector, but only to prompts that resemble a condition.
 
-        u = g s v,   g = 1 if any_j sim(x_j, c_j) > b, else 0   (or < b, whichever separates the examples better)
+        u = g s a v,   a = mean |x| over all texts, or 1 with scale="absolute"
+        g = 1 if any_j sim(x_j, c_j) > b, else 0   (or < b, whichever separates the examples better)
         sim(x, c) = cos(x, tanh(c <c, x> / <c, c>)),   x_j the unsteered prompt's mean at condition layer j
 
     v and c are first principal components of the differences within pairs, of unit length, with the sign for which in
@@ -56,8 +59,12 @@ def cast(
             last token.
         threshold: b. Default: the threshold with the highest F1 score on `condition`, in the middle of the widest gap.
             Whether the gate is open above or below it is chosen by the score in both cases.
-        strength: s, in activation units; v has unit length, so that 1 is a small change if activations are large.
+        strength: s, the share of a state's norm that is added at each of `layers`, no unit; with `scale="absolute"` in
+            activation units.
+        scale: `"relative"` or `"absolute"`, see `strength`. v has unit length, so that 1 in activation units is a small
+            change if activations are large.
         where: Token positions, see `Loop`. The paper adds to every token.
+        paper: Take `scale="absolute"` and strength 1, if they are not given.
 
     Returns:
         One loop per layer. The recipe holds the threshold, its side and its F1 score: check it before you rely on
@@ -88,7 +95,8 @@ def cast(
     for site, (positive, negative) in contrast_states(model, data, sites).items():
         v = pairwise_component(positive.flatten(1), negative.flatten(1), site)
         vector = v.to(positive.dtype).reshape(positive.shape[1:])
-        loops.append(Loop(Add(vector), site, where=where, strength=strength, gates=(gate,)))
+        size = mean_norm(torch.cat([positive, negative])) if scale == "relative" else 1.0
+        loops.append(Loop(Add(vector * size), site, where=where, strength=strength, gates=(gate,)))
     return Controller(loops, {"threshold": condition_met.threshold, "above": condition_met.above, "f1": f1})
 
 

@@ -14,8 +14,8 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.objectives import Labelled, Objective, Scale, labelled, objective
-from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.objectives import Labelled, Objective, labelled, objective
+from steerlens.fit.reading import Scale, mean_norm, pick_layers
 from steerlens.fit.retune import Draft, Retune, edited, ratio
 from steerlens.hosts import Host
 from steerlens.hosts.batches import pad

@@ -13,8 +13,8 @@ from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
-from steerlens.fit.objectives import Scale, objective
-from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.objectives import objective
+from steerlens.fit.reading import Scale, mean_norm, pick_layers
 from steerlens.fit.retune import Draft, Retune
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
@@ -28,6 +28,7 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="completions", points=POINTS, derivatives="activations"),
+    paper={"where": "prompt", "scale": "absolute", "eta": 1.0},
     retune=Retune(("eta",), _retune),
 )
 def cold_kernel(
@@ -39,13 +40,14 @@ def cold_kernel(
     reference: str | None = None,
     pairs: Literal["sum", "rejected_only"] = "sum",
     kernel: Literal["unit", "linear"] = "unit",
-    eta: float = 0.1,
+    eta: float = 0.15,
     scale: Scale = "relative",
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    where: Where = "prompt",
+    where: Where = "last",
     batch: int = 4,
+    paper: bool = False,
 ) -> Controller:
     """Move the activations as one step of gradient descent on a few examples would, with a kernel for the parameters.
 
@@ -80,9 +82,11 @@ def cold_kernel(
         layers: Blocks, counted from 0; default the middle one. The paper's layer l is the output of block l - 1.
         point: Point of the block, see `Site`.
         strength: Factor on the control, no unit; it multiplies the learning rate.
-        where: Token positions, see `Loop`. The paper changes the prompt and no generated token; its own code includes
-            position 0, whose change is far larger than the others'.
+        where: Token positions, see `Loop`. The paper changes the prompt and no generated token, `"prompt"`, which has a
+            tenth of the KL at the same eta; its own code includes position 0, whose change is far larger than the
+            others'.
         batch: Pairs in one forward and backward pass.
+        paper: Take the paper's setting for what is not given: `where="prompt"`, `scale="absolute"`, `eta=1`.
 
     Returns:
         One loop per layer. Recorded signals: `u`, `u_norm`.

@@ -14,7 +14,7 @@ from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
-@method(card=Card(needs="sets", points=POINTS, also="ideally also an aligned model"))
+@method(card=Card(needs="sets", points=POINTS, also="ideally also an aligned model"), paper={"strength": 4.0})
 def inferaligner(
     model: Model,
     data: Pairs,
@@ -24,8 +24,9 @@ def inferaligner(
     layers: Layers = None,
     gate_layers: Layers = None,
     point: str = "resid_post",
-    strength: float = 4.0,
+    strength: float = 0.13,
     where: Where = "all",
+    paper: bool = False,
 ) -> Controller:
     """Add an aligned model's contrast vector, but only to prompts that the model itself classifies as positive.
 
@@ -46,8 +47,10 @@ def inferaligner(
         gate_layers: Layers to choose from for the gate; the one that separates the prompts best is taken. Default: all
             before the first of `layers`. A later layer costs a second pass over each prompt.
         point: Point of the block, see `Site`.
-        strength: s, in multiples of the aligned model's class difference.
+        strength: s, in multiples of the aligned model's class difference, which is added at each of `layers`. The
+            default has a KL of about 0.3 nats per token on SmolLM2 if the gate is open, 4 (the paper) one of 10.
         where: Token positions, see `Loop`. The paper adds to every token.
+        paper: Take the paper's strength, if none is given.
 
     Returns:
         One loop per layer. Recorded signals: `u`, `u_norm`, `gate` (0 or 1), `score` (distance of the prompt to the

@@ -11,20 +11,24 @@ from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.method import method
-from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.fit.reading import Scale, contrast_states, pick_layers
 from steerlens.hosts.types import Model
 from steerlens.laws.affine import Transport
 
 
-@method(card=Card(needs="sets", points=VECTORS), paper={"strength": 1.0})
+@method(
+    card=Card(needs="sets", points=VECTORS),
+    paper={"ridge": 1e-2, "scale": "absolute"},
+)
 def mimic(
     model: Model,
     data: Pairs,
     *,
     layers: Layers = None,
     point: str = "resid_post",
-    strength: float = 0.3,
-    ridge: float = 1e-2,
+    strength: float = 1.0,
+    ridge: float = 8.0,
+    scale: Scale = "relative",
     gate: bool = False,
     where: Where = "last",
     paper: bool = False,
@@ -42,16 +46,20 @@ def mimic(
             token whose activation is x.
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
-        strength: s, the fraction of the way; no unit. 1 is the transport (the papers), with a KL of
-            3.4 nats per token on SmolLM2; the default has about 0.3.
-        ridge: Added to the covariances' diagonal, in squared activation units. With fewer texts than dimensions it
-            determines how far a state outside the sample is stretched.
+        strength: s, the fraction of the way; no unit. 1 is the transport.
+        ridge: Added to the covariances' diagonal: a share of the negative texts' mean variance over the coordinates,
+            or with `scale="absolute"` in squared activation units. With fewer texts than dimensions it determines how
+            far a state outside the sample is stretched: single tokens vary far more than the means over texts that
+            `Pairs.read` may give. The default has a KL of 0.4 nats per token on SmolLM2 and a
+            concept, 0.01 in squared activation units one of 7.
+        scale: `"relative"` or `"absolute"`, see `ridge`.
         gate: Move only states that a logistic regression classifies as negative, as ODESteer's comparison does.
         where: Token positions, see `Loop`.
-        paper: Take the whole transport, if no strength is given.
+        paper: Take `scale="absolute"` and `ridge=0.01`, if they are not given.
 
     Returns:
-        One loop per layer. Recorded signals: `u`, `u_norm`; with `gate`, `gate` `[batch pos]`, 1 if it acts, else 0.
+        One loop per layer. The recipe holds, per layer, the ridge in squared activation units. Recorded signals: `u`,
+        `u_norm`; with `gate`, `gate` `[batch pos]`, 1 if it acts, else 0.
 
     Raises:
         ValueError: a layer or point the model does not have; a ridge that is not positive; a point whose state is not
@@ -65,11 +73,14 @@ def mimic(
     sites = pick_layers(model, layers, point, default="middle")
     if len(model.shape(sites[0])) != 1:
         raise ValueError(f"mimic maps the state as one vector, which it is not at point={point!r}")
-    loops = []
+    loops, ridges = [], []
     for site, (positive, negative) in contrast_states(model, data, sites).items():
-        law = transport(positive, negative, ridge, gate=gate)
+        size = float(negative.double().var(0, correction=0).mean()) if scale == "relative" else 1.0
+        # texts without any spread have no unit of their own
+        ridges.append(ridge * (size or 1.0))
+        law = transport(positive, negative, ridges[-1], gate=gate)
         loops.append(Loop(law, site, where=where, strength=strength))
-    return Controller(loops)
+    return Controller(loops, {"ridge": ridges})
 
 
 def transport(positive: Tensor, negative: Tensor, ridge: float, *, gate: bool = False) -> Transport:

@@ -70,7 +70,8 @@ def odesteer(
         data: Contrast texts; `Pairs.read` selects the token whose activation is x. The sides may differ in number.
         layers: Where to act; default the middle layer.
         point: Point of the block, see `Site`.
-        angle_rad: Length of the flow in radians, T / |x|; default 0.3. Beyond about 0.5 a small model's output suffers.
+        angle_rad: Length of the flow in radians, T / |x|; default 0.2, which has a KL of
+            about 0.3 nats per token on SmolLM2. Beyond about 0.5 a small model's output suffers.
         distance: Length T in activation units, instead of `angle_rad`. The paper's values, 3 to 23, hold for one model
             and one layer each.
         mode: `"exact"`: the kernel itself, and one Runge-Kutta step of order 4, or the exact great circle if h is
@@ -142,7 +143,7 @@ def odesteer(
 def _length(angle_rad: float | None, distance: float | None) -> float:
     if distance is not None:
         return finite("distance", distance)
-    return 0.3 if angle_rad is None else finite("angle_rad", angle_rad)
+    return 0.2 if angle_rad is None else finite("angle_rad", angle_rad)
 
 
 def _check(mode: str, degree: int, angle_rad: float | None, distance: float | None) -> None:

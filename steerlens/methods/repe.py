@@ -10,24 +10,30 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.reading import contrast_states, pick_layers
+from steerlens.fit.reading import Scale, contrast_states, mean_norm, pick_layers
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
-@method(card=Card(needs="pairs", points=POINTS))
+@method(
+    card=Card(needs="pairs", points=POINTS),
+    paper={"scale": "absolute", "strength": 1.0},
+)
 def repe(
     model: Model,
     data: Pairs,
     *,
     layers: Layers = None,
     point: str = "resid_post",
-    strength: float = 1.0,
+    strength: float = 0.25,
+    scale: Scale = "relative",
     where: Where = "last",
+    paper: bool = False,
 ) -> Controller:
     """Add the first principal component of the differences within pairs.
 
-        u = s v,   v = argmax_|v|=1 sum_i <v, d_i - mean d>^2,   d_i = x(p_i+) - x(p_i-),   <v, mean d> >= 0
+        u = s a v,   v = argmax_|v|=1 sum_i <v, d_i - mean d>^2,   d_i = x(p_i+) - x(p_i-),   <v, mean d> >= 0
+        a = mean |x| over all texts, or 1 with scale="absolute"
 
     The differences are centred, so that v is the direction in which the pairs differ most from each other. It may be
     far from the mean difference of `caa`. A principal component has no sign; it is oriented towards the mean
@@ -38,8 +44,11 @@ def repe(
         data: Contrast pairs, three at least; `Pairs.read` selects the token whose activation is x.
         layers: Where to add; default the middle layer.
         point: Point of the block, see `Site`.
-        strength: s, in activation units.
+        strength: s, the share of a state's norm that is added, no unit; with `scale="absolute"` in activation units.
+        scale: `"relative"` or `"absolute"`, see `strength`. v has unit length, so that 1 in activation units, as in
+            the paper's equation, is next to nothing where states are large.
         where: Token positions, see `Loop`.
+        paper: Take `scale="absolute"` and strength 1, if they are not given.
 
     Returns:
         One loop per layer. The recipe holds, per layer, the share of the variance that v explains and its cosine with
@@ -57,7 +66,8 @@ def repe(
     for site, (positive, negative) in contrast_states(model, data, sites).items():
         v, share, cosine = principal_difference(positive.flatten(1), negative.flatten(1))
         vector = v.to(positive.dtype).reshape(positive.shape[1:])
-        loops.append(Loop(Add(vector), site, where=where, strength=strength))
+        size = mean_norm(torch.cat([positive, negative])) if scale == "relative" else 1.0
+        loops.append(Loop(Add(vector * size), site, where=where, strength=strength))
         shares.append(share)
         cosines.append(cosine)
     return Controller(loops, {"explained": shares, "cosine_with_mean": cosines})

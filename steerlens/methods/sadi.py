@@ -44,6 +44,7 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="sets", points=("z", "mlp_post", "mlp_out", "resid_post")),
+    paper={"where": "last_prompt"},
     retune=Retune(("strength",), _retune),
 )
 def sadi(
@@ -58,7 +59,8 @@ def sadi(
     mode: Literal["live", "frozen"] = "live",
     layers: Layers = None,
     point: str | None = None,
-    where: Where = "last_prompt",
+    where: Where = "last",
+    paper: bool = False,
 ) -> Controller:
     """Scale those heads, neurons or coordinates by which the activations of two sets of texts differ most.
 
@@ -89,8 +91,9 @@ def sadi(
             which contains s.
         layers: Layers to choose from; default all.
         point: For `"hidden"`: `"mlp_out"` (default) or `"resid_post"`.
-        where: Token positions, see `Loop`; default the last prompt token, as the authors' code has it, and the only one
-            for `mode="frozen"`.
+        where: Token positions, see `Loop`. The authors' code scales at the last prompt token alone, `"last_prompt"`,
+            which has a KL of 0.01 nats per token on SmolLM2, the default one of about 0.3; `mode="frozen"` needs it.
+        paper: Take `where="last_prompt"`, if no positions are given.
 
     Returns:
         One loop per layer that has a chosen element, or for every layer with `mode="frozen"`. Recorded signals: `u`,

@@ -52,3 +52,18 @@ def padding_mask(tokenizer: Any, tokens: Tensor, prepends_bos: bool, side: str) 
 def folded(cfg: Any) -> bool:
     """Whether norm weights were folded into the matrices after them."""
     return str(getattr(cfg, "normalization_type", "")).endswith("Pre")
+
+
+def refuse_empty_slots(config: Any, mask: Any) -> None:
+    """Raises NotImplementedError unless the mask of a pass with a static cache tells its empty slots from tokens.
+
+    Upstream: TransformerLens 3.9's Bridge attends to every slot without a mask, which transformers leaves out if no row
+    has a pad. TransformerLens 4 is right; goes with TransformerLens 3.
+    """
+    unknown = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
+    if unknown and config._attn_implementation != "eager":
+        raise NotImplementedError(
+            "TransformerBridge of TransformerLens 3 attends to the empty slots of a static cache if no row has a pad, "
+            "steered or not; leave cache_implementation='static' out, load the model with "
+            "attn_implementation='eager', or use TransformerLens 4"
+        )

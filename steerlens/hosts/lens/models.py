@@ -22,7 +22,7 @@ from steerlens.hosts.blocks.selfcheck import doubts_about
 from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
-from steerlens.hosts.lens.calls import caching, folded, generate, padding_mask
+from steerlens.hosts.lens.calls import caching, folded, generate, padding_mask, refuse_empty_slots
 from steerlens.hosts.lens.hookpoints import Bare, LensHost
 from steerlens.hosts.lens.seats import place_of
 from steerlens.hosts.roles import Layout, output_matrix, refuse_other_kinds, submodule
@@ -64,8 +64,7 @@ class BridgeHost(LensHost):
                 )
         self.name = str(getattr(inner.config, "_name_or_path", None) or "")
         self.quantised = is_quantised(inner)
-        #: The Bridge's own names of sites, as far as `_spots` has asked for them.
-        self._own_names: dict[Site, str] = {}
+        self._own_names: dict[Site, str] = {}  # the Bridge's, as far as `_spots` has asked for them
 
     def missing(self, site: Site) -> str | None:
         """Why there is no such hook point, or none that is what its name says."""
@@ -157,7 +156,14 @@ class BridgeHost(LensHost):
 
     def _beside(self, entry: nn.Module) -> Callable[..., Any]:
         second = SecondPass(entry, self._aside, self._spots)
-        return lambda args, kwargs, past: lambda kept: BaseCompanion(second, Call(args, kwargs, past), kept)
+        third, config = HookedTransformer is not None, self.model.original_model.config
+
+        def beside(args: tuple[Any, ...], kwargs: dict[str, Any], past: Any) -> Callable[..., BaseCompanion]:
+            if third and type(kwargs.get("past_key_values")).__name__ == "StaticCache":
+                refuse_empty_slots(config, kwargs.get("attention_mask"))
+            return lambda kept: BaseCompanion(second, Call(args, kwargs, past), kept)
+
+        return beside
 
     def _list_of_prompts(self, steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The Bridge pads a list on the right without a mask, since no real token sees the pads behind it.
