@@ -159,7 +159,7 @@ def test_one_notion_has_one_argument_name():
 @pytest.mark.parametrize("name", ["lqr", "pid", "track", "odesteer", "cold_kernel", "cold_fd", "caa", "angular"])
 def test_strength_is_a_factor_on_the_control(name):
     case = Case(name, discover_hosts()[0])
-    whole, half = case.controller, case.fit(strength=0.5)
+    whole, half = case.fit(strength=1.0), case.fit(strength=0.5)
     for a, b in zip(whole.loops, half.loops, strict=True):
         assert b.strength == pytest.approx(0.5 * a.strength, rel=1e-6)
         assert repr(type(a.law)) == repr(type(b.law))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +76,7 @@ class Controller:
             raise ValueError(f"no loop acts at layers {sorted(missing)}; this controller acts at {self.layers}")
         return Controller([loop for loop in self.loops if loop.act.layer in kept], self.recipe)
 
-    def retuned(self, **arguments: Any) -> Controller:
+    def retuned(self, **arguments: float | bool | str | Sequence[float] | Tensor | None) -> Controller:
         """The same fit with other values of arguments that do not enter it: a level, an angle, a gain, a strength.
 
             controller = sl.lqr(model, pairs)

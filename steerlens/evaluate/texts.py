@@ -60,6 +60,9 @@ def generate_texts(
         batch: Prompts in one call of the model's `generate`.
         prepend_bos: As in `Pairs`.
         trust: As in `steer`.
+
+    Raises:
+        ValueError: a prompt without tokens.
     """
     host = host_of(model)
     ids = [prompt_ids(prompt, host, prepend_bos) for prompt in prompts]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlens.core import Site
+from steerlens.hosts.types import Model
 
 if TYPE_CHECKING:
     from steerlens.hosts.base import Host
@@ -95,7 +96,7 @@ class Readings:
 
 
 @contextmanager
-def readings(model: Any, *, limit: int = 1 << 30) -> Iterator[Readings]:
+def readings(model: Model, *, limit: int = 1 << 30) -> Iterator[Readings]:
     """Let all fits in this context read each text once: what one fit reads of a model the next one finds.
 
         with sl.readings(model):

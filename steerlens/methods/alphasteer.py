@@ -72,11 +72,11 @@ def alphasteer(
             sides with identical activations at a layer; a null space in which the texts to be steered have hardly
             an activation.
 
-    Source: Sheng et al. (arXiv 2506.07022), equations 7 to 10. Differences from the authors' code: the state of each
+    Source: Sheng et al. (arXiv 2506.07022). Differences from the authors' code: the state of each
     steered token is used, where the code adds, once and to the whole prompt, the control of the prompt's last token;
     the null space is at least the directions without benign activation, and `share` a floor under it; the solution is
-    that of their pseudoinverse, of which the rank is used. Not reproduced: the refusal rates of the paper, which other
-    groups dispute; a share for each layer, chosen on jailbreaks.
+    that of their pseudoinverse, of which the rank is used. Not reproduced: the refusal rates of the paper;
+    a share for each layer, chosen on jailbreaks.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share}; it lies between 0 and 1")

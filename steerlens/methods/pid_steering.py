@@ -60,7 +60,8 @@ def pid_steering(
             identical activations at every layer; with `sequential`, a model that is being steered.
 
     Source: Nguyen et al., Activation Steering with a Feedback Controller (arXiv 2510.04309), the variant whose vectors
-    are added. Not reproduced: the authors' gains for each model and task, which could not be read; a public copy of
+    are added. The formula is that of summaries of the paper, whose text could not be read. Not reproduced: the authors'
+    gains for each model and task; a public copy of
     their code has kp = 0.3, an integral that is the mean over the earlier layers times 1.5e-4, and no derivative; the
     variants that ablate or rotate with the computed vectors.
     """

@@ -185,7 +185,7 @@ def from_hidden_directions(
         where, strength: As for `from_tensor`.
 
     Raises:
-        OSError: no such file.
+        FileNotFoundError: no such file, or a folder without `advocate_bias.pt`.
         ValueError: a direction without `layers`; a file that `read_torch` refuses, or that holds neither; a baked bias
             without `model`, or in an architecture that has no such point.
 
