@@ -88,17 +88,13 @@ def angular(
             f"both sides differ at layers {known} only; angular needs two such layers, and read_layer={read_layer}"
         )
     directions = torch.stack([difference[number] / difference[number].norm() for number in known])
-    index = most_alike(directions) if asked is None else known.index(asked)
+    cosines = (directions @ directions.T).mean(1)
+    index = int(cosines.argmax()) if asked is None else known.index(asked)
     first, second = plane(directions, index)
     dtype = positive[source[0]].dtype
     law = Turn(torch.stack([first, second]).to(dtype), angle_rad, adaptive=adaptive)
     loops = [Loop(law, site, where=where, strength=strength) for site in sites]
     return Controller(loops, {"read_layer": known[index]})
-
-
-def most_alike(directions: Tensor) -> int:
-    """Which of the unit rows has the largest mean cosine with the others."""
-    return int((directions @ directions.T).mean(1).argmax())
 
 
 def plane(directions: Tensor, index: int) -> tuple[Tensor, Tensor]:

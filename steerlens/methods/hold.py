@@ -21,9 +21,7 @@ from steerlens.laws.relative import Relative
 from steerlens.laws.setpoints import Range
 
 
-@method(
-    card=Card(needs="sets", points=VECTORS, concepts=True, vectors=True),
-)
+@method(card=Card(needs="sets", points=VECTORS, concepts=True, vectors=True))
 def hold(
     model: Model,
     data: Pairs | Sequence[Pairs] | Tensor | Mapping[int, Tensor],
@@ -101,13 +99,6 @@ def hold(
     loops = []
     for site, at in held.items():
         law = Feedback(Range(at.directions, *at.bounds), at.directions)
-        loops.append(
-            Loop(
-                Relative(law) if asked.own else law,
-                site,
-                where=where,
-                strength=strength,
-                reference=site if asked.own else None,
-            )
-        )
+        relative, reference = (Relative(law), site) if asked.own else (law, None)
+        loops.append(Loop(relative, site, where=where, strength=strength, reference=reference))
     return Controller(loops, {"levels": [at.levels.tolist() for at in held.values()], **asked.found(held)})
