@@ -44,6 +44,33 @@ def test_untrusted_requests(method, client, local, untrusted):
     check_runs_on_a_server(local(method), Case(method, "nnsight", model=client, remote=True))
 
 
+@pytest.mark.parametrize("kind", ["trusted", "untrusted"])
+def test_parts_of_the_text_and_gates_for_each_token(kind, client, local, request):
+    """A span is found in ids that no tokenizer reads there; a gate decides about each token beside the weights."""
+    if kind == "untrusted":
+        request.getfixturevalue("untrusted")
+    case = local("caa")
+    prompt = case.prompt
+    with case.steer():
+        written = case.generate(torch.tensor([prompt]))[0].tolist()
+    first, later = (case.model.tokenizer.decode(written[at : at + 2]) for at in (2, len(prompt) + 1))
+    prompts = sl.Pairs([[3, 17, 25, 29, 41], [7, 17, 26, 30, 42]], [[50, 60, 70, 80, 90], [51, 61, 71, 81, 91]])
+    ramp = sl.gate(case.model, prompts, gate_layers=0, curve="linear")
+    for controller in (
+        case.controller.at(sl.between(case.model, first, later)),
+        case.controller.at(sl.until(case.model, first)),
+        sl.when(case.controller, ramp, each_token=True),
+    ):
+        with sl.steer(case.model, controller, record="all") as run:
+            case.generate(torch.tensor([prompt]))
+        (u,) = (value for name, value in run.record.items() if name.endswith("steer_u_norm"))
+        assert 1 < len(u.nan_to_num().unique()), "the case selects nothing, or all alike"
+        held = Case("caa", "nnsight", model=case.model)
+        held.controller = controller
+        check_runs_on_a_server(held, Case("caa", "nnsight", model=client, remote=True))
+    assert clean(client)
+
+
 def test_what_needs_a_second_pass(client, local):
     """A gate behind the steered layer, frozen states, references, and tangents while decoding: the server runs it."""
     case = local("caa")
