@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -195,6 +196,26 @@ def test_another_run_does_not_move_the_reference(host):
             case.logits(ids)
             beside = run.record[name].clone()
     torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_hooks_of_the_users_own_see_the_steered_passes_only(host, cached):
+    """Plain PyTorch hooks of every module, before and behind it, are called as often as they are unsteered."""
+    case, controller = fitted(host)
+    calls, handles, ids = Counter(), [], torch.tensor([TEXT])
+    for name, module in getattr(case.model, "_module", case.model).named_modules():
+        handles.append(module.register_forward_hook(lambda *_, name=name: calls.update([name])))
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: calls.update([f"{name}, before"])))
+    case.generate(ids, 4, cache=cached)
+    unsteered = calls.copy()
+    calls.clear()
+    with case.steer(controller=controller):
+        case.generate(ids, 4, cache=cached)
+    for handle in handles:
+        handle.remove()
+    block = next(name for name in unsteered if name.endswith((".0", ".0._original_component")))
+    assert unsteered[block] == 4
+    assert calls == unsteered
 
 
 def test_a_relative_controller_is_saved_and_loaded(host, tmp_path):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from steerlens.core import Companion, Direction, Site
+from steerlens.hosts.blocks.bare import Bare
 from steerlens.hosts.blocks.context import FixedContext
 from steerlens.hosts.blocks.second_pass import gather
 from steerlens.hosts.blocks.text import text_of
-from steerlens.hosts.lens.hookpoints import Bare
 from steerlens.hosts.lens.seats import place_of
 
 #: A gradient step depends on how a function is parametrised.

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from steerlens.core import Site
 from steerlens.hosts.base import Host
 from steerlens.hosts.blocks import hf
+from steerlens.hosts.blocks.bare import Bare
 from steerlens.hosts.blocks.learning import Learner
 from steerlens.hosts.blocks.nominal import Capture, Nominal
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Call, SecondPass, Spot, gather
@@ -23,7 +24,7 @@ from steerlens.hosts.blocks.turns import turn_of
 from steerlens.hosts.generation import hf_generations, hf_pass
 from steerlens.hosts.lens.beside import OTHER_PARAMETERS, BlocksCompanion, FrozenEntry
 from steerlens.hosts.lens.calls import caching, embed, folded, generate, ids_of, padding_mask, refuse_empty_slots
-from steerlens.hosts.lens.hookpoints import Bare, LensHost
+from steerlens.hosts.lens.hookpoints import LensHost
 from steerlens.hosts.lens.seats import place_of
 from steerlens.hosts.roles import Layout, output_matrix, refuse_other_kinds, submodule
 from steerlens.hosts.steered import PlainCopy, Steered, Wrapped, unsteered

@@ -12,6 +12,7 @@ from nnsight.intervention.util import first_input, replace_first_input
 from torch import Tensor
 
 from steerlens.core import Pass, Site
+from steerlens.hosts.blocks.bare import Bare
 from steerlens.hosts.blocks.hf import call_shape
 from steerlens.hosts.blocks.second_pass import BaseCompanion, Call, SecondPass
 from steerlens.hosts.traced.walk import Walk, alone
@@ -227,17 +228,27 @@ class Carry(Tap):
 
 
 class StoodDown:
-    """A context in which nnsight does not see what a module does, as in an ad-hoc call of its envoy."""
+    """A context in which nnsight does not see what a module does, as in an ad-hoc call of its envoy.
 
-    def __init__(self, envoy: Any):
+    Args:
+        envoy: Of the module.
+        bare: PyTorch's own hooks do not see it either.
+    """
+
+    def __init__(self, envoy: Any, bare: bool = False):
         self.interleaver = envoy.interleaver
+        self._bare = Bare(envoy._module) if bare else None
 
     def __enter__(self) -> None:
+        if self._bare is not None:
+            self._bare.__enter__()
         self._before = self.interleaver.interleaving
         self.interleaver.interleaving = False
 
     def __exit__(self, *_: Any) -> None:
         self.interleaver.interleaving = self._before
+        if self._bare is not None:
+            self._bare.__exit__()
 
 
 def spots_of(taps: list[Tap]) -> dict[Site, Any]:
@@ -280,7 +291,8 @@ def follow(
         apart: Where the states are that a companion is asked for.
         passes: Begins each pass.
     """
-    second = second_pass(base, apart) if apart else None
+    # a server's model has no hooks of the user's
+    second = second_pass(base, apart, bare=first is None) if apart else None
     for step in Iterations()[:]:
         try:
             whole = step == 0 or first is None or run.aside.accompanied
@@ -310,10 +322,10 @@ def follow(
                 index += 1
 
 
-def second_pass(base: Any, apart: list[Tap]) -> SecondPass:
-    """The model beside the passes of an edit."""
+def second_pass(base: Any, apart: list[Tap], *, bare: bool) -> SecondPass:
+    """The model beside the passes of an edit; `bare`: without its hooks."""
     return SecondPass(
-        base._module, lambda: StoodDown(base), lambda sites: spots_of([tap for tap in apart if tap.read in sites])
+        base._module, lambda: StoodDown(base, bare), lambda sites: spots_of([tap for tap in apart if tap.read in sites])
     )
 
 
