@@ -139,7 +139,10 @@ class Seen:
         starts: Column of each row's first real token.
         logits: `{(row, position): [vocab]}`.
         run: The run, for its record.
+        beams: Of a beam search, the row that each token of each returned text came from, `[text step]`, or None.
     """
+
+    beams: Any = None
 
     def __init__(self, run: Any, tokens: Any, prompts: Any, starts: Any, logits: Any, controls: Any = None):
         self.run, self.tokens, self.prompts, self.starts, self.logits = run, tokens, prompts, starts, logits
@@ -291,7 +294,14 @@ def generation(library: Library, texts: list[list[int]], count: int, controller:
         # a beam's logits are those of the step's own order of rows
         if out.logits is not None and options.get("num_beams", 1) == 1 and len(out.logits) == count:
             logits |= {(row, prompts[-1] - 1 + step): values[row] for step, values in enumerate(out.logits)}
-    return Seen(run, tokens, prompts, begins, logits, seen)
+    found = Seen(run, tokens, prompts, begins, logits, seen)
+    found.beams = getattr(out, "beam_indices", None)
+    return found
+
+
+def moved(beams: Tensor) -> bool:
+    """Whether a row went on from another one, after a pass in which they differed; of a search's `beam_indices`."""
+    return bool((beams[:, 2:] != beams[:, 1:-1]).any())
 
 
 def loops(where: Any = "last", *, size: float = 3.0) -> sl.Controller:

@@ -66,7 +66,8 @@ def _generate(steered: Steered, whole: bool, inner: Callable[..., Any], *args: A
             "assistant_early_exit runs the first blocks by themselves, which cannot be steered on nnsight; give "
             "another model as assistant_model"
         )
-    generation = Generation(hf.prompt_end(args, kwargs), announced=True)
+    end, left_out = hf.prompt_end(args, kwargs)
+    generation = Generation(end, announced=True)
     # transformers tells which beams a text came from only in the form with all results
     unwrap = _searches(inner, args, kwargs) and not kwargs.get("return_dict_in_generate")
     if unwrap:
@@ -79,7 +80,7 @@ def _generate(steered: Steered, whole: bool, inner: Callable[..., Any], *args: A
     if isinstance(tokens, Tensor) and generation.identity is not None and kwargs.get("inputs_embeds") is None:
         for sequence in generation.identity.held.values():
             # the last token has not been through the model; speculated ones may have
-            cut(sequence.store, tokens.shape[1] - 1)
+            cut(sequence.store, left_out + tokens.shape[1] - 1)
             if isinstance(beams, Tensor) and generation.end is not None:
                 take(sequence.store, beams, generation.end)
     return tokens if unwrap and tokens is not None else result

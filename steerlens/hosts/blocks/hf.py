@@ -98,22 +98,22 @@ def plain_mask(mask: Any) -> Tensor | None:
     return row if row.dtype == torch.bool else row == 0
 
 
-def prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """First column after the prompt of a call of transformers' `generate`; None: it does not say.
+def prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int]:
+    """First column after the prompt of a call of transformers' `generate`, and how many columns it is not given.
 
-    With a cache that holds the beginning of the text, `generate` takes either the whole text or what is new of it, and
-    tells them apart by the length of the mask; so does this.
+    None: it does not say. With a cache that holds the beginning of the text, `generate` takes either the whole text or
+    what is new of it, and tells them apart by the length of the mask; so does this.
     """
     given = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
     found = [value for value in given if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1]]
     if not found:
-        return None
+        return None, 0
     length = max(value.shape[1] for value in found)
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     past = 0 if cache is None else int(cache.get_seq_length())
     if not past or mask is None or mask.shape[1] == length:
-        return length
-    return past + length
+        return length, 0
+    return past + length, past
 
 
 class FrozenCache:
