@@ -15,7 +15,8 @@ import steerlens as sl
 from steerlens.core import tensors_of
 from steerlens.models import tiny
 from steerlens.testing import Case, discover_hosts, snapshot
-from tests.sequence_cases import PAD, Draw, Library, Seen, compare, controls_of, gated, generation, loops
+from tests.reference import Push
+from tests.sequence_cases import PAD, Draw, Library, Seen, compare, controls_of, gated, generation, loops, moved
 
 HOSTS = discover_hosts()
 HUGGING = [name for name in ("bridge", "nnsight") if name in HOSTS]
@@ -108,15 +109,20 @@ def test_tangents_are_the_same_with_a_cache_and_without(name, kind, where):
     case = Case("cold_fd", name, model=library(name).model)
     controller = case.fit().at(where) * 2
     texts = [TEXT[:4], TEXT] if kind == "padded" else [TEXT]
-    options = {"num_beams": 3} if kind == "beams" else {}
+    options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True} if kind == "beams" else {}
     longest = max(map(len, texts))
     ids = torch.tensor([[PAD] * (longest - len(text)) + text for text in texts])
-    with sl.steer(case.model, controller, record=None):
-        both = [
-            library(name).generate(ids, (ids != PAD).long(), 5, use_cache=cached, **options).sequences
-            for cached in (True, False)
-        ]
-    assert torch.equal(*both)
+    with sl.steer(case.model, controller, record="all") as run:
+        both, controls = [], []
+        for cached in (True, False):
+            both.append(library(name).generate(ids, (ids != PAD).long(), 6, use_cache=cached, **options))
+            controls.append(controls_of(run))
+    assert torch.equal(*(out.sequences for out in both))
+    for site, u in controls[0].items():
+        torch.testing.assert_close(u, controls[1][site], rtol=1e-3, atol=1e-4)
+    if kind == "beams":
+        assert moved(both[0].beam_indices)
+        torch.testing.assert_close(*(out.sequences_scores for out in both), rtol=1e-4, atol=1e-5)
 
 
 # -- 9. and 10. HookedTransformer's own ways to run a part, and to shape a cache --------------------------------------
@@ -160,15 +166,18 @@ def test_signals_follow_the_options_of_a_cache(name):
 
 @pytest.mark.parametrize("method", ["caa", "pid", "hpr", "sadi", "lqr", "cold_fd", "odesteer"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_fit_inside_a_steered_block_reads_the_unsteered_model_or_is_refused(host, method):
+def test_a_fit_inside_a_steered_block_reads_the_unsteered_model(host, method):
     if method == "cold_fd" and host == "hooked":
         pytest.skip("a HookedTransformer's parameters are not the model's")
     case = Case(method, host, model=library(host).model)
-    plain = case.fit()
-    with sl.steer(case.model, loops("all")):
-        inside = attempt(case.fit, "steered")
-    if inside is None:
-        return
+    plain, ids = case.fit(), torch.tensor([TEXT])
+    with sl.steer(case.model, loops("all"), record="all") as run:
+        steered, before = case.logits(ids), controls_of(run)
+        inside = case.fit()
+        after = controls_of(run)
+        assert torch.equal(case.logits(ids), steered)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(u, after[site]) for site, u in before.items()), "the fit is in the run's record"
     for a, b in zip(plain.loops, inside.loops, strict=True):
         for x, y in zip(*(tensors_of(loop.parts) for loop in (a, b)), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
@@ -193,22 +202,62 @@ def test_runs_of_a_model_are_found_and_cleared(host):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["opens", "closes"])
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_gate_decides_on_the_prompt_that_no_other_run_has_steered(name, sign):
+    """The other run pushes the state that the gate reads across its threshold, attached before it or after it."""
+    lib, gate = library(name), gated(loops("all"), layer=0)
+    push = sl.Controller([sl.Loop(Push(sign * 9 * Draw(12).unit(32)), sl.Site(0, "resid_pre"), where="all")])
+    both = lib.reference(sl.Controller([*push.loops, *gate.loops]))
+    text = next(
+        text
+        for text in ([3, 17, first, 29, first] for first in range(90))
+        if lib.reference(gate).row(text, 5)[1][sl.Site(1)].any() == (sign < 0)
+    )
+    ids, scale = torch.tensor([text]), {"rtol": 1e-3, "atol": 1e-3}
+    for pair in ((push, gate), (gate, push)):
+        with sl.steer(lib.model, pair[0]):
+            with sl.steer(lib.model, pair[1]):
+                torch.testing.assert_close(lib.logits(ids)[0], both.row(text, 5)[0], **scale)
+                tokens = lib.generate(ids, torch.ones_like(ids), 3).sequences[0].tolist()
+                wanted = both.row(tokens, 5)[0]
+                if lib.forbidden is not None:
+                    wanted[:, lib.forbidden] = -torch.inf
+                assert wanted[4:-1].argmax(-1).tolist() == tokens[5:]
+            torch.testing.assert_close(lib.logits(ids)[0], lib.reference(pair[0]).row(text, 5)[0], **scale)
+
+
 # -- 14. copies, dropped models, interrupts --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", [name for name in HOSTS if name != "nnsight"])
-def test_a_deep_copy_of_a_steered_model_is_not_steered_for_good(host):
+def test_a_deep_copy_of_a_steered_model_is_plain(host):
+    """It shares nothing with the model, which is steered as before; with weights of its own it computes with them."""
     case = Case("caa", host, model=tiny(host=host))
     ids = torch.tensor([TEXT])
-    plain = case.logits(ids)
+
+    def results(each):
+        return each.logits(ids), each.generate(ids, 4)
+
+    def same(a, b):
+        return all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+
+    plain, before = results(case), snapshot(case.model)
     with sl.steer(case.model, loops("all")):
-        steered = case.logits(ids)
+        steered = results(case)
+        assert not torch.equal(steered[0], plain[0])
         twin = Case("caa", host, model=copy.deepcopy(case.model))
-        inside = twin.logits(ids)
-    assert torch.equal(inside, plain) or torch.equal(inside, steered)
-    sl.clear(twin.model)
-    assert torch.equal(twin.logits(ids), plain)
-    assert torch.equal(case.logits(ids), plain)
+        assert not sl.runs(twin.model)
+        assert {**snapshot(twin.model), "weights": 0} == {**before, "weights": 0}
+        assert same(results(twin), plain)
+        assert same(results(case), steered)
+        for parameter in twin.model.parameters():
+            parameter.data.mul_(-1.1)
+        changed = results(twin)
+        assert not any(torch.equal(*pair) for pair in zip(changed, plain, strict=True))
+        assert same(results(case), steered)
+    assert same(results(twin), changed)
+    assert same(results(case), plain)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -311,7 +360,7 @@ def test_an_interrupt_at_any_step_of_attaching_leaves_the_model_attached_or_not(
 def test_the_forms_of_where_do_not_depend_on_the_draw():
     """The generator of cases gives each form of `where`."""
     kinds = {type(Draw(seed).where()).__name__ for seed in range(60)}
-    assert kinds == {"str", "slice", "Tensor", "function"}
+    assert kinds == {"str", "slice", "Tensor", "function", "Span"}
 
 
 def test_a_row_that_lacks_a_control_is_seen():
