@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def test_an_entry_names_all_authors_and_the_year_of_its_number(number):
     assert all(re.fullmatch(r"[^,]+, [^,]+", name) for name in names), names
     assert field(entry, "year") == f"20{number[:2]}"
     assert field(entry, "url") == f"https://arxiv.org/abs/{number}"
+
+
+def test_no_paper_has_two_entries():
+    text = (resources.files("steerlens") / "data" / "methods.bib").read_text(encoding="utf-8")
+    numbers = re.findall(r"^  eprint = \{(.*)\}", text, re.MULTILINE)
+    keys = re.findall(r"^@\w+\{(\w+),", text, re.MULTILINE)
+    assert len(numbers) == len(set(numbers)) == len(keys) == len(set(keys)) == len(bibtex())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -63,6 +63,9 @@ class Pass:
         # what would be asked anew at every site and token
         self._stops, self._wheres = stops_of(self.loops, self.names, self.aside.summarised, record)
         self._groups = wheres_of(self.loops)
+        asked = [*(loop.where for loop in self.loops), *(s.where for loop in self.loops for s in loop.summaries)]
+        #: Whether it needs the ids of the tokens.
+        self.reads_tokens = any(isinstance(where, Span) for where in asked)
         self._stepwise = any(loop.law.stepwise for loop in self.loops)
         # of the present pass
         self.sequence = Sequence()
@@ -132,12 +135,6 @@ class Pass:
         self._states = {}
         self._reached = (-1, -1)
         self.aside.begin(sequence, companion, alone, observed=self._observed)
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether it needs the ids of the tokens."""
-        asked = [*(loop.where for loop in self.loops), *(s.where for loop in self.loops for s in loop.summaries)]
-        return any(isinstance(where, Span) for where in asked)
 
     def hold(self) -> dict[str, Any]:
         """All that belongs to the present pass, for `resume` after another one in its midst."""

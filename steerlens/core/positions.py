@@ -112,7 +112,11 @@ class Positions:
             # one host-device sync for a prompt, none while decoding
             self.padded = not bool(mask.all())
         self._tokens = tokens
-        self._spans = {} if first else {key: (span, kept[:, :past]) for key, (span, kept) in self._spans.items()}
+        self._spans = (
+            {}
+            if first or not self._spans
+            else {key: (span, kept[:, :past]) for key, (span, kept) in self._spans.items()}
+        )
         self._index = self.index = None
         if self.padded:
             full = self._whole(mask, self.seen)

@@ -18,6 +18,7 @@ NEEDS = {
 DERIVATIVES = {
     "none": "no",
     "activations": "of a loss, to activations",
+    "vectors": "of a loss, to added vectors",
     "blocks": "Jacobians of the blocks",
     "parameters": "of a loss, to parameters",
     "weights": "no, but reads weights",

@@ -225,6 +225,15 @@ class Host(Dimensions):
         ids = ids.to(self.device)
         return self._logits(ids, torch.ones_like(ids) if mask is None else mask.to(self.device))
 
+    def logits_with_graph(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """As `logits`, and gradients flow from them to the tensors of what is attached.
+
+        Raises:
+            NotImplementedError: the weights are not on this machine.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.logits(ids, mask)
+
     def sample(self, ids: Tensor, count: int, *, temperature: float) -> Tensor:
         """Prompts of equal length and their continuations, `[batch pos] -> [batch pos+count]` or shorter.
 

@@ -23,3 +23,4 @@ from steerlens.methods.repe import repe as repe
 from steerlens.methods.sadi import sadi as sadi
 from steerlens.methods.tda import tda as tda
 from steerlens.methods.track import track as track
+from steerlens.methods.trained_vector import trained_vector as trained_vector

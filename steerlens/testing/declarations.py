@@ -62,6 +62,7 @@ def check_docstring(case: Case) -> None:
 #: What a method needs of a model besides its activations -> verbs of the host that give it.
 VERBS = {
     "activations": ("gradients",),
+    "vectors": ("logits_with_graph",),
     "blocks": ("nominal",),
     "parameters": ("learner",),
     "weights": ("neuron_writes", "head_writes"),

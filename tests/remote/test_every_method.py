@@ -16,6 +16,7 @@ pytestmark = pytest.mark.remote
 #: Options with which a method is fitted on a server.
 OPTIONS = {"track": {"solver": "output"}, "lqr": {"paper": True}, "pid": {"paper": True}}
 PARAMETERS = "differentiating the parameters needs the weights here"
+TRAINING = "training a vector needs the weights here"
 WEIGHTS = "output weights of the MLP are not here"
 APART = r"apart from the weights \(untrusted\)"
 #: Method -> the words of the refusal on a server that trusts, and on one that does not; docs/remote.md has the table.
@@ -25,6 +26,7 @@ REFUSED = {
     "cold_kernel": (None, APART),
     "lqr": (None, APART),
     "track": (None, APART),
+    "trained_vector": (TRAINING, TRAINING),
 }
 #: Gains from a server are solved in another process, everything else is the same operations on the same numbers.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

@@ -23,7 +23,7 @@ def generate(steered: Steered, inner: Callable[..., Any], *args: Any, **kwargs: 
 
 def embed(steered: Steered, inner: Callable[..., Any], tokens: Any) -> Any:
     """Around HookedTransformer's token embedding, to which `generate` gives each token before its pass."""
-    generation = steered.generation
+    generation = steered.generation if any(each.run.reads_tokens for each in steered.attached) else None
     if generation is not None and not steered.inside and isinstance(tokens, Tensor):
         before = generation.embedded
         generation.embedded = tokens if before is None else torch.cat([before, tokens.to(before)], dim=1)

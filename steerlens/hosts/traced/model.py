@@ -89,6 +89,11 @@ class TracedHost(Anatomy, Host):
             logits = model.output.logits.save()
         return logits  # noqa: RET504 (bound by the trace)
 
+    def logits_with_graph(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """From a trace here; a server sends back no graph."""
+        self.need_weights("training a vector")
+        return super().logits_with_graph(ids, mask)
+
     def sample(self, ids: Tensor, count: int, *, temperature: float) -> Tensor:
         """Prompts and their continuations, by the model's own `generate`."""
         where = backend(self.model, self.remote, self.timeout_s) if self.remote else None
