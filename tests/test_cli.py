@@ -249,8 +249,11 @@ def test_doctor_finds_what_is_here_and_what_clashes(monkeypatch):
     assert found["hosts"]["TransformerBridge"] == {"usable": True, "why": ""}
     plain = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.30" if name == "transformers" else plain(name))
-    clash = next(line for line in examine()["clashes"] if line.startswith("transformers 5.30"))
-    assert "does not go with nnsight, which needs <5.23,>=5.9: pip install 'transformers<5.23,>=5.9'" in clash
+    clashes = [line for line in examine()["clashes"] if line.startswith("transformers 5.30")]
+    for user in ("transformer-lens", "nnsight"):
+        words = f"does not go with {user}, which needs <5.23,>=5.9: pip install 'transformers<5.23,>=5.9'"
+        assert sum(words in clash for clash in clashes) == 1
+    assert len(clashes) == 2
     assert "clash" in CliRunner().invoke(app, ["doctor"]).stdout
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
 

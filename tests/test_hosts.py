@@ -271,3 +271,23 @@ def test_laws_compute_in_float32_under_autocast(host, tiny_model):
     with sl.steer(case.model, controller) as run, torch.autocast("cpu", dtype=torch.bfloat16):
         case.logits(IDS)
     assert run.record["blocks.1.hook_steer_product"].dtype == torch.float32
+
+
+def test_a_control_between_attention_and_mlp_sees_what_comes_later_at_the_blocks_input(tiny_model):
+    """A run, and a hook of the user's, that are set after it: as if they had been there before."""
+    found = {}
+    for host in discover_hosts():
+        case = case_of(tiny_model, host)
+        held = sl.hold(case.model, case.data, layers=2, point="resid_mid", side="at", level=2.0, where="all")
+        shift = push(case.model, sl.Site(2, "resid_pre"), where=slice(0, None))
+        with sl.steer(case.model, shift), sl.steer(case.model, held):
+            expected = case.logits(IDS)
+        with sl.steer(case.model, held), sl.steer(case.model, shift):
+            found[host] = case.logits(IDS)
+        case.close(found[host], expected, "a run that came later")
+        if host != "nnsight":
+            vector = shift.loops[0].law.vector
+            hook = ("blocks.2.hook_resid_pre", lambda x, hook, vector=vector: x + vector)
+            with sl.steer(case.model, held), case.model.hooks(fwd_hooks=[hook]):
+                case.close(case.logits(IDS), expected, "a hook that came later")
+        case.close(found[host], found["bridge"], "another host")

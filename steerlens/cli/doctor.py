@@ -130,6 +130,10 @@ def _by_extra() -> dict[str, dict[str, Any]]:
             wanted = marker.evaluate({"extra": extra}) if marker else not extra
             if wanted and (marker is None or extra) and requirement.name != "steerlens":
                 found.setdefault(extra, {})[requirement.name] = requirement.specifier
+    # an extra that holds others is listed with what they need; it is they who need it
+    for held in ("lens", "plots"):
+        for package in found.get(held, {}):
+            found.get("demo", {}).pop(package, None)
     return found
 
 

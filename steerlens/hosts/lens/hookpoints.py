@@ -78,12 +78,9 @@ class LensHost(Host):
                 raise ValueError(f"'{site}' is not a hook point of this model, nor an SAE of sae-lens in its place")
         return found  # type: ignore[return-value]
 
-    def seat(
-        self, site: Site, module: nn.Module, change: Change, rows: Callable[[], int], *, outgoing: bool = False
-    ) -> Seat:
-        """A function at a site, where `find` has found a module."""
-        find = self.address(site, module)
-        return Seat(find, change, self.shape(site), rows, outgoing=outgoing)
+    def seat(self, site: Site, module: nn.Module, change: Change, rows: Callable[[], int], **where: bool) -> Seat:
+        """A function at a site, where `find` has found a module; `outgoing` and `last` as for a `Seat`."""
+        return Seat(self.address(site, module), change, self.shape(site), rows, **where)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Hook points, and SAEs in their place, by TransformerLens name."""
@@ -249,8 +246,9 @@ class LensAttachment(Attachment):
         def act(x: Tensor) -> Tensor:
             return self.run.at(site, before.pop() + x, carrier=x)
 
-        for place, change in zip(self._around(site), (enter, act), strict=True):
-            self._sit(self._host.seat(place, modules[place], change, self._rows, outgoing=True))
+        entrance, branch = self._around(site)
+        self._sit(self._host.seat(entrance, modules[entrance], enter, self._rows, outgoing=True, last=True))
+        self._sit(self._host.seat(branch, modules[branch], act, self._rows, outgoing=True))
 
     def ready(self) -> None:
         """Move to where the model's places are by now."""

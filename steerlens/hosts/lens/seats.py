@@ -58,6 +58,7 @@ class Seat:
             flattened heads.
         rows: Gives the number of rows in the batch, for modules that are given batch and position as one dimension.
         outgoing: Take what flows on from here, also behind an SAE.
+        last: The function only looks, and is to see what all hooks that change the state leave.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Seat:
         rows: Callable[[], int],
         *,
         outgoing: bool = False,
+        last: bool = False,
     ):
         self._find = find
         self._change = change
         self._shape = shape
         self._rows = rows
         self._outgoing = outgoing
+        self._last = last
         self._remove: Callable[[], None] | None = None
         self._there: Callable[[], bool] = lambda: False
         self.module: nn.Module | None = None
@@ -96,10 +99,20 @@ class Seat:
     def follow(self) -> bool:
         """Move, if something else stands at the place than before, or the hook was taken off; True where it was so."""
         now = self._find()
-        if now is None or (now is self.module and self._there()):
+        if now is None or (now is self.module and self._there() and not (self._last and self._passed())):
             return False
         self.leave()
-        self.take(first=True)
+        self.take(first=not self._last)
+        return True
+
+    def _passed(self) -> bool:
+        """Whether a hook that may change the state comes behind this one."""
+        for handle in reversed(outlet(self.module).fwd_hooks):  # type: ignore[arg-type]
+            seat = getattr(handle.user_hook, "__self__", None)
+            if not (isinstance(seat, Seat) and seat._last):
+                return True
+            if seat is self:
+                return False
         return True
 
     def leave(self) -> None:
