@@ -148,9 +148,14 @@ class Plain(Tap):
     def visit(self, run: Pass, kept: dict[str, Tensor], carried: dict[Any, Tensor]) -> None:
         """See `Tap.visit`."""
         raw = self.raw()
-        changed, _ = self.change(run, raw)
-        if changed is not raw:
-            self.write(changed)
+        changed, state = self.change(run, raw)
+        if changed is raw:
+            return
+        self.write(changed)
+        # as in `Enter`
+        site = self.steers
+        if site is not None and site.point == "resid_pre" and ("before", site.layer) in carried:
+            carried["before", site.layer] = state
 
     def hands_on(self) -> bool:
         """Whether the next tap is `then` and no PyTorch hook can change the state on its way there."""
