@@ -139,8 +139,8 @@ def test_kl_is_within_a_tenth_of_the_budget_on_other_prompts(tiny_model, method)
     options = {"progress": False} if method == "lqr" else {}
     fitted = getattr(sl, method)(model, data, **options)
     meter = sl.evaluate.kl(tokens=12)
-    found = sl.calibrate(model, fitted, words(160, 3), budget=meter <= 0.1, progress=False, batch=64)
-    held = Bench(model, words(160, 4), batch=64)
+    found = sl.calibrate(model, fitted, words(320, 3), budget=meter <= 0.1, progress=False, batch=64)
+    held = Bench(model, words(320, 4), batch=64)
     value = meter.pool(meter(held, Arm("held", found.controller)))
     if found.note:  # it cannot be scaled to the budget
         assert value < 0.1
