@@ -79,7 +79,7 @@ def test_what_needs_a_second_pass(client, local):
     early = sl.schedule(behind, [1.0, 0.5], prompt=0.5)
     for method, controller in (
         ("caa", early),
-        ("sadi", local("sadi").fit(mode="frozen", component="neuron")),
+        ("sadi", local("sadi").fit(mode="frozen", component="neuron", where="last_prompt")),
         ("cold_fd", local("cold_fd").fit(where="all", layers=[0, 2])),
         ("lqr", local("lqr").fit(origin="own", level=1.5)),
     ):
@@ -179,8 +179,7 @@ def test_nested_runs(client, local):
 
 def test_the_tutorial(server):
     """Executes the remote notebook against this server, with SmolLM2."""
-    model, _ = smollm2(host="hf")
-    path = model.config._name_or_path
+    path = smollm2(host="nnsight").repo_id
     # the folder is the model's name, and no hub is asked about it
     setup = f"import nnsight.modeling.huggingface as hub; hub._ID_CACHE[{path!r}] = {path!r}"
     setup += "; import nnsight; nnsight.CONFIG.APP.REMOTE_LOGGING = False"
