@@ -24,16 +24,15 @@ import common  # noqa: F401 (first, as it sets the environment)
 
 import torch  # isort: skip
 
+from budget import LIMIT, MODELS, divergence, jacobians
+
 import steerlens as sl
 from steerlens.core import Controller
-from steerlens.evaluate import Arm, Bench, kl
+from steerlens.evaluate import Bench
 from steerlens.fit.method import declared
 from steerlens.fit.shipped import shipped, shipped_texts
-from steerlens.models import gemma3, smollm2
 from steerlens.testing import discover_methods
 
-LIMIT = 0.3
-MODELS = {"smollm2": smollm2, "gemma3": gemma3}
 #: What a concept's sentences complete, for methods that need a prompt.
 PROMPT = "Here is a sentence. "
 #: Two short prompts a set, for `actadd`.
@@ -62,12 +61,6 @@ def fit(model: Any, task: str, method: str, paper: bool, plant: sl.Linearization
     return Controller([loop.replace(gates=()) for loop in controller.loops], controller.recipe)
 
 
-def divergence(bench: Bench, controller: Controller, factor: float = 1.0) -> float:
-    """Mean KL, nats per token."""
-    meter = kl()
-    return meter.pool(meter(bench, Arm("found", controller, factor)))
-
-
 def factor_for(bench: Bench, controller: Controller, value: float, limit: float = LIMIT) -> tuple[float, float]:
     """The factor on every control at which the KL is the limit, and its KL, to 10 %, from the KL at factor 1."""
     factor, low, high = 1.0, 0.0, math.inf
@@ -87,12 +80,7 @@ def run(model: Any, task: str, methods: list[str], folder: Path, *, prompts: int
     file = folder / f"{task}.jsonl"
     lines = map(json.loads, file.read_text().splitlines() if file.exists() else ())
     done = {(line["method"], line["paper"]): line for line in lines}
-    plant_file = folder / "plant.safetensors"
-    if plant_file.exists():
-        plant = sl.Linearization.load(plant_file)
-    else:
-        plant = sl.linearize(model, shipped_texts("neutral", split="dev")[:2], progress=False)
-        plant.save(plant_file)
+    plant = jacobians(model, folder)
     bench = Bench(model, shipped_texts("prompts", split="dev")[:prompts])
     print(f"\n{task}: KL at the default strength, nats per token, {prompts} dev prompts", flush=True)
     for name in methods:

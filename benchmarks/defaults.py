@@ -11,7 +11,6 @@ become than the unwanted one, in nats per token, with the paired interval of its
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +19,13 @@ import common  # noqa: F401 (first, as it sets the environment)
 
 import torch  # isort: skip
 
+from budget import LIMIT, MODELS, at_limit, jacobians
+
 import steerlens as sl
 from steerlens.core import Controller
-from steerlens.evaluate import Arm, Bench, kl, propensity
+from steerlens.evaluate import Bench, kl, propensity
 from steerlens.fit.shipped import shipped, shipped_texts
-from steerlens.models import gemma3, smollm2
 
-LIMIT = 0.3
-MODELS = {"smollm2": smollm2, "gemma3": gemma3}
 #: A method, its options, and what is turned until the budget is met: its level or its strength.
 ARMS = {
     "caa": (sl.caa, {}, "strength"),
@@ -54,14 +52,7 @@ def controllers(model: object, plant: sl.Linearization, bench: Bench, pairs: sl.
         return lambda: method(model, pairs, **options)
 
     def fit() -> Controller:
-        level, meter = 1.5, kl()
-        for _ in range(4):
-            found = method(model, pairs, level=level, **options)
-            value = meter.pool(meter(bench, Arm(name, found)))
-            if abs(value / LIMIT - 1) < 0.1:
-                break
-            level *= min(max(math.sqrt(LIMIT / value), 0.25), 4.0)
-        return found
+        return at_limit(bench, lambda level: method(model, pairs, level=level, **options), 1.5, rounds=4)[0]
 
     fit.digest = f"{name} at a level with a KL of {LIMIT}"  # type: ignore[attr-defined]
     return fit
@@ -71,12 +62,7 @@ def run(model: object, task: str, names: list[str], folder: Path, *, prompts: in
     """One task: compare, and print a row an arm."""
     pairs = shipped(task, split="dev", read="mean")
     held = shipped(task, split="held_out")[:items]
-    plant_file = folder / "plant.safetensors"
-    if plant_file.exists():
-        plant = sl.Linearization.load(plant_file)
-    else:
-        plant = sl.linearize(model, shipped_texts("neutral", split="dev")[:2], progress=False)
-        plant.save(plant_file)
+    plant = jacobians(model, folder)
     bench = Bench(model, shipped_texts("prompts", split="dev")[:prompts])
     found = sl.evaluate.compare(
         model,

@@ -28,18 +28,16 @@ from typing import Any
 import common  # noqa: F401 (first, as it sets the environment)
 
 import torch  # isort: skip
+from budget import LIMIT, MODELS, at_limit, jacobians
 from torch import Tensor
 
 import steerlens as sl
 from steerlens.core import Controller
-from steerlens.evaluate import Arm, Bench, generate_texts, kl, propensity
+from steerlens.evaluate import Arm, Bench, generate_texts, propensity
 from steerlens.evaluate.bootstrap import mean_interval
 from steerlens.fit.contrast import Text
 from steerlens.fit.shipped import shipped, shipped_texts
-from steerlens.models import gemma3, smollm2
 
-LIMIT = 0.3
-MODELS = {"smollm2": smollm2, "gemma3": gemma3}
 PARTS = ("effects", "texts", "undoing")
 #: What the others are compared with.
 OPEN = "every layer"
@@ -63,12 +61,7 @@ class Study:
         self.completed = isinstance(pairs.positive[0], tuple)
         self.dev = shipped(task, split="dev", read="completion" if self.completed else "mean")
         self.bench = Bench(model, shipped_texts("prompts", split="dev")[:prompts])
-        file = folder / "plant.safetensors"
-        if file.exists():
-            self.plant = sl.Linearization.load(file)
-        else:
-            self.plant = sl.linearize(model, shipped_texts("neutral", split="dev")[:2], progress=False)
-            self.plant.save(file)
+        self.plant = jacobians(model, folder)
         self.vectors = sl.caa(model, self.dev, layers="all")
 
     def vector(self, layer: int) -> Tensor:
@@ -86,17 +79,11 @@ class Study:
             "relative loop, firm": (1.5, lambda s: sl.lqr(self.model, self.dev, level=s, **loop, **firm)),
             "loop from zero": (1.0, lambda s: sl.lqr(self.model, self.dev, level=s, paper=True, **loop)),
         }
-        return {name: self.at_limit(name, dial, make) for name, (dial, make) in makers.items()}
+        return {name: self.met(name, dial, make) for name, (dial, make) in makers.items()}
 
-    def at_limit(self, name: str, dial: float, make: Callable[[float], Controller]) -> Controller:
+    def met(self, name: str, dial: float, make: Callable[[float], Controller]) -> Controller:
         """What a function makes of a strength or level, at that at which the KL is the limit."""
-        meter = kl()
-        for _ in range(5):
-            controller = make(dial)
-            value = meter.pool(meter(self.bench, Arm(name, controller)))
-            if abs(value / LIMIT - 1) < 0.1:
-                break
-            dial *= min(max(math.sqrt(LIMIT / value), 0.25), 4.0)
+        controller, dial, value = at_limit(self.bench, make, dial, rounds=5)
         print(f"  {name:20} strength or level {dial:.3g}, KL {value:.2f}", flush=True)
         return controller
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import common  # noqa: F401 (first, as it sets the environment)
 
 import torch  # isort: skip
-from feedback import MODELS, Study
+from budget import MODELS
+from feedback import Study
 from torch import Tensor
 
 import steerlens as sl
