@@ -192,8 +192,8 @@ class Steered:
         for attachment in self.attached:
             run = attachment.run
             sequence = identity.of(run, fresh=fresh)
-            options["tokens"] = tokens
-            run.begin(shape, device=device, sequence=sequence, companion=companion, alone=self.alone, **options)
+            beside = {"companion": companion, "tokens": tokens, "alone": self.alone}
+            run.begin(shape, device=device, sequence=sequence, **beside, **options)
         return identity
 
     def identify(
