@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from operator import index
 from typing import Any, Literal, TypeAlias
@@ -93,6 +94,18 @@ def check_finite(values: Tensor, where: Site | str, host: Host) -> None:
     """Raises ValueError unless all activations read from a model are finite."""
     if not torch.isfinite(values).all():
         raise ValueError(f"an activation at {where} is not finite; is the model's dtype {host.dtype} too narrow?")
+
+
+def check_vectors(method: str, point: str) -> None:
+    """Raises ValueError for the point whose states are one vector for each head, in a method of one vector a token."""
+    if point == "z":
+        raise ValueError(f"{method}() has no point 'z', whose states are one vector for each head; use 'attn_out'")
+
+
+def check_gains(kp: float, ki: float, kd: float) -> None:
+    """Raises ValueError unless the gains of a PID controller are finite and not all 0."""
+    if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
+        raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
 
 
 def check_contrast(data: Any) -> None:

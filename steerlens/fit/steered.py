@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,28 +32,38 @@ class Note(Law):
         return torch.zeros_like(x), {"state": lambda: x}
 
 
+@contextmanager
+def acting(host: Host, run: Pass) -> Iterator[None]:
+    """A context in which loops of the fit's own steer the model, and no others.
+
+    Raises:
+        ValueError: the model is being steered.
+    """
+    if Steered.of(host.model) is not None:
+        raise ValueError("this fit runs the model under its own controls; remove the run that steers it first")
+    attachment = host.attach(run, payload_limit=16 * 2**20, timeout_s=3600.0)
+    try:
+        yield
+    finally:
+        attachment.detach()
+
+
 def steered_states(host: Host, texts: Reading, loops: Sequence[Loop], site: Site) -> Tensor:
     """Pooled activations of texts at a site while loops act before it, `[text d]`, in float64, on the CPU.
 
     Raises:
         ValueError: the model is being steered.
     """
-    if Steered.of(host.model) is not None:
-        raise ValueError("this fit reads the model under its own controls; remove the run that steers it first")
     note = Loop(Note(), site, where=slice(0, None), name="note")
     run = Pass([*loops, note], record=["state"])
-    attachment = host.attach(run, payload_limit=16 * 2**20, timeout_s=3600.0)
     rows = []
-    try:
+    with acting(host, run), torch.no_grad():
         for start in range(0, len(texts.tokens), BATCH):
             ids, mask, weights = pad(
                 texts.tokens[start : start + BATCH], texts.weights[start : start + BATCH], host.device
             )
-            with torch.no_grad():
-                host.logits(ids, mask)
+            host.logits(ids, mask)
             (state,) = [value for name, value in run.log.items() if "state" in str(name)]
             kept = torch.where(mask[..., None].bool().cpu(), state.cpu().double(), 0.0)
             rows.append((kept * weights.cpu().double()[..., None]).sum(1))
-    finally:
-        attachment.detach()
     return torch.cat(rows)

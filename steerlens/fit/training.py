@@ -11,9 +11,9 @@ from torch import Tensor
 from steerlens.core import Loop, Pass, Site
 from steerlens.core.progress import bar
 from steerlens.fit.objectives import Labelled, Objective
+from steerlens.fit.steered import acting
 from steerlens.hosts import Host
 from steerlens.hosts.batches import pad_rows
-from steerlens.hosts.steered import Steered
 from steerlens.laws.feedback import Add
 
 #: Steps between two looks at the held-out examples, and looks without a gain after which training stops.
@@ -49,9 +49,6 @@ class Training:
         norms: |v| at each site, in activation units.
         rate: Of Adam, for w that begins as a unit vector.
         batch: Examples in one step.
-
-    Raises:
-        ValueError: the model is being steered.
     """
 
     def __init__(
@@ -65,47 +62,44 @@ class Training:
         rate: float,
         batch: int,
     ):
-        if Steered.of(host.model) is not None:
-            raise ValueError("this fit runs the model under its own controls; remove the run that steers it first")
         per = 2 if aim.sides == "both" else 1
         self.host, self.aim, self.sites, self.norms, self.rate, self.batch = host, aim, sites, norms, rate, batch
         self.examples = [texts[start : start + per] for start in range(0, len(texts), per)]
 
     def losses(self, vectors: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
-        """Losses of some examples while the vectors act, `[example]`, with a graph if a vector requires one."""
+        """Losses of some examples while the vectors act, `[example]`, with a graph if a vector requires one.
+
+        Raises:
+            ValueError: the model is being steered.
+        """
         texts = [text for index in chosen for text in self.examples[index]]
         ids, mask = pad_rows([text.tokens for text in texts], self.host.device)
         starts = torch.tensor([text.start - 1 for text in texts])
         where = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool().cpu()
         loops = [Loop(Add(v), site, where=where) for v, site in zip(vectors, self.sites, strict=True)]
-        attached = self.host.attach(Pass(loops, record=None), payload_limit=16 * 2**20, timeout_s=3600.0)
-        try:
-            graph = any(v.requires_grad for v in vectors)
+        graph = any(v.requires_grad for v in vectors)
+        with acting(self.host, Pass(loops, record=None)), torch.set_grad_enabled(graph):
             return self.aim((self.host.logits_with_graph if graph else self.host.logits)(ids, mask), texts)
-        finally:
-            attached.detach()
 
     def mean(self, vectors: Sequence[Tensor], chosen: Sequence[int]) -> float:
         """Mean loss of some examples, without a graph."""
-        with torch.no_grad():
-            parts = [chosen[start : start + self.batch] for start in range(0, len(chosen), self.batch)]
-            return float(torch.cat([self.losses(vectors, part) for part in parts]).double().mean())
+        parts = [chosen[start : start + self.batch] for start in range(0, len(chosen), self.batch)]
+        return float(torch.cat([self.losses(vectors, part) for part in parts]).double().mean())
 
     def run(self, held_out: float, steps: int, seed: int) -> Trained:
         """Train on some of the examples, and keep the vectors with the least loss on the others.
 
         Raises:
             NotImplementedError: the model's weights are not on this machine.
-            ValueError: a loss without a gradient, or one that is not finite.
+            ValueError: the model is being steered; a loss without a gradient, or one that is not finite.
         """
         draw = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.examples), generator=draw).tolist()
         count = min(max(round(held_out * len(order)), 1), len(order) - 1)
         held, train = sorted(order[:count]), order[count:]
         zero = [torch.zeros(self.host.shape(site), dtype=torch.float32) for site in self.sites]
-        with torch.enable_grad():
-            # from the direction in which the loss of all training examples falls fastest
-            ws = [-slope / slope.norm() for slope in self._slopes(zero, train)]
+        # from the direction in which the loss of all training examples falls fastest
+        ws = [-slope / slope.norm() for slope in self._slopes(zero, train)]
         begun = [v.detach() for v in self._of(ws)]
         before = self.mean(zero, held)
         found = Trained(begun, 0, before, self.mean(begun, held))

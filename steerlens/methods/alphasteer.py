@@ -12,7 +12,7 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.reading import check_contrast, contrast_means, contrast_states, pick_layers, unit
+from steerlens.fit.reading import check_contrast, check_vectors, contrast_means, contrast_states, pick_layers, unit
 from steerlens.hosts.types import Model
 from steerlens.laws.along import Sensed
 
@@ -82,8 +82,7 @@ def alphasteer(
         raise ValueError(f"share={share}; it lies between 0 and 1")
     if not (ridge > 0 and math.isfinite(ridge)):
         raise ValueError(f"ridge={ridge}; it must be positive and finite")
-    if point == "z":
-        raise ValueError("alphasteer() has no point 'z', whose states are one vector for each head; use 'attn_out'")
+    check_vectors("alphasteer", point)
     examples = data if condition is None else condition
     check_contrast(examples)
     sites = pick_layers(model, layers, point, default="middle")

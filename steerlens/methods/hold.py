@@ -14,7 +14,7 @@ from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs, Text
 from steerlens.fit.directions import Bound, Levels, Unit
 from steerlens.fit.method import method
-from steerlens.fit.reading import pick_layers
+from steerlens.fit.reading import check_vectors, pick_layers
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Feedback
 from steerlens.laws.relative import Relative
@@ -91,8 +91,7 @@ def hold(
     `direction="probe", unit="logit", level=margin`. Not reproduced: learned barriers that are not linear, their
     merging, and their condition on the change from one token to the next; the layers and thresholds of StTP and StMP.
     """
-    if point == "z":
-        raise ValueError("hold() has no point 'z', whose states are one vector for each head; use 'attn_out'")
+    check_vectors("hold", point)
     asked = Levels(data, level, unit=unit, side=side, trigger=trigger, origin=origin, direction=direction, texts=texts)
     sites = pick_layers(model, asked.layers if layers is None else layers, point, default="middle")
     held = asked.at(model, sites)

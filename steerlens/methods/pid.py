@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,7 +12,7 @@ from steerlens.core.types import Json, Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.reading import every_layer
+from steerlens.fit.reading import check_gains, every_layer
 from steerlens.fit.retune import Draft, Retune, edited
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Pid
@@ -24,7 +23,7 @@ GAINS = ("kp", "ki", "kd")
 
 def _retune(draft: Draft) -> None:
     gains = {name: finite(name, draft.arguments[name]) for name in GAINS}
-    _check_gains(**gains)
+    check_gains(**gains)
     draft.laws(lambda law, loop: edited(law, **gains))
     retune_features(draft) if "targets" in draft.found else retune_targets(draft)
 
@@ -109,7 +108,7 @@ def pid(
 
     Source: S-PID in arXiv 2604.19018. Differences from the authors' code: each token begins from zero unless `carry`.
     """
-    _check_gains(kp, ki, kd)
+    check_gains(kp, ki, kd)
     if reset_every is not None and reset_every < 1:
         raise ValueError(f"reset_every={reset_every}; it is a number of layers, or None")
     gains = float(kp), float(ki), float(kd)
@@ -133,11 +132,6 @@ def pid(
         law = Pid(targets.setpoints[t], *gains, reset=_resets(t, reset_every), carry=carry)
         loops.append(targets.loop(t, law, where=where, strength=strength))
     return Controller(loops, found_of(targets))
-
-
-def _check_gains(kp: float, ki: float, kd: float) -> None:
-    if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
-        raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
 
 
 def _resets(t: int, every: int | None) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from steerlens.core import Controller, Loop
@@ -11,7 +9,7 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.reading import contrast_means, pick_layers, unit
+from steerlens.fit.reading import check_gains, check_vectors, contrast_means, pick_layers, unit
 from steerlens.fit.steered import steered_states
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
@@ -65,10 +63,8 @@ def pid_steering(
     their code has kp = 0.3, an integral that is the mean over the earlier layers times 1.5e-4, and no derivative; the
     variants that ablate or rotate with the computed vectors.
     """
-    if not all(map(math.isfinite, (kp, ki, kd))) or not any((kp, ki, kd)):
-        raise ValueError(f"kp={kp}, ki={ki}, kd={kd}; the gains must be finite, and one of them other than 0")
-    if point == "z":
-        raise ValueError("pid_steering() has no point 'z', whose states are one vector for each head; use 'attn_out'")
+    check_gains(kp, ki, kd)
+    check_vectors("pid_steering", point)
     sites = pick_layers(model, layers, point, default="all")
     positive, negative = contrast_means(model, data, sites)
     differ = [site for site in sites if bool((positive[site] - negative[site]).any())]

@@ -14,7 +14,7 @@ from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.objectives import labelled, objective
-from steerlens.fit.reading import mean_norm, pick_layers
+from steerlens.fit.reading import check_finite, check_vectors, mean_norm, pick_layers
 from steerlens.fit.training import Training
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
@@ -72,7 +72,7 @@ def trained_vector(
     Raises:
         ValueError: a text without a prompt or without label tokens; a dpo pair with two different prompts; fewer than
             two pairs; a length, rate or share that is no positive number; a layer or point the model does not have; a
-            loss without a gradient; a model that is being steered.
+            loss without a gradient; activations that are not finite; a model that is being steered.
         NotImplementedError: the model's weights are not on this machine.
 
     Source: BiPO (Cao et al., arXiv 2406.00045) trains a vector by dpo, in both signs; RePS (Wu et al., arXiv
@@ -85,14 +85,15 @@ def trained_vector(
             raise ValueError(f"{name}={value!r}; it must be a positive number")
     if held_out >= 1:
         raise ValueError(f"held_out={held_out!r}; it is a share of the pairs, less than 1")
-    if point == "z":
-        raise ValueError("trained_vector() has no point 'z', whose states are one vector for each head; use 'attn_out'")
+    check_vectors("trained_vector", point)
     sites = pick_layers(model, layers, point, default="middle")
     aim = objective(loss, beta=beta, reference=None)
     texts = labelled(data, model, aim.sides)
     if len(texts) < (4 if aim.sides == "both" else 2):
         raise ValueError("trained_vector needs two pairs, one of them to stop by; there is 1")
     states = model.read([text.tokens for text in texts], [text.weights() for text in texts], sites)
+    for site, values in states.items():
+        check_finite(values, site, model)
     norms = [length * mean_norm(states[site]) for site in sites]
     found = Training(model, texts, aim, sites, norms, rate=rate, batch=batch).run(held_out, steps, seed)
     loops = [Loop(Add(v), site, where=where, strength=strength) for v, site in zip(found.vectors, sites, strict=True)]
