@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from autoencoders import autoencoder
 
 import steerlens as sl
 from steerlens.core.part import tensors_of
@@ -115,6 +114,8 @@ def test_a_retuned_controller_equals_a_refit(name, argument, options, value):
 
 @pytest.mark.parametrize("fit", ["hold", "pid", "pid of two"])
 def test_a_retuned_feature_equals_a_new_target(fit):
+    from autoencoders import autoencoder
+
     model, sae = case("caa").model, autoencoder()
     other = autoencoder(metadata={"hook_name": "blocks.1.hook_resid_post", "prepend_bos": False})
 
