@@ -42,6 +42,7 @@ ARMS = {
     "hold, own": (sl.hold, {"origin": "own"}, "level"),
     "hold, probe": (sl.hold, {"direction": "probe"}, "level"),
     "trained_vector": (sl.trained_vector, {}, "strength"),
+    "trained_vector, preference": (sl.trained_vector, {"loss": "preference"}, "strength"),
 }
 #: What the arm `prompt` asks for; it cannot be scaled and is measured as it is.
 ASKED = {
@@ -75,7 +76,7 @@ def run(model: object, task: str, names: list[str], folder: Path, *, prompts: in
     found = sl.evaluate.compare(
         model,
         {
-            name: controllers(model, plant, bench, completed if name == "trained_vector" else pairs, name)
+            name: controllers(model, plant, bench, completed if name.startswith("trained") else pairs, name)
             for name in names
             if name != "prompt"
         },
@@ -91,7 +92,7 @@ def run(model: object, task: str, names: list[str], folder: Path, *, prompts: in
     strengths = {arm: strength for arm, strength in found.arms}
     for name in names:
         effect = float(found.change(name, strengths[name]).mean())
-        line = f"  {name:18} {effect:+.3f}   KL {_cost(found, name, strengths):.2f}"
+        line = f"  {name:26} {effect:+.3f}   KL {_cost(found, name, strengths):.2f}"
         if name != "caa" and "caa" in names:
             difference, low, high = found.difference(name, "caa")
             line += f"   against caa {difference:+.3f} ({low:+.3f} to {high:+.3f})"
