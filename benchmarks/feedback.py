@@ -72,11 +72,12 @@ class Study:
         return self.vectors.loops[layer].law.vector
 
     def controllers(self) -> dict[str, Controller]:
-        """Open loops and closed ones, each with its KL printed."""
+        """Open loops and closed ones, each with its KL printed; `hold` is closed, at the middle layer."""
         loop = {"linearization": self.plant, "progress": False}
         firm = {"q": 0.1, "r": 1.0, "qf": 0.1, "solver": "dense"}
         makers: dict[str, tuple[float, Callable[[float], Controller]]] = {
             "one layer": (1.5, lambda s: self.vectors.only([self.depth // 2]) * s),
+            "hold": (2.5, lambda s: sl.hold(self.model, self.dev, level=s)),
             OPEN: (0.1, lambda s: self.vectors * s),
             "relative loop": (3.0, lambda s: sl.lqr(self.model, self.dev, level=s, **loop)),
             "relative loop, firm": (1.5, lambda s: sl.lqr(self.model, self.dev, level=s, **loop, **firm)),
