@@ -83,7 +83,8 @@ class Study:
             "relative loop, firm": (1.5, lambda s: sl.lqr(self.model, self.dev, level=s, **loop, **firm)),
             "loop from zero": (1.0, lambda s: sl.lqr(self.model, self.dev, level=s, paper=True, **loop)),
         }
-        return {name: self.met(name, dial, make) for name, (dial, make) in makers.items()}
+        with sl.readings(self.model):
+            return {name: self.met(name, dial, make) for name, (dial, make) in makers.items()}
 
     def met(self, name: str, dial: float, make: Callable[[float], Controller]) -> Controller:
         """What a function makes of a strength or level, at that at which the KL is the limit."""
