@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +18,13 @@ from steerlens.hosts.types import Model
 from steerlens.laws.conditions import Probability, Ramp, Side
 
 #: How a prompt is pooled -> the tokens whose mean it is.
-POOLS: dict[str, PositionName] = {"mean": "prompt", "last": "last_prompt"}
+Pool: TypeAlias = Literal["mean", "last"]
+
+#: The tokens that each names.
+POOLS: dict[Pool, PositionName] = {"mean": "prompt", "last": "last_prompt"}
+
 #: From score to strength: 0 or 1, a straight line between two bounds, the probability of a logistic probe.
-CURVES = ("step", "linear", "logistic")
+Curve: TypeAlias = Literal["step", "linear", "logistic"]
 
 
 def gate(
@@ -29,9 +33,9 @@ def gate(
     *,
     gate_layers: Layers = None,
     point: str = "resid_post",
-    pool: str = "mean",
+    pool: Pool = "mean",
     threshold: float | None = None,
-    curve: str = "step",
+    curve: Curve = "step",
     low: float | None = 0.0,
     high: float | None = 1.0,
 ) -> Gate:
@@ -71,7 +75,7 @@ def gate(
     penalty is that of C = 1. `curve="linear"` without bounds has the form of CLAS (arXiv 2604.24693), which trains
     the line end to end by the likelihood of labelled text; here it goes through the means of two sets.
     """
-    check_option("curve", curve, CURVES)
+    check_option("curve", curve, get_args(Curve))
     if (low, high) != (0.0, 1.0) and curve != "linear":
         raise ValueError(f"low={low}, high={high} bound a straight line, and this is curve={curve!r}; use 'linear'")
     host = host_of(model)

@@ -141,7 +141,7 @@ def test_every_method_that_fits_on_pairs_is_fitted_from_a_file(folder):
         (["pairs.csv", "-o", "pairs.csv"], "pairs.csv is there and holds no controller"),
         (["pairs.csv", "-o", "c.gguf"], "a controller's file ends in .safetensors; steerlens convert"),
         (["pairs.csv", "-s", "point=residual"], "residual"),
-        (["pairs.csv", "-s", "form=multiply"], "form='multiply'"),
+        (["pairs.csv", "-s", "form=multiply"], "form takes add, projection, piecewise"),
         (["pairs.csv", "--read", "middle"], "--read middle: it is one of last, mean, completion, or a position"),
         (["pairs.csv", "--read", "completion"], "read='completion' needs (prompt, completion)"),
         (["pairs.csv", "-o", "nowhere/c.safetensors"], "there is no folder nowhere to write c.safetensors in"),

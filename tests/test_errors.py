@@ -7,7 +7,7 @@ import torch
 
 import steerlens as sl
 from steerlens.models import tiny
-from steerlens.testing import discover_hosts, discover_methods, snapshot
+from steerlens.testing import Case, discover_hosts, discover_methods, snapshot
 
 PAIRS = sl.Pairs([[1, 2, 3]], [[4, 5, 6]])
 
@@ -80,8 +80,16 @@ def test_processed_and_raw_weights(host, family, tiny_model):
 def test_one_models_controller_steers_its_copy_on_another_host(tiny_model):
     first, *others = discover_hosts()
     fitted = sl.caa(tiny_model(first), PAIRS)
+    prompt, case = torch.tensor([[5, 6, 7, 8]]), Case("caa", first, model=tiny_model(first))
+    with sl.steer(case.model, fitted):
+        wanted = case.logits(prompt)
     for host in others:
-        sl.steer(tiny_model(host), fitted).remove()
+        case = Case("caa", host, model=tiny_model(host))
+        plain = case.logits(prompt)
+        with sl.steer(case.model, fitted):
+            steered = case.logits(prompt)
+        assert not torch.allclose(steered, plain, atol=1e-3)
+        torch.testing.assert_close(steered, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_empty_pairs():
@@ -251,7 +259,7 @@ class TestControl:
             ({"preview": True}, "preview=True needs solver='output', it is 'scalar'"),
             ({"preview": True, "solver": "output", "setpoint": "angular"}, "setpoint='angular' has none"),
             ({"setpoint": "corner"}, "setpoint='corner'; it is one of 'level', 'angular'"),
-            ({"origin": "mean"}, "origin='mean'; it is one of None, 'own', 'zero', 'negative', 'midpoint'"),
+            ({"origin": "mean"}, "origin='mean'; it is one of 'own', 'zero', 'negative', 'midpoint', None"),
             ({"combine": "sum"}, "combine='sum'"),
             ({"angle_rad": 10}, "angle_rad=10 belongs to setpoint='angular'"),
             ({"setpoint": "angular", "level": 2.0}, "it has no level, and origin='zero'"),

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ from steerlens.testing import Case, discover_hosts, discover_methods
 PAIRS = sl.Pairs([[1, 2, 3]], [[4, 5, 6]])
 
 
-@method(card=Card(needs="sets", points=POINTS), options={"sign": (1, -1)})
-def halfway(model, data, *, layers=None, sign=1, strength=1.0, where="last", extra=None):
+@method(card=Card(needs="sets", points=POINTS))
+def halfway(model, data, *, layers=None, sign: Literal[1, -1] = 1, strength=1.0, where="last", extra=None):
     """Add half the difference."""
     (site,) = pick_layers(model, layers, "resid_post", default="middle")
     positive, negative = contrast_means(model, data, [site])
@@ -132,8 +133,6 @@ def test_mistakes_in_a_declaration_are_named():
     card = Card(needs="sets", points=POINTS)
     with pytest.raises(TypeError, match="its first two arguments are model and data"):
         method(card=card)(lambda network, data: None)
-    with pytest.raises(TypeError, match="'form', which is no argument of it"):
-        method(card=card, options={"form": ()})(lambda model, data: None)
     with pytest.raises(TypeError, match="'paper', which is no argument of it"):
         method(card=card, paper={"form": "add"})(lambda model, data, *, form: None)
 

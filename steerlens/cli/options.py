@@ -6,7 +6,6 @@ import difflib
 import inspect
 import json
 import re
-import sys
 import types
 import typing
 from collections import abc
@@ -17,7 +16,7 @@ from steerlens import methods
 from steerlens.cli.layers import parse_layers
 from steerlens.control.linearization import Linearization
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.method import Method, exported
+from steerlens.fit.method import Method, annotation, exported
 from steerlens.hosts import host_of
 
 #: Options that are layers, which `all` stands for too.
@@ -71,7 +70,7 @@ def read_options(method: Method, parts: Sequence[str]) -> dict[str, Any]:
         found[name] = value = _value(name, text.strip())
         if name in LAYERS and value == "all":
             continue
-        hint = _hint(method, name)
+        hint = annotation(method.function, name)
         if not _fits(value, hint):
             raise ValueError(f"{method.name}: {name}={text} is {_kind(value)}; {name} takes {_words(hint)}")
     return found
@@ -81,16 +80,6 @@ def on_model(options: dict[str, Any], model: Any) -> dict[str, Any]:
     """The options with `all` as the layers that the model has."""
     every = list(range(host_of(model).n_layers))
     return {name: every if name in LAYERS and value == "all" else value for name, value in options.items()}
-
-
-def _hint(method: Method, name: str) -> Any:
-    """What an option is annotated with; Any where that needs a library which is not imported."""
-    function = inspect.unwrap(method.function)
-    alone = types.SimpleNamespace(__annotations__={name: function.__annotations__[name]})
-    try:
-        return typing.get_type_hints(alone, vars(sys.modules[function.__module__]))[name]
-    except NameError:
-        return Any
 
 
 def _value(name: str, text: str) -> Any:
@@ -150,7 +139,7 @@ def _words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(filter(None, map(_words, inner)))
     if origin is typing.Literal:
-        return ", ".join(inner)
+        return ", ".join(map(str, inner))
     if origin in (abc.Sequence, list, tuple):
         plural = {int: "whole numbers", float: "numbers"}.get(inner[0], "texts")
         return f"{plural}, such as {'0,3 or 0-3' if inner[0] is int else '[0.5, 1]'}"

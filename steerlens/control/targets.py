@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,12 +19,17 @@ from steerlens.hosts import Host
 from steerlens.laws.relative import Relative
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level
 
-#: The words of an `Aim`, for the declaration of a method that has one.
-AIMS = {
-    "setpoint": ("level", "angular"),
-    "origin": (None, "own", "zero", "negative", "midpoint"),
-    "combine": ("joint", "independent"),
-}
+#: What is held along a direction: its coordinate, or the angle to it.
+Tracked: TypeAlias = Literal["level", "angular"]
+
+#: Where levels count from.
+Origin: TypeAlias = Literal["own", "zero", "negative", "midpoint"]
+
+#: Several concepts at once, or each as if it were alone.
+Combine: TypeAlias = Literal["joint", "independent"]
+
+#: The arguments of a method that become an `Aim`, in addition to the level and the angle.
+AIMS = ("setpoint", "origin", "combine")
 
 #: In units of the class separation. Measured, as the weights of `lqr` and the gains of `pid`: `docs/closed_loop.md`.
 LEVEL = 1.5
@@ -99,11 +104,11 @@ class Aim:
         self,
         data: Pairs | Sequence[Pairs],
         *,
-        setpoint: str,
+        setpoint: Tracked,
         level: float | Sequence[float] | None,
-        origin: str | None,
+        origin: Origin | None,
         angle_rad: float | None,
-        combine: str,
+        combine: Combine,
     ):
         self.concepts = [data] if isinstance(data, Pairs) else list(data)
         count = len(self.concepts)

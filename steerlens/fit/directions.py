@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ from steerlens.fit.reading import check_finite, contrast_states
 from steerlens.fit.retune import Draft, edited
 from steerlens.hosts import Host
 
-SIDES = ("at_least", "at_most", "at")
-UNITS = ("separation", "activation", "quantile", "logit")
+#: On which side of the level a state may be.
+Bound: TypeAlias = Literal["at_least", "at_most", "at"]
+
+#: What a level is counted in.
+Unit: TypeAlias = Literal["separation", "activation", "quantile", "logit"]
+
 #: In units of the class separation, from the negative texts' mean; as that of `lqr`: `docs/choose_method.md`.
 LEVEL = 1.5
 #: Largest condition of several unit directions with which they count as independent in float32.
@@ -64,8 +68,8 @@ class Levels:
         data: Any,
         level: float | Sequence[float] | None,
         *,
-        unit: str | None,
-        side: str,
+        unit: Unit | None,
+        side: Bound,
         trigger: float | Sequence[float] | None,
         origin: str | None,
         direction: str,

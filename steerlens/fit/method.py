@@ -9,8 +9,8 @@ import math
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, TypeVar, cast
+from types import ModuleType, SimpleNamespace, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -30,17 +30,17 @@ def method(
     *,
     card: Card,
     exceptions: Mapping[str, str] | None = None,
-    options: Mapping[str, Collection[Any]] | None = None,
     paper: Mapping[str, Any] | None = None,
     only: Mapping[str, Collection[str]] | None = None,
     retune: Retune | None = None,
 ) -> Callable[[Function], Function]:
     """Make a steering method of a function `name(model, data, *, ...) -> Controller`.
 
-        @method(card=Card(needs="sets", points=POINTS), options={"form": ("add", "piecewise")})
-        def caa(model, data, *, layers=None, form="add"): ...
+        @method(card=Card(needs="sets", points=POINTS))
+        def caa(model, data, *, layers=None, form: Literal["add", "piecewise"] = "add"): ...
 
-    The function finds the model's `Host` as `model`, checked options and data of the kind that the card names. It
+    The function finds the model's `Host` as `model`, data of the kind that the card names, and in each argument that is
+    annotated as a `Literal` (or None) one of its words. It
     returns loops and, as the controller's recipe, what fitting found (`Controller(loops, {"threshold": 0.3})`, or
     nothing). The caller gets these loops, named after the method unless they have names, with the whole recipe: method,
     version, all arguments of the call, what was found, the model's fingerprint and the data's hash.
@@ -48,7 +48,6 @@ def method(
     Args:
         card: What the method needs and where it acts.
         exceptions: Checks or hosts of `steerlens.testing` that it cannot pass, with the words of the error.
-        options: Arguments with a fixed set of values, and these values.
         paper: Arguments whose defaults are not the published ones, and the published ones: with `paper=True` these are
             the defaults. The function has the argument `paper`, and need not look at it.
         only: For a card with `features`: the arguments that apply to contrast texts alone, under `"texts"`, and to
@@ -56,7 +55,7 @@ def method(
         retune: Arguments that `Controller.retuned` changes without a refit, in addition to `strength`.
 
     Raises:
-        TypeError: the function does not begin with model and data, or an option is no argument of it.
+        TypeError: the function does not begin with model and data, or the declaration names what is no argument of it.
     """
 
     def decorate(function: Function) -> Function:
@@ -65,12 +64,14 @@ def method(
         if list(signature.parameters)[:2] != ["model", "data"]:
             raise TypeError(f"{name}{signature} is no method; its first two arguments are model and data")
         limited = {argument for arguments in (only or {}).values() for argument in arguments}
-        named = {*(options or ()), *(paper or ()), *(["paper"] if paper else []), *limited}
+        read = {argument: _words(annotation(function, argument)) for argument in signature.parameters}
+        choices = {argument: words for argument, words in read.items() if words}
+        named = {*(paper or ()), *(["paper"] if paper else []), *limited}
         if retune is not None and not callable(retune.names):
             named |= set(retune.names)
         unknown = sorted(named - set(signature.parameters))
         if unknown:
-            raise TypeError(f"{name} declares the option {unknown[0]!r}, which is no argument of it")
+            raise TypeError(f"{name} declares {unknown[0]!r}, which is no argument of it")
 
         @functools.wraps(function)
         def fit(*args: Any, **kwargs: Any) -> Controller:
@@ -85,7 +86,7 @@ def method(
             model, data = bound.arguments["model"], bound.arguments["data"]
             beside = {"model", "data", *(only or {}).get("texts" if goals_of(data) else "features", ())}
             asked = {argument: value for argument, value in bound.arguments.items() if argument not in beside}
-            for option, known in (options or {}).items():
+            for option, known in choices.items():
                 check_option(option, bound.arguments[option], known)
             _check_common(asked)
             host = bound.arguments["model"] = host_of(model)
@@ -158,6 +159,25 @@ def check_exports(package: ModuleType) -> None:
                 f"{package.__file__} does not export {entry.name}; add the line "
                 f"from {module.__name__} import {entry.name} as {entry.name}"
             )
+
+
+def annotation(function: Callable[..., Any], argument: str) -> Any:
+    """What an argument is annotated with; Any if that needs a library which is not imported."""
+    function = inspect.unwrap(function)
+    alone = SimpleNamespace(__annotations__={argument: function.__annotations__.get(argument, Any)})
+    try:
+        return get_type_hints(alone, function.__globals__)[argument]
+    except (NameError, TypeError):
+        return Any
+
+
+def _words(hint: Any) -> tuple[Any, ...]:
+    """All values that an annotation allows, if it is a `Literal` or a union of these and None; else nothing."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    parts = [(None,) if part is type(None) else _words(part) for part in get_args(hint)]
+    union = get_origin(hint) in (Union, UnionType)
+    return tuple(word for part in parts for word in part) if union and all(parts) else ()
 
 
 def _check_common(asked: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from steerlens.hosts import Host
 SIDES = {"dpo": "both", "negative_sft": "negative", "sft": "positive"}
 
 #: What the size of a step is relative to.
-SCALES = ("relative", "absolute")
+Scale: TypeAlias = Literal["relative", "absolute"]
 
 
 class Labelled:

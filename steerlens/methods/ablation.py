@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from steerlens.core import Controller, Loop, Site
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
@@ -14,7 +16,6 @@ from steerlens.laws.feedback import Project
 
 @method(
     card=Card(needs="sets", points=("resid_pre", "resid_mid", "resid_post")),
-    options={"origin": ("zero", "negative")},
 )
 def ablation(
     model: Model,
@@ -22,7 +23,7 @@ def ablation(
     *,
     read_layer: int | None = None,
     layers: Layers = None,
-    origin: str = "zero",
+    origin: Literal["zero", "negative"] = "zero",
     strength: float = 1.0,
     where: Where = "all",
 ) -> Controller:

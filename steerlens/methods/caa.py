@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from steerlens.core import POINTS, Controller, Loop
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
@@ -16,7 +18,7 @@ from steerlens.laws.feedback import Add
 FORMS = {"add": Add, "projection": Amplify, "piecewise": Push}
 
 
-@method(card=Card(needs="sets", points=POINTS), options={"form": tuple(FORMS)})
+@method(card=Card(needs="sets", points=POINTS))
 def caa(
     model: Model,
     data: Pairs,
@@ -24,7 +26,7 @@ def caa(
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,
-    form: str = "add",
+    form: Literal["add", "projection", "piecewise"] = "add",
     normalize: bool = False,
     where: Where = "last",
 ) -> Controller:

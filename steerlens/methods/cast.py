@@ -13,14 +13,14 @@ from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
 from steerlens.fit.reading import check_paired, contrast_states, every_layer
-from steerlens.gating import POOLS, prompt_states
+from steerlens.gating import POOLS, Pool, prompt_states
 from steerlens.hosts import Host
 from steerlens.hosts.types import Model
 from steerlens.laws.conditions import Resemblance, resemblance
 from steerlens.laws.feedback import Add
 
 
-@method(card=Card(needs="pairs", points=POINTS), options={"pool": tuple(POOLS)})
+@method(card=Card(needs="pairs", points=POINTS))
 def cast(
     model: Model,
     data: Pairs,
@@ -29,7 +29,7 @@ def cast(
     layers: Layers = None,
     gate_layers: Layers = None,
     point: str = "resid_post",
-    pool: str = "mean",
+    pool: Pool = "mean",
     threshold: float | None = None,
     strength: float = 1.0,
     where: Where = "all",

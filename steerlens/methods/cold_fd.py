@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, Labelled, Objective, labelled, objective
+from steerlens.fit.objectives import Labelled, Objective, Scale, labelled, objective
 from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.fit.retune import Draft, Retune, edited, ratio
 from steerlens.hosts import Host
@@ -36,7 +37,6 @@ def _retune(draft: Draft) -> None:
     card=Card(needs="completions", points=POINTS, derivatives="parameters", prompt_passes=2),
     # a gradient step depends on how a function is parametrised
     exceptions={"hooked": "a HookedTransformer's parameters are not the model's"},
-    options={"estimator": ("auto", "jvp", "fd"), "embedding": ("tied", "untied", None), "scale": SCALES},
     retune=Retune(("eta",), _retune),
 )
 def cold_fd(
@@ -46,10 +46,10 @@ def cold_fd(
     loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
     beta: float = 0.1,
     reference: str | None = None,
-    estimator: str = "auto",
-    embedding: str | None = "tied",
+    estimator: Literal["auto", "jvp", "fd"] = "auto",
+    embedding: Literal["tied", "untied"] | None = "tied",
     eta: float = 0.1,
-    scale: str = "relative",
+    scale: Scale = "relative",
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,

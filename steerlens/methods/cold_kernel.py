@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.gradients import example_gradients
 from steerlens.fit.method import method
-from steerlens.fit.objectives import SCALES, objective
+from steerlens.fit.objectives import Scale, objective
 from steerlens.fit.reading import mean_norm, pick_layers
 from steerlens.fit.retune import Draft, Retune
 from steerlens.hosts.types import Model
@@ -27,7 +28,6 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="completions", points=POINTS, derivatives="activations"),
-    options={"pairs": ("sum", "rejected_only"), "kernel": ("unit", "linear"), "scale": SCALES},
     retune=Retune(("eta",), _retune),
 )
 def cold_kernel(
@@ -37,10 +37,10 @@ def cold_kernel(
     loss: str | Callable[[Tensor, Tensor], Tensor] = "dpo",
     beta: float = 0.1,
     reference: str | None = None,
-    pairs: str = "sum",
-    kernel: str = "unit",
+    pairs: Literal["sum", "rejected_only"] = "sum",
+    kernel: Literal["unit", "linear"] = "unit",
     eta: float = 0.1,
-    scale: str = "relative",
+    scale: Scale = "relative",
     layers: Layers = None,
     point: str = "resid_post",
     strength: float = 1.0,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor
 
+from steerlens.control.targets import Origin
 from steerlens.core import Controller, Loop
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs, Text
-from steerlens.fit.directions import SIDES, UNITS, Levels, retune_held, tuned_levels
+from steerlens.fit.directions import Bound, Levels, Unit, retune_held, tuned_levels
 from steerlens.fit.method import method
 from steerlens.fit.reading import pick_layers
 from steerlens.fit.retune import Retune
@@ -22,12 +24,6 @@ from steerlens.laws.setpoints import Range
 
 @method(
     card=Card(needs="sets", points=VECTORS, concepts=True, vectors=True),
-    options={
-        "side": SIDES,
-        "unit": (None, *UNITS),
-        "origin": (None, "own", "zero", "negative", "midpoint"),
-        "direction": ("mean", "probe"),
-    },
     retune=Retune(tuned_levels, retune_held),
 )
 def hold(
@@ -35,11 +31,11 @@ def hold(
     data: Pairs | Sequence[Pairs] | Tensor | Mapping[int, Tensor],
     *,
     level: float | Sequence[float] | None = None,
-    unit: str | None = None,
-    side: str = "at_least",
+    unit: Unit | None = None,
+    side: Bound = "at_least",
     trigger: float | Sequence[float] | None = None,
-    origin: str | None = None,
-    direction: str = "mean",
+    origin: Origin | None = None,
+    direction: Literal["mean", "probe"] = "mean",
     texts: Sequence[Text] | None = None,
     layers: Layers = None,
     point: str = "resid_post",

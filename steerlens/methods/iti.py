@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from steerlens.core import Controller, Loop
@@ -15,7 +17,7 @@ from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Add
 
 
-@method(card=Card(needs="sets", points=("z",)), options={"direction": ("mean", "probe")}, paper={"strength": 15.0})
+@method(card=Card(needs="sets", points=("z",)), paper={"strength": 15.0})
 def iti(
     model: Model,
     data: Pairs,
@@ -23,7 +25,7 @@ def iti(
     layers: Layers = None,
     n_elements: int | None = None,
     strength: float = 5.0,
-    direction: str = "mean",
+    direction: Literal["mean", "probe"] = "mean",
     held_out: float = 0.2,
     seed: int = 0,
     where: Where = "last",

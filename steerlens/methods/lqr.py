@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from typing import cast
+from typing import Literal, cast
 
 from steerlens.control.gains import foresee, gains_for, react
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant, check_texts
 from steerlens.control.regulator import SOLVERS, Weights
-from steerlens.control.targets import AIMS, Aim, Targets, found_of, retune_targets, tuned
+from steerlens.control.targets import AIMS, Aim, Combine, Origin, Targets, Tracked, found_of, retune_targets, tuned
 from steerlens.core import Controller
 from steerlens.core.types import Json, Layers, Where
 from steerlens.fit.card import Card
@@ -40,7 +40,6 @@ def _names(recipe: Json) -> list[str]:
         concepts=True,
         features=True,
     ),
-    options={**AIMS, "solver": tuple(SOLVERS)},
     paper={"origin": "zero", "level": 1.0, "q": 0.1, "solver": "dense"},
     only={
         "texts": [*AIMS, "level", "angle_rad", "q", "qf", "solver", "preview", "linearize_on", "full_gain", "paper"],
@@ -54,14 +53,14 @@ def lqr(
     texts: Sequence[Text] | None = None,
     *,
     level: float | Sequence[float] | None = None,
-    setpoint: str = "level",
-    origin: str | None = None,
+    setpoint: Tracked = "level",
+    origin: Origin | None = None,
     angle_rad: float | None = None,
-    combine: str = "joint",
+    combine: Combine = "joint",
     q: float | Sequence[float] = 1e-4,
     r: float | Sequence[float] = 1.0,
     qf: float = 0.1,
-    solver: str = "scalar",
+    solver: Literal["dense", "output", "scalar"] = "scalar",
     preview: bool = False,
     layers: Layers = None,
     strength: float = 1.0,

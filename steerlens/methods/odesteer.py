@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,7 +32,6 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="sets", points=VECTORS),
-    options={"mode": ("exact", "paper"), "kernel": ("polynomial", "fourier")},
     retune=Retune(("angle_rad", "distance"), _retune),
 )
 def odesteer(
@@ -43,8 +42,8 @@ def odesteer(
     point: str = "resid_post",
     angle_rad: float | None = None,
     distance: float | None = None,
-    mode: str = "exact",
-    kernel: str = "polynomial",
+    mode: Literal["exact", "paper"] = "exact",
+    kernel: Literal["polynomial", "fourier"] = "polynomial",
     degree: int = 2,
     gamma: float = 0.1,
     coef0: float = 1.0,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-from steerlens.control.targets import AIMS, Aim, found_of, retune_targets, tuned
+from steerlens.control.targets import AIMS, Aim, Combine, Origin, Tracked, found_of, retune_targets, tuned
 from steerlens.core import Controller, Loop
 from steerlens.core.law import finite
 from steerlens.core.types import Json, Layers, Where
@@ -35,7 +35,6 @@ def _names(recipe: Json) -> list[str]:
 
 @method(
     card=Card(needs="sets", points=("resid_post",), prompt_passes=2, token_passes=2, concepts=True, features=True),
-    options=AIMS,
     paper={"origin": "zero", "level": 1.0, "kp": 0.7, "ki": 0.01, "kd": 0.1},
     only={"texts": [*AIMS, "level", "angle_rad", "layers", "paper"]},
     retune=Retune(_names, _retune),
@@ -45,10 +44,10 @@ def pid(
     data: Pairs | Sequence[Pairs] | Target | Sequence[Target],
     *,
     level: float | Sequence[float] | None = None,
-    setpoint: str = "level",
-    origin: str | None = None,
+    setpoint: Tracked = "level",
+    origin: Origin | None = None,
     angle_rad: float | None = None,
-    combine: str = "joint",
+    combine: Combine = "joint",
     kp: float = 0.05,
     ki: float = 0.0,
     kd: float = 0.0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,14 @@ from steerlens.fit.retune import Draft, Retune, edited, ratio
 from steerlens.hosts.types import Model
 from steerlens.laws.scaling import Frozen, Scale
 
+Component: TypeAlias = Literal["head", "neuron", "hidden"]
+
 #: Component -> points of the block where its elements are; the first is the default.
-POINTS = {"head": ("z",), "neuron": ("mlp_post",), "hidden": ("mlp_out", "resid_post")}
+POINTS: dict[Component, tuple[str, ...]] = {
+    "head": ("z",),
+    "neuron": ("mlp_post",),
+    "hidden": ("mlp_out", "resid_post"),
+}
 #: Component -> default number of elements, from the middle of the paper's grids.
 COUNTS = {"head": 4, "neuron": 50, "hidden": 10}
 
@@ -36,24 +44,18 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="sets", points=("z", "mlp_post", "mlp_out", "resid_post")),
-    options={
-        "component": tuple(POINTS),
-        "select": ("max", "min", "abs"),
-        "normalize": (None, "layer_std"),
-        "mode": ("live", "frozen"),
-    },
     retune=Retune(("strength",), _retune),
 )
 def sadi(
     model: Model,
     data: Pairs,
     *,
-    component: str = "head",
+    component: Component = "head",
     n_elements: int | None = None,
     strength: float = 4.0,
-    select: str = "max",
-    normalize: str | None = None,
-    mode: str = "live",
+    select: Literal["max", "min", "abs"] = "max",
+    normalize: Literal["layer_std"] | None = None,
+    mode: Literal["live", "frozen"] = "live",
     layers: Layers = None,
     point: str | None = None,
     where: Where = "last_prompt",
@@ -134,7 +136,13 @@ def sadi(
     return Controller(loops, {"n_elements": count, "point": chosen_point})
 
 
-def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None = None) -> Tensor:
+def top_k(
+    scores: Tensor,
+    k: int,
+    *,
+    select: Literal["max", "min", "abs"] = "max",
+    normalize: Literal["layer_std"] | None = None,
+) -> Tensor:
     """True at the k elements that rank first over all layers, `[layer n] -> [layer n]`; ties by layer, then index."""
     if normalize == "layer_std":
         spread = scores.std(dim=1, keepdim=True)
@@ -147,7 +155,7 @@ def top_k(scores: Tensor, k: int, *, select: str = "max", normalize: str | None 
     return mask.view_as(scores)
 
 
-def _point(component: str, point: str | None) -> str:
+def _point(component: Component, point: str | None) -> str:
     points = POINTS[component]
     if point is not None and point not in points:
         raise ValueError(f"point={point!r}; for component={component!r} it is one of {', '.join(points)}")

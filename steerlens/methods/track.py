@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ def _retune(draft: Draft) -> None:
 
 @method(
     card=Card(needs="texts", points=("resid_post",), derivatives="blocks"),
-    options={"solver": ("dense", "output")},
     retune=Retune(("path",), _retune),
 )
 def track(
@@ -44,7 +43,7 @@ def track(
     q: float | Sequence[float] = 0.1,
     r: float | Sequence[float] = 1.0,
     qf: float = 0.1,
-    solver: str = "dense",
+    solver: Literal["dense", "output"] = "dense",
     layers: Layers = None,
     strength: float = 1.0,
     where: Where = "last",
