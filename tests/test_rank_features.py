@@ -40,10 +40,11 @@ def test_the_score_by_output_is_the_derivative_of_the_texts_log_probabilities():
     assert table["score"].abs().is_monotonic_decreasing
     for index in table.index[:3]:
         row = sae.W_dec[index].detach().double()
-        h = 1e-5
+        # the model's norms round to float32, 1e-7 of the sum, and the quotient's own error grows as h squared
+        h = 0.03
         slope = (preference(case, h * row) - preference(case, -h * row)) / (2 * h)
         at = table.loc[index]
-        assert at.score == pytest.approx((at.positive - at.negative) * slope, rel=1e-4, abs=1e-9)
+        assert at.score == pytest.approx((at.positive - at.negative) * slope, rel=2e-3)
 
 
 def test_by_sparse_a_feature_that_is_on_in_the_other_sides_texts_ranks_lower():

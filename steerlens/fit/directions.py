@@ -276,7 +276,7 @@ def _bounds(levels: Tensor, triggers: Tensor, side: str) -> list[Tensor]:
 
 def tuned_levels(recipe: Json) -> list[str]:
     """What `retune_held` changes: a quantile needs the texts again."""
-    return ["level", "trigger"] if "affine" in recipe["found"] else []
+    return ["level", "trigger"] if "affine" in (recipe.get("found") or {}) else []
 
 
 def retune_held(draft: Draft) -> None:

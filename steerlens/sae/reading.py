@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from steerlens.hosts.types import Model
 from steerlens.sae.slices import Origin, architecture, check_indices, site_of
 
 #: What `rank_features` can rank by.
-RANKINGS = ("effect", "sparse", "output")
+Ranking: TypeAlias = Literal["effect", "sparse", "output"]
 NEURONPEDIA = "https://www.neuronpedia.org"
 
 
@@ -36,7 +37,7 @@ def states_of(host: Host, tokens: Sequence[Sequence[int]], site: Site) -> list[T
 
 
 def rank_features(
-    model: Model, sae: Autoencoder, pairs: Pairs, *, by: str = "effect", site: Site | str | None = None
+    model: Model, sae: Autoencoder, pairs: Pairs, *, by: Ranking = "effect", site: Site | str | None = None
 ) -> Frame:
     """Rank all features of an autoencoder by how well they separate the positive texts from the negative ones.
 
@@ -49,7 +50,8 @@ def rank_features(
     position 0 if there are others). Two texts a side at least; a feature that is constant on both sides has effect 0.
     A feature that is on in most texts of both sides may separate them well and steer badly: `"sparse"` ranks it lower.
     `"output"` is the first-order effect on the model's output of what the feature writes, d its decoder row and g the
-    gradient, summed over the tokens, of the difference between the two sides' mean log probability per token.
+    gradient, summed over the tokens, of the difference between the two sides' mean log probability per token. A feature
+    with a positive `effect` and a positive `score` by output favours the positive texts if it is raised.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model; for `"output"` with its weights on this machine.
@@ -72,7 +74,7 @@ def rank_features(
         import pandas
     except ImportError as error:
         raise ImportError("tables need pandas; pip install 'steerlens[plots]'") from error
-    check_option("by", by, RANKINGS)
+    check_option("by", by, get_args(Ranking))
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs is a {type(pairs).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
     if len(pairs) < 2:
@@ -109,6 +111,8 @@ def _output_gradient(host: Host, side: Reading, site: Site, batch: int = 4) -> T
     """Of the mean log probability per token of some texts, along the same change of all their states, `[d]`."""
     total = torch.zeros(host.d_model, dtype=torch.float64)
     texts = [text for text in side.tokens if len(text) > 1]
+    if not texts:
+        raise ValueError("by='output' needs texts of two tokens or more; position 0 is left alone")
     for start in range(0, len(texts), batch):
         chosen = texts[start : start + batch]
 
@@ -122,7 +126,7 @@ def _output_gradient(host: Host, side: Reading, site: Site, batch: int = 4) -> T
         # position 0 is left alone, as it is in steering
         weights = [[0.0] + [1.0] * (len(text) - 1) for text in chosen]
         total += host.gradients(chosen, weights, [site], loss)[site].double().sum(0)
-    return total / max(len(texts), 1)
+    return total / len(texts)
 
 
 @dataclass(frozen=True)
