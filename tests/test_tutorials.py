@@ -17,7 +17,7 @@ sys.path.insert(0, str(FOLDER))
 try:
     from build import stale
     from dress import SOURCES, TUTORIALS, dressed
-    from rules import broken_in_notebook, broken_in_source, hidden_names
+    from rules import broken_in_notebook, broken_in_source, hidden_names, wide
 finally:
     sys.path.remove(str(FOLDER))
 
@@ -51,6 +51,11 @@ def test_every_notebook_has_a_source_and_is_listed():
 )
 def test_what_is_not_public_is_found(code, words):
     assert words in hidden_names(ast.parse(code), {"clerk"})[0]
+
+
+def test_a_wide_line_of_code_is_found():
+    cells = [nbformat.v4.new_code_cell("x" * 81 + "\n" + "x" * 80), nbformat.v4.new_markdown_cell("x" * 100)]
+    assert len(wide(cells)) == 1
 
 
 def test_a_missing_picture_and_a_broken_link_are_found(tmp_path):
