@@ -15,6 +15,7 @@ jupytext = pytest.importorskip("jupytext", reason="the sources are read with jup
 FOLDER = Path(__file__).parent.parent / "tutorials"
 sys.path.insert(0, str(FOLDER))
 try:
+    import dress
     from build import stale
     from dress import SOURCES, TUTORIALS, dressed
     from rules import broken_in_notebook, broken_in_source, hidden_names, wide
@@ -66,3 +67,31 @@ def test_a_missing_picture_and_a_broken_link_are_found(tmp_path):
     assert len(found) == 2
     assert any("without a picture" in line for line in found)
     assert any("nowhere.ipynb" in line for line in found)
+
+
+@pytest.mark.parametrize("address", ["https://github.com/a-b/c.d", "https://github.com/a-b/c.d.git", None])
+def test_badge_and_installation_follow_the_address_of_the_repository(address, tmp_path, monkeypatch):
+    url = f'Repository = "{address}"' if address else 'Other = "https://github.com/somebody/else"'
+    (tmp_path / "pyproject.toml").write_text(f"[project]\nname = 'x'\n[project.urls]\n{url}\n")
+    monkeypatch.setattr(dress, "ROOT", tmp_path)
+    for source in SOURCES:
+        notebook = dressed(jupytext.read(source), source)
+        install = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+        if address is None:
+            assert "colab" not in notebook.cells[0].source
+            assert '"..[demo' in install
+            continue
+        place = f"colab.research.google.com/github/a-b/c.d/blob/main/{source.parent.name}/{source.stem}.ipynb)"
+        # a file beside the notebook is not there in Colab
+        assert (place in notebook.cells[0].source) == ("from clerk import" not in source.read_text())
+        assert '] @ git+https://github.com/a-b/c.d"' in install
+        packages = {"nnsight": "nnsight", "smollm2_sae": "sae"}
+        for name, extra in packages.items():
+            assert (extra in install.partition("[")[2].partition("]")[0].split(",")) == (name in source.read_text())
+
+
+def test_an_address_that_colab_cannot_open_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("[project.urls]\nRepository = 'https://example.org/a/b'\n")
+    monkeypatch.setattr(dress, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"Colab opens https://github\.com/owner/name"):
+        dress.repository()

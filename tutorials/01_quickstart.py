@@ -3,7 +3,7 @@
 #
 # **You will see** SmolLM2-135M continue twenty sentences, unsteered and steered towards the ocean by two methods, with a
 # count of how many continuations mention it; then what the controller did at each layer and token. **Time:** about a
-# minute on two cores; no GPU.
+# minute and a half on two cores; no GPU.
 
 # %%
 import re

@@ -115,18 +115,10 @@ compared = sl.compare(
         sl.prompt("Everything is described with delight and praise."),
     ),
     seeds=3,
-    max_new_tokens=12,
     progress=False,
 )
-columns = [
-    "strength",
-    "effect",
-    "low",
-    "high",
-    "wrong way",
-    "KL mean",
-    "neutral loss",
-]
+columns = ["strength", "effect", "low", "high", "wrong way", "KL mean"]
+columns += ["neutral loss"]
 compared.table()[columns].round(2)
 
 # %%
@@ -138,7 +130,10 @@ compared.plot()
 
 # %%
 mean, low, high = compared.difference("caa, every layer", f"caa, layer {layer}")
-print(f"every layer minus one layer: {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+print(
+    f"every layer minus one layer: {mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+    "nats per token",
+)
 
 # %% [markdown]
 # `compared.card()` gives tables, protocol and versions as Markdown, for an appendix.

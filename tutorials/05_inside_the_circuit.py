@@ -3,7 +3,7 @@
 #
 # A controller that runs inside a model is part of its computation, so it is open to the same tools. **You will see** the
 # signals of A-LQR cached and patched like any activation of SmolLM2-135M, the change of a metric split among the layers'
-# controls, and the heads that carry it. **Time:** about a minute on two cores; no GPU.
+# controls, and the heads that carry it. **Time:** about half a minute on two cores; no GPU.
 
 # %%
 import pandas as pd

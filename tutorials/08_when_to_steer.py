@@ -130,8 +130,10 @@ for name, controller, dash in (
 ):
     with sl.steer(model, controller) as run:
         answers = model.generate(batch, max_new_tokens=12, **options)
-    print(f"{name}: {answers[0]!r}")
-    print("    the closed row is the unsteered one:", answers[1] == plain[1])
+    print(
+        f"{name}: the closed row is the unsteered one:",
+        f"{answers[1] == plain[1]}; the other: {answers[0]!r}",
+    )
     norms = run.record.layers("u_norm")[15][:, -12:]
     for row, values in enumerate(norms.tolist()):
         figure.add_scatter(

@@ -2,8 +2,8 @@
 # # 9. How few examples are enough?
 #
 # **You will see** three methods fitted on 3, 8 and 24 pairs of texts, each at the same price, and what they do to pairs
-# that none has seen, on SmolLM2-135M; then whether two sets of eight pairs agree on a direction at all. **Time:** about a
-# minute and a half on two cores; no GPU.
+# that none has seen, on SmolLM2-135M; then whether two sets of eight pairs agree on a direction at all. **Time:** about
+# two minutes on two cores; no GPU.
 
 # %%
 import pandas as pd
