@@ -20,6 +20,7 @@ import common  # noqa: F401 (first, as it sets the environment)
 import torch  # isort: skip
 
 from budget import LIMIT, MODELS, at_limit, jacobians
+from default_strengths import texts
 
 import steerlens as sl
 from steerlens.core import Controller
@@ -40,6 +41,14 @@ ARMS = {
     "hold": (sl.hold, {}, "level"),
     "hold, own": (sl.hold, {"origin": "own"}, "level"),
     "hold, probe": (sl.hold, {"direction": "probe"}, "level"),
+    "trained_vector": (sl.trained_vector, {}, "strength"),
+    "trained_vector, preference": (sl.trained_vector, {"loss": "preference"}, "strength"),
+}
+#: What the arm `prompt` asks for; it cannot be scaled and is measured as it is.
+ASKED = {
+    "sentiment": "Write gladly: everything was a delight.",
+    "ocean": "Write about the ocean and the sea.",
+    "wedding": "Write about a wedding.",
 }
 
 
@@ -60,18 +69,22 @@ def controllers(model: object, plant: sl.Linearization, bench: Bench, pairs: sl.
 
 def run(model: object, task: str, names: list[str], folder: Path, *, prompts: int, items: int) -> None:
     """One task: compare, and print a row an arm."""
-    pairs = shipped(task, split="dev", read="mean")
+    pairs, completed = shipped(task, split="dev", read="mean"), texts(task, "trained_vector")
     held = shipped(task, split="held_out")[:items]
     plant = jacobians(model, folder)
     bench = Bench(model, shipped_texts("prompts", split="dev")[:prompts])
     found = sl.evaluate.compare(
         model,
-        {name: controllers(model, plant, bench, pairs, name) for name in names},
+        {
+            name: controllers(model, plant, bench, completed if name.startswith("trained") else pairs, name)
+            for name in names
+            if name != "prompt"
+        },
         propensity(held),
         budget=kl() <= LIMIT,
         prompts=shipped_texts("prompts", split="held_out")[: 2 * prompts],
         damage=[],
-        baselines=(),
+        baselines=[sl.evaluate.prompt(ASKED[task])] if "prompt" in names else (),
         file=folder / f"{task}.jsonl",
         progress=False,
     )
@@ -79,7 +92,7 @@ def run(model: object, task: str, names: list[str], folder: Path, *, prompts: in
     strengths = {arm: strength for arm, strength in found.arms}
     for name in names:
         effect = float(found.change(name, strengths[name]).mean())
-        line = f"  {name:18} {effect:+.3f}   KL {_cost(found, name, strengths):.2f}"
+        line = f"  {name:26} {effect:+.3f}   KL {_cost(found, name, strengths):.2f}"
         if name != "caa" and "caa" in names:
             difference, low, high = found.difference(name, "caa")
             line += f"   against caa {difference:+.3f} ({low:+.3f} to {high:+.3f})"
@@ -95,7 +108,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--tasks", nargs="+", default=["ocean", "wedding", "sentiment"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, "prompt"], default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=Path("defaults"))
     parser.add_argument("--prompts", type=int, default=12, help="for choosing; twice as many for reporting")
     parser.add_argument("--items", type=int, default=20)

@@ -1,6 +1,6 @@
 """When does feedback pay? Open loops against closed ones at one KL, undisturbed and disturbed.
 
-python benchmarks/feedback.py                              # sentiment, about ten minutes on one core
+python benchmarks/feedback.py                              # sentiment; resumable: what is measured is kept in a folder
 python benchmarks/feedback.py --task ocean --parts texts   # one part: effects, texts or undoing
 
 Every controller is fitted on the dev half of a set, and its strength (of fixed vectors) or level (of loops) is chosen
@@ -9,9 +9,9 @@ on dev prompts so that the KL is 0.3 nats per token. Then, on the held-out half:
 effects: how much likelier the wanted completion has become than the unwanted one, in nats per token: as it is; while a
     second controller pushes the other way after block 12; and after a text of the unwanted side. Paired 95 % intervals
     against the fixed push at every layer.
-texts: what each controller writes, sampled after dev prompts: the shift along the feature that is left in the steered
-    state at five sixths of the depth, early and late in the text, and how far the text itself has moved, as the
-    unsteered model reads it. In units of the class difference there.
+texts: what each controller writes, sampled after held-out prompts: the shift along the feature that is left in the
+    steered state at five sixths of the depth, in the first and the last quarter of the text, its spread over the
+    tokens, and how far the text itself has moved, as the unsteered model reads it; in units of the class difference.
 undoing: what the blocks do to a shift along the feature, by their Jacobians: the share of it that the next block keeps,
     and what arrives before the last block.
 """
@@ -19,9 +19,8 @@ undoing: what the blocks do to a shift along the feature, by their Jacobians: th
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ import steerlens as sl
 from steerlens.core import Controller
 from steerlens.evaluate import Arm, Bench, generate_texts, propensity
 from steerlens.evaluate.bootstrap import mean_interval
+from steerlens.evaluate.log import Log
 from steerlens.fit.contrast import Text
 from steerlens.fit.shipped import shipped, shipped_texts
 
@@ -50,11 +50,12 @@ class Study:
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         task: A shipped set.
-        folder: Keeps the Jacobians.
+        folder: Keeps the Jacobians and what has been measured; a run goes on where another with equal numbers ended.
         prompts: How many prompts a level is chosen on.
+        numbers: Of items, texts and tokens, on which what is kept depends.
     """
 
-    def __init__(self, model: Any, task: str, folder: Path, *, prompts: int):
+    def __init__(self, model: Any, task: str, folder: Path, *, prompts: int, numbers: Mapping[str, Any] | None = None):
         self.model, self.task = model, task
         self.depth = sl.hosts.host_of(model).n_layers
         pairs = shipped(task, split="dev")
@@ -63,27 +64,37 @@ class Study:
         self.bench = Bench(model, shipped_texts("prompts", split="dev")[:prompts])
         self.plant = jacobians(model, folder)
         self.vectors = sl.caa(model, self.dev, layers="all")
+        file = None if numbers is None else folder / f"{task}.jsonl"
+        self.log = Log(file, {"task": task, "prompts": prompts, **(numbers or {})})
 
     def vector(self, layer: int) -> Tensor:
         """The class difference after a block, `[d]`."""
         return self.vectors.loops[layer].law.vector
 
     def controllers(self) -> dict[str, Controller]:
-        """Open loops and closed ones, each with its KL printed."""
+        """Open loops and closed ones, each with its KL printed; `hold` is closed, at the middle layer."""
         loop = {"linearization": self.plant, "progress": False}
         firm = {"q": 0.1, "r": 1.0, "qf": 0.1, "solver": "dense"}
         makers: dict[str, tuple[float, Callable[[float], Controller]]] = {
             "one layer": (1.5, lambda s: self.vectors.only([self.depth // 2]) * s),
+            "hold": (2.5, lambda s: sl.hold(self.model, self.dev, level=s)),
             OPEN: (0.1, lambda s: self.vectors * s),
             "relative loop": (3.0, lambda s: sl.lqr(self.model, self.dev, level=s, **loop)),
             "relative loop, firm": (1.5, lambda s: sl.lqr(self.model, self.dev, level=s, **loop, **firm)),
             "loop from zero": (1.0, lambda s: sl.lqr(self.model, self.dev, level=s, paper=True, **loop)),
         }
-        return {name: self.met(name, dial, make) for name, (dial, make) in makers.items()}
+        with sl.readings(self.model):
+            return {name: self.met(name, dial, make) for name, (dial, make) in makers.items()}
 
     def met(self, name: str, dial: float, make: Callable[[float], Controller]) -> Controller:
         """What a function makes of a strength or level, at that at which the KL is the limit."""
-        controller, dial, value = at_limit(self.bench, make, dial, rounds=5)
+        key = ["level", name]
+        if key in self.log:
+            dial, value = self.log[key]
+            controller = make(dial)
+        else:
+            controller, dial, value = at_limit(self.bench, make, dial, rounds=5)
+            self.log.put(key, [dial, value])
         print(f"  {name:20} strength or level {dial:.3g}, KL {value:.2f}", flush=True)
         return controller
 
@@ -93,14 +104,14 @@ def effects(study: Study, controllers: dict[str, Controller], items: int) -> Non
     held = shipped(study.task, split="held_out")[:items]
     away = study.vectors.only([round(0.4 * study.depth)]) * -2
     meters = {FREE: propensity(held), PUSHED: propensity(held), ADVERSE: propensity(after_the_unwanted(held))}
-    plain = {name: measured(study, meter, None) for name, meter in meters.items()}
-    alone = measured(study, meters[PUSHED], away) - plain[PUSHED]
+    plain = {case: measured(study, "unsteered", case, meter, None) for case, meter in meters.items()}
+    alone = measured(study, "the push", PUSHED, meters[PUSHED], away) - plain[PUSHED]
     print(f"\nchange of wanted over unwanted, nats per token, {len(held.positive)} held-out items")
     print(f"  the push alone {interval(alone)}")
     found: dict[str, dict[str, Tensor]] = {}
     for name, controller in controllers.items():
         found[name] = {
-            case: measured(study, meter, controller + away if case == PUSHED else controller) - plain[case]
+            case: measured(study, name, case, meter, controller + away if case == PUSHED else controller) - plain[case]
             for case, meter in meters.items()
         }
         line = "   ".join(f"{case} {interval(value)}" for case, value in found[name].items())
@@ -125,9 +136,12 @@ def after_the_unwanted(held: sl.Pairs) -> sl.Pairs:
     )
 
 
-def measured(study: Study, meter: sl.evaluate.Meter, controller: Controller | None) -> Tensor:
+def measured(study: Study, name: str, case: str, meter: sl.evaluate.Meter, controller: Controller | None) -> Tensor:
     """One number an item."""
-    return torch.tensor([sum(item) / len(item) for item in meter(study.bench, Arm("measured", controller))])
+    key = ["effect", name, case]
+    if key not in study.log:
+        study.log.put(key, [sum(item) / len(item) for item in meter(study.bench, Arm("measured", controller))])
+    return torch.tensor(study.log[key])
 
 
 def interval(values: Tensor) -> str:
@@ -138,34 +152,49 @@ def interval(values: Tensor) -> str:
 
 def texts(study: Study, controllers: dict[str, Controller], prompts: int, tokens: int) -> None:
     """Prints what is left of the shift along sampled texts, and how far the texts themselves have moved."""
+    asked = shipped_texts("prompts", split="held_out")[:prompts]
+    print(f"\n{tokens} tokens after {prompts} prompts, along v at five sixths of the depth, in class differences")
+    found: dict[str, Tensor] = {}
+    for name, controller in {"unsteered": None, **controllers}.items():
+        key = ["text", name]
+        if key not in study.log:
+            study.log.put(key, written(study, controller, asked, tokens))
+        found[name] = torch.tensor(study.log[key])
+        if controller is None:
+            continue
+        early, late, spread, *_ = found[name].unbind(1)
+        moved = (found[name] - found["unsteered"])[:, 3:].unbind(1)
+        print(f"  {name}")
+        print(f"    shift: first quarter {interval(early)}, last {interval(late)}, change {interval(late - early)}")
+        print(f"    spread over the tokens of a text {interval(spread)}")
+        print(f"    text: first quarter {interval(moved[0])}, last {interval(moved[1])}", flush=True)
+    print("minus the fixed push at every layer: shift in the last quarter, spread, text in the last quarter")
+    for name in controllers:
+        gaps = (found[name] - found[OPEN]).unbind(1)
+        print(f"  {name:20} " + "   ".join(interval(gaps[column]) for column in (1, 2, 4)))
+
+
+def written(study: Study, controller: Controller | None, asked: Sequence[Text], tokens: int) -> list[list[float]]:
+    """A row a text: the shift in its first and last quarter, its spread over all tokens, the text in both quarters."""
     layer = round(5 / 6 * study.depth)
     v = study.vector(layer)
-    asked = shipped_texts("prompts", split="held_out")[:prompts]
-    options = {"max_new_tokens": tokens, "temperature": 0.8, "batch": 1}
-    early, late = slice(0, tokens // 4), slice(tokens - tokens // 4, tokens)
-    print(f"\n{tokens} tokens after {prompts} prompts, along v after block {layer}, in class differences: early, late")
-    plain: Tensor | None = None
-    for name, controller in {"unsteered": None, **controllers}.items():
-        shifts, read = torch.full((prompts, tokens), math.nan), torch.full((prompts, tokens), math.nan)
-        for row, text in enumerate(generate_texts(study.model, controller, asked, **options)):
-            ids, start = [*text.prompt, *text.completion], len(text.prompt)
-            own = features(study, None, ids, start, layer, v)[:tokens]
-            read[row, : len(own)] = own
-            if controller is not None:
-                shifts[row, : len(own)] = features(study, controller, ids, start, layer, v)[:tokens] - own
-        plain = read if plain is None else plain
-        line = f"  {name:20}"
-        if controller is not None:
-            kept = [interval(finite(shifts[:, part])) for part in (early, late)]
-            line += f" shift {kept[0]}, {kept[1]}, spread {float(shifts[~shifts.isnan()].std()):.2f}"
-            moved = [interval(finite(read[:, part]) - finite(plain[:, part])) for part in (early, late)]
-            line += f"   text {moved[0]}, {moved[1]}"
-        print(line, flush=True)
-
-
-def finite(values: Tensor) -> Tensor:
-    """The mean over the tokens of each text; of a text that ended before, its last ones: 0 if there are none."""
-    return values.nanmean(1).nan_to_num()
+    rows = []
+    options = {"max_new_tokens": tokens, "temperature": 0.8, "batch": len(asked)}
+    for text in generate_texts(study.model, controller, asked, **options):
+        ids, start = [*text.prompt, *text.completion], len(text.prompt)
+        own = features(study, None, ids, start, layer, v)
+        shift = torch.zeros_like(own) if controller is None else features(study, controller, ids, start, layer, v) - own
+        # of what was written: a text may end before its tokens are used up
+        quarter = max(len(own) // 4, 1)
+        values = (
+            shift[:quarter].mean(),
+            shift[-quarter:].mean(),
+            shift.std(),
+            own[:quarter].mean(),
+            own[-quarter:].mean(),
+        )
+        rows.append([float(value) for value in values])
+    return rows
 
 
 def features(
@@ -214,7 +243,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     given.folder.mkdir(parents=True, exist_ok=True)
-    study = Study(MODELS[given.model](), given.task, given.folder, prompts=given.prompts)
+    numbers = {"model": given.model, "items": given.items, "texts": given.texts, "tokens": given.tokens}
+    study = Study(MODELS[given.model](), given.task, given.folder, prompts=given.prompts, numbers=numbers)
     if "undoing" in given.parts:
         undoing(study)
     if set(given.parts) != {"undoing"}:

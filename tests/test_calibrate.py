@@ -168,3 +168,51 @@ def test_what_is_no_budget_is_an_error(tiny_model):
         search(model, sl.evaluate.kl(), 0.0)
     with pytest.raises(ValueError, match="no prompts"):
         sl.calibrate(model, controller(), [], budget=sl.evaluate.kl() <= 0.3)
+
+
+@pytest.mark.parametrize("method", ["lqr", "pid"])
+def test_a_level_is_searched_without_a_refit(tiny_model, method):
+    """As many blocks are run as for the KL at those levels alone, and the outcome is what a fit at that level gives."""
+    model, budget = tiny_model("bridge"), sl.evaluate.kl(tokens=6) <= 0.2
+    data = sl.Pairs([f"{a} {b}" for a, b, _ in items(8)], [f"{a} {c}" for a, _, c in items(8)])
+    options = {"progress": False} if method == "lqr" else {}
+    fitted, prompts, passes = getattr(sl, method)(model, data, level=0.5, **options), words(12, 3), [0]
+    first = model.blocks[0].original_component.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        found = sl.calibrate(model, fitted, prompts, budget=budget, argument="level", progress=False)
+        searching = sum(passes)
+        del passes[:]
+        bench = Bench(model, prompts)
+        levels = [level for level, _ in found.curve]
+        for level in levels:
+            budget.meter(bench, Arm("again", fitted.retuned(level=level)))
+        assert searching == sum(passes)
+    finally:
+        first.remove()
+    assert found.met == "met"
+    assert found.value == pytest.approx(0.2, rel=0.04)
+    assert dict(found.curve)[0.0] == 0.0
+    assert 0.5 in levels  # it begins at the level of the fit
+    wanted = getattr(sl, method)(model, data, level=found.strength, **options)
+    for loop, other in zip(found.controller, wanted, strict=True):
+        assert torch.allclose(loop.law.law.setpoint.level, other.law.law.setpoint.level, rtol=1e-6)
+        assert loop.strength == other.strength == 1.0
+    assert "level" in repr(found)
+    assert found.plain()["argument"] == found.table().index.name == "level"
+
+
+def test_an_argument_that_cannot_be_searched_is_an_error(tiny_model):
+    model, budget = tiny_model("bridge"), sl.evaluate.kl(tokens=4) <= 0.2
+    data = sl.Pairs(["w1 w2", "w3 w4"], ["w5 w6", "w7 w8"])
+    with pytest.raises(ValueError, match="no argument 'level'; caa changes without a refit: strength"):
+        sl.calibrate(model, sl.caa(model, data), ["w1 w2"], budget=budget, argument="level")
+    two = sl.pid(model, [data, data[:1]], level=[1.0, 0.5])
+    with pytest.raises(ValueError, match="only a single number"):
+        sl.calibrate(model, two, ["w1 w2"], budget=budget, argument="level")
+    # from zero a level of 0 is not off: it holds the feature at 0
+    flat = sl.pid(model, data, origin="zero", kp=1.0)
+    found = sl.calibrate(
+        model, flat, ["w1 w2"], budget=sl.evaluate.kl(tokens=4) <= 1e-6, argument="level", progress=False
+    )
+    assert (found.met, found.strength) == ("never", 0.0)
+    assert "level 0 has" in found.note

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.fit.objectives import labelled, objective
+from steerlens.fit.objectives import Preference, labelled, objective
 from steerlens.fit.training import Training
 from steerlens.hosts import host_of
 from steerlens.models import tiny
@@ -17,8 +17,8 @@ PAIRS = sl.Pairs(POSITIVE, NEGATIVE)
 LAYER = 2
 
 
-def losses(model, v, indices, *, beta=1.0):
-    """dpo losses of some pairs, one text at a time, with v added after a block from the last prompt token on."""
+def levels_of(model, v, indices):
+    """Log probabilities of the labels of some pairs, one text at a time, with v added after a block, `[label]` each."""
     found = []
     for index in indices:
         levels = []
@@ -37,8 +37,27 @@ def losses(model, v, indices, *, beta=1.0):
             finally:
                 handle.remove()
             picked = logits[start - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])
-            levels.append(picked.mean())
-        found.append(-torch.nn.functional.logsigmoid(beta * (levels[0] - levels[1])))
+            levels.append(picked[:, 0])
+        found.append(levels)
+    return found
+
+
+def losses(model, v, indices, *, beta=1.0):
+    """dpo losses."""
+    found = [a.mean() - b.mean() for a, b in levels_of(model, v, indices)]
+    return -torch.nn.functional.logsigmoid(beta * torch.stack(found))
+
+
+def preferences(model, v, indices):
+    """Losses of reference-free preference steering, written out."""
+    found = []
+    plain, forth, back = (levels_of(model, sign * v, indices) for sign in (0, 1, -1))
+    for (p, q), (a, b), (c, d) in zip(plain, forth, back, strict=True):
+        margin = float((q.sum() - p.sum()).detach())
+        assert abs(margin) > 1, "the weights differ"
+        weights = max(margin, 1.0), max(-margin, 1.0)
+        wanted, unwanted = weights[0] * a.mean() - b.mean(), weights[1] * d.mean() - c.mean()
+        found.append((1 + (-wanted).exp()).log() + (1 + (-unwanted).exp()).log())
     return torch.stack(found)
 
 
@@ -50,10 +69,12 @@ def training(host):
     return Training(model, texts, aim, [sl.Site(LAYER)], [2.0], rate=0.1, batch=2)
 
 
-def test_losses_and_their_gradient_are_those_of_plain_hooks(training):
+@pytest.mark.parametrize("loss", [losses, preferences])
+def test_losses_and_their_gradient_are_those_of_plain_hooks(training, loss):
+    training.aim = Preference() if loss is preferences else training.aim
     model, v = tiny("llama", host="hf")[0], torch.linspace(-1, 1, 32)[: training.host.d_model].requires_grad_()
     every = range(len(POSITIVE))
-    mine, theirs = training.losses([v], list(every)), losses(model, v, every)
+    mine, theirs = training.losses([v], list(every)), loss(model, v, every)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
     (a,), (b,) = torch.autograd.grad(mine.sum(), [v]), torch.autograd.grad(theirs.sum(), [v])
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -107,7 +128,7 @@ def test_training_finds_the_minimum_on_a_sphere():
         ({"rate": float("inf")}, "rate=inf; it must be"),
         ({"held_out": 1.0}, "held_out=1.0; it is a share of the pairs"),
         ({"point": "z"}, "no point 'z'"),
-        ({"loss": "reps"}, "loss='reps'; it is one of"),
+        ({"loss": "reps"}, "loss='reps'; it is one of dpo, negative_sft, sft, preference"),
     ],
 )
 def test_mistakes(options, words):

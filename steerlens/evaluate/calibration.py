@@ -1,4 +1,4 @@
-"""The strength at which a controller spends a budget, in few evaluations."""
+"""The strength, level or angle at which a controller spends a budget, in few evaluations."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from steerlens.hosts.types import Model
 from steerlens.pages.reprs import calibration_html
 
 MET, NEVER, NOTHING = "met", "never", "by doing nothing"
+#: What is searched by default: a factor on every control.
+STRENGTH = "strength"
 #: A value below this share of the budget is nothing.
 NEGLIGIBLE = 0.02
 #: With twice as many items the search begins on about so many of them.
@@ -35,7 +37,7 @@ class Calibration:
 
     Attributes:
         controller: The controller at this strength.
-        strength: Factor on every control.
+        strength: Factor on every control; if another argument was searched, the value of that.
         interval: Of the strength at which the budget would be met on other prompts of the same kind; NaN if there is
             none.
         curve: `(strength, value)` of every evaluation, by strength.
@@ -44,6 +46,7 @@ class Calibration:
         value: The meter's value at this strength.
         budget: In words.
         note: What else there is to know, such as that the value stays below the budget; empty if nothing.
+        argument: What was searched: `"strength"`, or an argument such as `"level"`.
     """
 
     controller: Controller
@@ -54,30 +57,31 @@ class Calibration:
     value: float
     budget: str
     note: str = ""
+    argument: str = STRENGTH
 
     def table(self) -> Frame:
         """The curve as a pandas DataFrame."""
         strengths, values = zip(*self.curve, strict=True)
-        return frame({"strength": strengths, "value": values}, "strength")
+        return frame({self.argument: strengths, "value": values}, self.argument)
 
     def plot(self) -> Figure:
         """The meter's value against the strength."""
         strengths, values = zip(*self.curve, strict=True)
-        title = f"{self.budget}: {self.met} at strength {self.strength:.3g}"
-        return curves({"value": (strengths, torch.tensor(values))}, title=title, x="strength", y=self.budget)
+        title = f"{self.budget}: {self.met} at {self.argument} {self.strength:.3g}"
+        return curves({"value": (strengths, torch.tensor(values))}, title=title, x=self.argument, y=self.budget)
 
     def _repr_html_(self) -> str:
         return calibration_html(self)
 
     def plain(self) -> Json:
         """All but the controller, as plain JSON."""
-        names = ("strength", "interval", "curve", "met", "value", "budget", "note")
+        names = ("strength", "interval", "curve", "met", "value", "budget", "note", "argument")
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         low, high = self.interval
         return (
-            f"Calibration(strength {self.strength:.3g}, {low:.3g} to {high:.3g}; {self.budget}: {self.met} "
+            f"Calibration({self.argument} {self.strength:.3g}, {low:.3g} to {high:.3g}; {self.budget}: {self.met} "
             f"with {self.value:.3g} in {len(self.curve)} evaluations{'; ' + self.note if self.note else ''})"
         )
 
@@ -88,6 +92,7 @@ def calibrate(
     prompts: Sequence[Text],
     *,
     budget: Budget,
+    argument: str = STRENGTH,
     tolerance: float = 0.04,
     largest: float = 64.0,
     evaluations: int = 12,
@@ -105,11 +110,16 @@ def calibrate(
     How well the budget is met on other prompts is a matter of their number: the relative error is about
     `cv sqrt(2 / n)`, with cv the spread of the prompts' values over their mean, .3 to .7 for a KL.
 
+    With `argument="level"` the level of `lqr`, `pid` or `hold` is searched instead of a factor on the control, which
+    would make a loop softer: any positive number that `controller.retuned` takes. Nothing is fitted again, and no text
+    of the fit is read.
+
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
-        controller: What is scaled.
+        controller: What is scaled, or its argument changed.
         prompts: Where the meter is measured, if it has no items of its own. Report effects on others.
         budget: `meter <= limit`, of a meter that grows with the strength.
+        argument: What is searched: `"strength"`, a factor on what the controller has, or an argument of its method.
         tolerance: How far from the limit the value may be, relative.
         largest: Strengths beyond this are not tried.
         evaluations: Largest number of strengths to try.
@@ -120,7 +130,8 @@ def calibrate(
 
     Raises:
         TypeError: the budget is no `meter <= limit`.
-        ValueError: a limit that is not positive, no prompts.
+        ValueError: a limit that is not positive, no prompts; an argument that the controller's method does not change
+            without a refit, or that is a list.
     """
     if not isinstance(budget, Budget):
         raise TypeError(f"budget is a {type(budget).__name__}; write meter <= limit, as in evaluate.kl() <= 0.3")
@@ -129,6 +140,7 @@ def calibrate(
         bench,
         [Arm("calibrated", controller)],
         budget,
+        argument=argument,
         tolerance=tolerance,
         largest=largest,
         evaluations=evaluations,
@@ -142,6 +154,7 @@ def search(
     arms: Sequence[Arm],
     budget: Budget,
     *,
+    argument: str = STRENGTH,
     tolerance: float = 0.04,
     largest: float = 64.0,
     evaluations: int = 12,
@@ -161,14 +174,15 @@ def search(
         raise ValueError("no prompts; give at least one")
     name, controller = arms[0].name, arms[0].controller
     assert controller is not None
-    start, slope, known = 1.0, 2.0, False
+    start, slope, known = _begin(controller, argument), 2.0, False
     with counting(evaluations, desc=f"calibrate {name}", progress=progress) as shown:
         if len(items) >= 2 * COARSE:
-            part = _Curve(bench, arms, replace(meter, items=tuple(items[:: len(items) // COARSE])), shown.update)
-            found, met, _ = _find(part, limit, max(tolerance, COARSELY), largest, evaluations)
+            fewer = replace(meter, items=tuple(items[:: len(items) // COARSE]))
+            part = _Curve(bench, arms, fewer, argument, shown.update)
+            found, met, _ = _find(part, limit, max(tolerance, COARSELY), largest, evaluations, start)
             if met == MET:
                 start, slope, known = found, part.slope(limit), len(part.measured) > 1
-        curve = _Curve(bench, arms, meter, shown.update)
+        curve = _Curve(bench, arms, meter, argument, shown.update)
         strength, met, note = _find(curve, limit, tolerance, largest, evaluations, start, slope)
         if met == MET and len(curve.measured) < 2 and not known:
             curve(0.9 * strength)  # the interval needs a slope
@@ -176,17 +190,43 @@ def search(
     reached = dict(points).get(strength, curve.at_rest)
     settled = met == MET and not note
     bounds = _bounds(curve.measured, slope, meter.at, limit, level, bench.seed) if settled else (math.nan, math.nan)
-    return Calibration(controller * strength, strength, bounds, points, met, reached, str(budget), note)
+    chosen = _turned(arms[0], argument, strength)
+    assert chosen.controller is not None
+    final = chosen.controller * chosen.strength
+    return Calibration(final, strength, bounds, points, met, reached, str(budget), note, argument)
+
+
+def _begin(controller: Controller, argument: str) -> float:
+    """Where a search begins: at what the controller has, if that is a positive number."""
+    if argument == STRENGTH:
+        return 1.0
+    present = (controller.recipe.get("arguments") or {}).get(argument)
+    if isinstance(present, (list, tuple)):
+        raise ValueError(f"{argument}={present}; only a single number can be searched")
+    return float(present) if isinstance(present, (int, float)) and present > 0 else 1.0
+
+
+def _turned(arm: Arm, argument: str, value: float) -> Arm:
+    """An arm with another strength, or its controller with another value of an argument."""
+    if argument == STRENGTH:
+        return replace(arm, strength=value, instruction="")
+    assert arm.controller is not None
+    return replace(arm, controller=arm.controller.retuned(**{argument: value}), strength=1.0, instruction="")
 
 
 class _Curve:
     """A meter's value against the strength; each strength is measured once."""
 
-    def __init__(self, bench: Bench, arms: Sequence[Arm], meter: Meter, tick: Callable[[], Any]):
-        self._bench, self._arms, self._meter, self._tick = bench, arms, meter, tick
+    def __init__(self, bench: Bench, arms: Sequence[Arm], meter: Meter, argument: str, tick: Callable[[], Any]):
+        self._bench, self._arms, self._meter, self._argument, self._tick = bench, arms, meter, argument, tick
         self.measured: dict[float, Values] = {}
-        # a KL is 0 without control; other meters have a level of their own
-        self.at_rest = 0.0 if meter.name == "KL" else self(0.0)
+        # a KL is 0 without control, but not at any level of 0; other meters have a level of their own
+        self.at_rest = 0.0 if meter.name == "KL" and argument == STRENGTH else self(0.0)
+
+    @property
+    def origin(self) -> str:
+        """What the value at 0 is of."""
+        return "the unsteered model" if self._argument == STRENGTH else f"{self._argument} 0"
 
     def __call__(self, strength: float) -> float:
         if strength not in self.measured:
@@ -199,9 +239,10 @@ class _Curve:
         return self._meter.pool(self.measured[strength])
 
     def _measure(self, strength: float) -> Values:
-        arms = [Arm(arm.name, arm.controller, strength, "", arm.seed) for arm in self._arms]
-        if strength == 0 or len(arms) == 1:
-            return self._meter(self._bench, UNSTEERED if strength == 0 else arms[0])
+        arms = [_turned(arm, self._argument, strength) for arm in self._arms]
+        if len(arms) == 1 or strength == 0:
+            off = strength == 0 and self._argument == STRENGTH
+            return self._meter(self._bench, UNSTEERED if off else arms[0])
         items = tuple(self._meter.over(self._bench))
         values: Values = [[] for _ in items]
         for number, arm in enumerate(arms[: len(items)]):
@@ -230,7 +271,7 @@ def _find(
 ) -> tuple[float, str, str]:
     """Strength, verdict and note; the search begins at a strength, with a slope in logarithms."""
     if value.at_rest > limit:
-        return 0.0, NEVER, f"the unsteered model has {value.at_rest:.3g}"
+        return 0.0, NEVER, f"{value.origin} has {value.at_rest:.3g}"
     low, high = 0.0, math.inf
     known: list[tuple[float, float]] = []
     for _ in range(evaluations):
@@ -281,10 +322,10 @@ def _outside(
 ) -> tuple[float, str, str]:
     """The verdict if no strength was found at which the value is the limit."""
     if low == 0 or known[low] < NEGLIGIBLE * limit:
-        reason = f"already strength {high:.3g} gives {known[high]:.3g}" if high < math.inf else "it changes nothing"
+        reason = f"already {high:.3g} gives {known[high]:.3g}" if high < math.inf else "it changes nothing"
         return low, NOTHING, reason
     if high == math.inf:
-        return low, MET, f"the value stays below the budget up to strength {low:.3g}: {known[low]:.3g}"
+        return low, MET, f"the value stays below the budget up to {low:.3g}: {known[low]:.3g}"
     return low, MET, f"the value goes from {known[low]:.3g} at {low:.4g} to {known[high]:.3g} at {high:.4g}"
 
 

@@ -58,7 +58,7 @@ class Objective:
 
     def __call__(self, logits: Tensor, texts: Sequence[Labelled]) -> Tensor:
         """Losses of the examples, `[text pos vocab] -> [example]`; with two texts an example they alternate."""
-        levels = torch.stack([text.log_probability(row) for text, row in zip(texts, logits, strict=True)])
+        levels = mean_levels(logits, texts)
         chosen = {"positive": levels, "negative": None, "both": levels[::2]}[self.sides]
         rejected = {"positive": None, "negative": levels, "both": levels[1::2]}[self.sides]
         losses = self.loss(chosen, rejected)
@@ -68,8 +68,37 @@ class Objective:
         return losses
 
 
-def objective(loss: Any, *, beta: float, reference: str | None) -> Objective:
-    """The loss of a name, see `cold_kernel`, or of a callable.
+class Preference:
+    """The loss of reference-free preference steering: the pair is preferred under +v, and the other way round under -v.
+
+        L = -log sigmoid(b+ l+(v) - l-(v)) - log sigmoid(b- l-(-v) - l+(-v))
+        b+ = max(L-(0) - L+(0), 1),   b- = max(L+(0) - L-(0), 1)
+
+    with l the mean and L the sum of the log probabilities of the labels, so that the side which the unsteered model
+    finds unlikely weighs more. Source: Wu et al. (arXiv 2505.20809).
+    """
+
+    name = "preference"
+    sides = "both"
+
+    def __call__(self, plain: Tensor, ahead: Tensor, back: Tensor, texts: Sequence[Labelled]) -> Tensor:
+        """Losses of the examples, from the logits `[text pos vocab]` without a vector, with v and with -v."""
+        counts = torch.tensor([len(text.tokens) - text.start for text in texts], device=plain.device)
+        sums = mean_levels(plain, texts).detach() * counts
+        margin = sums[::2] - sums[1::2]
+        forth, opposed = mean_levels(ahead, texts), mean_levels(back, texts)
+        wanted = logsigmoid((-margin).clamp_min(1) * forth[::2] - forth[1::2])
+        unwanted = logsigmoid(margin.clamp_min(1) * opposed[1::2] - opposed[::2])
+        return -wanted - unwanted
+
+
+def mean_levels(logits: Tensor, texts: Sequence[Labelled]) -> Tensor:
+    """Mean log probability of the labels of each text, `[text pos vocab] -> [text]`."""
+    return torch.stack([text.log_probability(row) for text, row in zip(texts, logits, strict=True)])
+
+
+def objective(loss: Any, *, beta: float, reference: str | None, others: Sequence[str] = ()) -> Objective:
+    """The loss of a name, see `cold_kernel`, or of a callable; `others` are names that the caller knows besides.
 
     Raises:
         ValueError: an unknown name or reference.
@@ -79,7 +108,7 @@ def objective(loss: Any, *, beta: float, reference: str | None) -> Objective:
     if callable(loss):
         return Objective(getattr(loss, "__name__", type(loss).__name__), "both", loss)
     if loss not in SIDES:
-        raise ValueError(f"loss={loss!r}; it is one of {', '.join(SIDES)} or a function of (l+, l-)")
+        raise ValueError(f"loss={loss!r}; it is one of {', '.join([*SIDES, *others])} or a function of (l+, l-)")
 
     def dpo(chosen: Tensor, rejected: Tensor) -> Tensor:
         margin = chosen - rejected

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerlens.core import Loop, Pass, Site
 from steerlens.core.progress import bar
-from steerlens.fit.objectives import Labelled, Objective
+from steerlens.fit.objectives import Labelled, Objective, Preference
 from steerlens.fit.steered import acting
 from steerlens.hosts import Host
 from steerlens.hosts.batches import pad_rows
@@ -55,7 +55,7 @@ class Training:
         self,
         host: Host,
         texts: Sequence[Labelled],
-        aim: Objective,
+        aim: Objective | Preference,
         sites: Sequence[Site],
         norms: Sequence[float],
         *,
@@ -76,10 +76,17 @@ class Training:
         ids, mask = pad_rows([text.tokens for text in texts], self.host.device)
         starts = torch.tensor([text.start - 1 for text in texts])
         where = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool().cpu()
-        loops = [Loop(Add(v), site, where=where) for v, site in zip(vectors, self.sites, strict=True)]
         graph = any(v.requires_grad for v in vectors)
-        with acting(self.host, Pass(loops, record=None)), torch.set_grad_enabled(graph):
-            return self.aim((self.host.logits_with_graph if graph else self.host.logits)(ids, mask), texts)
+
+        def logits(sign: int) -> Tensor:
+            loops = [Loop(Add(sign * v), site, where=where) for v, site in zip(vectors, self.sites, strict=True)]
+            with acting(self.host, Pass(loops, record=None)), torch.set_grad_enabled(graph and sign != 0):
+                return (self.host.logits_with_graph if graph and sign else self.host.logits)(ids, mask)
+
+        with torch.set_grad_enabled(graph):
+            if isinstance(self.aim, Preference):
+                return self.aim(logits(0), logits(1), logits(-1), texts)
+            return self.aim(logits(1), texts)
 
     def mean(self, vectors: Sequence[Tensor], chosen: Sequence[int]) -> float:
         """Mean loss of some examples, without a graph."""

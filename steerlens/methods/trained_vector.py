@@ -13,7 +13,7 @@ from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs
 from steerlens.fit.method import method
-from steerlens.fit.objectives import labelled, objective
+from steerlens.fit.objectives import Preference, labelled, objective
 from steerlens.fit.reading import check_finite, check_vectors, mean_norm, pick_layers
 from steerlens.fit.training import Training
 from steerlens.hosts.types import Model
@@ -25,7 +25,7 @@ def trained_vector(
     model: Model,
     data: Pairs,
     *,
-    loss: Literal["dpo", "sft", "negative_sft"] | Callable[[Tensor, Tensor], Tensor] = "dpo",
+    loss: Literal["dpo", "sft", "negative_sft", "preference"] | Callable[[Tensor, Tensor], Tensor] = "dpo",
     beta: float = 1.0,
     length: float = 0.1,
     steps: int = 60,
@@ -43,11 +43,14 @@ def trained_vector(
         u = s v,   v = n w / |w|,   w <- Adam(d/dw mean_i L(l_i+, l_i-)),   n = length mean |x|
 
         dpo   L = -log sigmoid(beta (l+ - l-))      sft   L = -l+      negative_sft   L = l-
+        preference   L = -log sigmoid(b+ l+(v) - l-(v)) - log sigmoid(b- l-(-v) - l+(-v))
+                     b+ = max(L-(0) - L+(0), 1),   b- = max(L+(0) - L-(0), 1)
 
     with l+ and l- the mean log probabilities of the labels while v is added to every token from the last one of the
-    prompt on. Only the direction is trained; its norm is fixed, so that a loss cannot be lowered by pushing without
-    end. Training starts at the direction in which the loss falls fastest, and ends when the loss on pairs that are held
-    out has not fallen for twenty steps; the vector with the least one is kept. Several layers are trained together.
+    prompt on, and L+(0) and L-(0) their sums without it. Only the direction is trained; its norm is fixed, so that a
+    loss cannot be lowered by pushing without end. Training starts at the direction in which the loss falls fastest, and
+    ends when the loss on pairs that are held out has not fallen for twenty steps; the vector with the least one is
+    kept. Several layers are trained together.
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model whose weights are on this machine.
@@ -77,8 +80,8 @@ def trained_vector(
 
     Source: BiPO (Cao et al., arXiv 2406.00045) trains a vector by dpo, in both signs; RePS (Wu et al., arXiv
     2505.20809) compares likelihood, dpo and its own reference-free preference loss for vectors of rank one.
-    Differences: one sign, a fixed norm, early stopping. Not reproduced: RePS's loss, which also suppresses with the
-    opposite sign; training with several strengths.
+    Differences: a fixed norm, early stopping; dpo trains one sign; preference (RePS) suppresses with -v, as BiPO does,
+    and not by a projection. Not reproduced: training with several strengths.
     """
     for name, value in (("length", length), ("rate", rate), ("held_out", held_out), ("steps", steps), ("batch", batch)):
         if not (value > 0 and math.isfinite(value)):
@@ -87,7 +90,7 @@ def trained_vector(
         raise ValueError(f"held_out={held_out!r}; it is a share of the pairs, less than 1")
     check_vectors("trained_vector", point)
     sites = pick_layers(model, layers, point, default="middle")
-    aim = objective(loss, beta=beta, reference=None)
+    aim = Preference() if loss == "preference" else objective(loss, beta=beta, reference=None, others=["preference"])
     texts = labelled(data, model, aim.sides)
     if len(texts) < (4 if aim.sides == "both" else 2):
         raise ValueError("trained_vector needs two pairs, one of them to stop by; there is 1")

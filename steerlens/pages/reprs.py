@@ -83,9 +83,10 @@ def calibration_html(found: Any) -> str:
     """The strength that meets a budget, what was tried, and the controller at that strength."""
     low, high = found.interval
     between = f", {low:.3g} to {high:.3g}" if low == low else ""
-    head = f"<p><b>Calibration</b> &middot; strength {found.strength:.3g}{between} &middot; {text(found.budget)}</p>"
+    chosen = f"{text(found.argument)} {found.strength:.3g}{between}"
+    head = f"<p><b>Calibration</b> &middot; {chosen} &middot; {text(found.budget)}</p>"
     words = f"{found.met}, with {found.value:.3g}" + (f"; {found.note}" if found.note else "")
-    tried = table(("strength", found.budget.partition(" <=")[0]), [list(map(float, row)) for row in found.curve])
+    tried = table((found.argument, found.budget.partition(" <=")[0]), [list(map(float, row)) for row in found.curve])
     curve = details(f"{len(found.curve)} evaluations", tried)
     return fragment(head, f"<p>{text(words)}</p>", curve, controller_pieces(found.controller))
 
