@@ -171,9 +171,7 @@ def test_an_answer_begins_where_it_is_asked_for(template, turn):
     tokenizer = tiny(host="bridge").tokenizer
     asks = "<|assistant|><think>" if template == BY_TURN else " A:" if "Q:" in template else ""
     ends = "<eos>" if template == BY_TURN else ""
-    tokenizer.chat_template = (
-        template + "{% if add_generation_prompt %}" + asks + "{% else %}" + ends + "{% endif %}"
-    )
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}" + asks + "{% else %}" + ends + "{% endif %}"
     start, end = turn_of(tokenizer)
     assert start.endswith(turn)
     chat = [{"role": role, "content": text} for role, text in [("user", "q"), ("assistant", "ok"), ("user", "r")]]
