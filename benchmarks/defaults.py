@@ -34,6 +34,7 @@ ARMS = {
     "lqr": (sl.lqr, {"progress": False}, "level"),
     "lqr, dense": (sl.lqr, {"solver": "dense", "progress": False}, "level"),
     "lqr, paper": (sl.lqr, {"paper": True, "progress": False}, "level"),
+    "lqr, negative": (sl.lqr, {"origin": "negative", "progress": False}, "level"),
     "pid": (sl.pid, {}, "level"),
     "pid, paper": (sl.pid, {"paper": True}, "level"),
     "pid_steering": (sl.pid_steering, {}, "strength"),

@@ -7,7 +7,8 @@ ratio to the unsteered decoding of the same round. Methods are discovered.
 
     python benchmarks/methods.py [--methods caa sadi] [--rounds 6] [--write]
 
---write keeps the numbers for the README's table, in steerlens/data/overhead.json.
+--write keeps the numbers for the table of methods, in steerlens/data/overhead.json. Rows of methods that are not named
+stay as they were, and a note says so; ODESteer's procedures are compared if it is among those named.
 """
 
 from __future__ import annotations
@@ -46,23 +47,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--write", action="store_true", help="keep the numbers for the README's table")
+    parser.add_argument("--write", action="store_true", help="keep the numbers for the table of methods")
     arguments = parser.parse_args()
     rows = decoding(arguments)
-    ratios = odesteer_against_the_paper(arguments.device)
+    ratios = odesteer_against_the_paper(arguments.device) if "odesteer" in arguments.methods else {}
     if arguments.write:
-        path = Path(sl.__file__).parent / "data" / MEASURED
+        keep(rows, ratios, arguments)
+
+
+def keep(rows: dict[str, dict[str, float]], ratios: dict[str, float], arguments: argparse.Namespace) -> None:
+    """Write a run of all methods, or put those of some into the last one."""
+    path = Path(sl.__file__).parent / "data" / MEASURED
+    today = datetime.date.today().isoformat()
+    if set(rows) == set(discover_methods()):
         run = {
             "model": "SmolLM2-135M",
             "machine": machine(arguments.device),
-            "date": datetime.date.today().isoformat(),
+            "date": today,
             "pairs": PAIRS,
             "tokens": arguments.tokens,
             "rounds": arguments.rounds,
             "odesteer_paper_over_default": ratios,
             "methods": rows,
         }
-        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    else:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        names = ", ".join(f"`{name}`" for name in rows)
+        run["note"] = f"{names} in a run of {arguments.tokens} tokens and {arguments.rounds} rounds on {today}"
+        run["note"] += "; other processes ran beside both"
+        run["methods"] = dict(sorted((run["methods"] | rows).items()))
+        run["odesteer_paper_over_default"] |= ratios
+    path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 def decoding(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:

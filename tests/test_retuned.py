@@ -41,13 +41,18 @@ MORE = [
     ("track", "path", {"solver": "output"}, VALUES["path"][0][1]),
     ("cold_kernel", "eta", {"kernel": "linear"}, 0.03),
     ("lqr", "strength", {"level": 0.0}, 0.5),
+    ("hold", "level", {}, 0.4),
+    ("hold", "level", {"side": "at", "origin": "own", "layers": [1, 2]}, 0.4),
+    ("hold", "level", {"side": "at_most", "direction": "probe", "unit": "logit"}, -1.0),
+    ("hold", "trigger", {"unit": "activation", "level": 2.0, "origin": "midpoint"}, 0.5),
 ]
 
 
 def cases():
     for name in exported(sl):
         own = RETUNES[name].names
-        names = ["level", "angle_rad", *["kp", "ki", "kd"] * (name == "pid")] if callable(own) else own
+        names = {"lqr": ["level", "angle_rad"], "pid": ["level", "angle_rad", "kp", "ki", "kd"]}.get(name, ())
+        names = names if callable(own) else own
         for argument in dict.fromkeys([*names, "strength"]):
             if argument == "strength" and "strength" not in signature(name):
                 continue

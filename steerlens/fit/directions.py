@@ -11,10 +11,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from steerlens.core import Site
+from steerlens.core import Law, Loop, Site
+from steerlens.core.types import Json
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.logistic import linear_probe
 from steerlens.fit.reading import check_finite, contrast_states
+from steerlens.fit.retune import Draft, edited
 from steerlens.hosts import Host
 
 #: On which side of the level a state may be.
@@ -43,12 +45,14 @@ class Held:
         levels: beta, `[m]`, in activation units.
         bounds: Lower and upper ends of the ranges, and where they begin to count, `[m]` each, as `Range` takes them.
         accuracy: Of the probe on the texts that it was fitted on, if there is one.
+        affine: Factor and constant, `[m]` each, that make a level one in activation units; None for quantiles.
     """
 
     directions: Tensor
     levels: Tensor
     bounds: tuple[Tensor, Tensor, Tensor, Tensor]
     accuracy: float | None = None
+    affine: tuple[Tensor, Tensor] | None = None
 
 
 class Levels:
@@ -114,9 +118,10 @@ class Levels:
         return {site: self._held(host, site, [each[site] for each in states], read.get(site)) for site in sites}
 
     def found(self, held: Mapping[Site, Held]) -> dict[str, Any]:
-        """For the recipe: how well the probes classify the texts that they were fitted on."""
+        """For the recipe: how well the probes classify their texts, and what other levels need, see `retune_held`."""
         scores = [at.accuracy for at in held.values() if at.accuracy is not None]
-        return {"accuracy": scores} if scores else {}
+        affine = {str(site): [part.tolist() for part in at.affine] for site, at in held.items() if at.affine}
+        return ({"accuracy": scores} if scores else {}) | ({"affine": affine} if affine else {})
 
     def _held(self, host: Host, site: Site, states: list[tuple[Tensor, Tensor]], read: Tensor | None) -> Held:
         accuracy: float | None = None
@@ -128,17 +133,10 @@ class Levels:
         if len(v) > 1 and not float(torch.linalg.cond(v)) <= CONDITION:
             raise ValueError(f"the directions at {site} are linearly dependent; give fewer")
         levels, triggers = (self._place(values, v, scale, start, read) for values in (self.levels, self.triggers))
-        none = torch.full_like(levels, math.inf)
-        at_least, at_most = self.side != "at_most", self.side != "at_least"
-        bounds = [
-            levels if at_least else -none,
-            levels if at_most else none,
-            triggers if at_least else -none,
-            triggers if at_most else none,
-        ]
         like = states[0][0] if states else torch.empty(0, dtype=torch.promote_types(host.dtype, torch.float32))
-        lower, upper, below, above = (bound.to(like.dtype) for bound in bounds)
-        return Held(v.to(like.dtype), levels, (lower, upper, below, above), accuracy)
+        lower, upper, below, above = (bound.to(like.dtype) for bound in _bounds(levels, triggers, self.side))
+        affine = None if self.unit == "quantile" else (scale, start)
+        return Held(v.to(like.dtype), levels, (lower, upper, below, above), accuracy, affine)
 
     def _place(self, values: list[float], v: Tensor, scale: Tensor, start: Tensor, read: Tensor | None) -> Tensor:
         """Levels in activation units, `[m]`."""
@@ -262,3 +260,48 @@ def _rows(data: Any) -> dict[int | None, Tensor]:
     if len(counts) > 1:
         raise ValueError(f"data has {min(counts)} directions at one layer and {max(counts)} at another")
     return rows
+
+
+def _bounds(levels: Tensor, triggers: Tensor, side: str) -> list[Tensor]:
+    """Lower and upper ends of the ranges, and where they begin to count."""
+    none = torch.full_like(levels, math.inf)
+    at_least, at_most = side != "at_most", side != "at_least"
+    return [
+        levels if at_least else -none,
+        levels if at_most else none,
+        triggers if at_least else -none,
+        triggers if at_most else none,
+    ]
+
+
+def tuned_levels(recipe: Json) -> list[str]:
+    """What `retune_held` changes: a quantile needs the texts again."""
+    return ["level", "trigger"] if "affine" in (recipe.get("found") or {}) else []
+
+
+def retune_held(draft: Draft) -> None:
+    """Another `level` or `trigger` for the loops of `hold`."""
+    level, trigger, unit, side = (draft.arguments[name] for name in ("level", "trigger", "unit", "side"))
+    affine = {
+        site: [torch.tensor(part, dtype=torch.float64) for part in each] for site, each in draft.found["affine"].items()
+    }
+    if level is None:
+        level = 0.0 if unit == "logit" else LEVEL
+    rows = torch.eye(len(next(iter(affine.values()))[0]))
+    asked = Levels(
+        rows, level, unit="activation", side=side, trigger=trigger, origin=None, direction="mean", texts=None
+    )
+    draft.found["levels"] = []
+    bounds = {}
+    for site, (scale, start) in affine.items():
+        levels, triggers = (
+            torch.tensor(v, dtype=torch.float64) * scale + start for v in (asked.levels, asked.triggers)
+        )
+        bounds[site] = _bounds(levels, triggers, side)
+        draft.found["levels"].append(levels.tolist())
+
+    def change(law: Any, loop: Loop) -> Law:
+        lower, upper, below, above = (bound.to(law.setpoint.basis) for bound in bounds[str(loop.act)])
+        return edited(law, setpoint=edited(law.setpoint, lower=lower, upper=upper, below=below, above=above))
+
+    draft.laws(change)

@@ -12,16 +12,20 @@ from steerlens.core import Controller, Loop
 from steerlens.core.types import Layers, Where
 from steerlens.fit.card import VECTORS, Card
 from steerlens.fit.contrast import Pairs, Text
-from steerlens.fit.directions import Bound, Levels, Unit
+from steerlens.fit.directions import Bound, Levels, Unit, retune_held, tuned_levels
 from steerlens.fit.method import method
 from steerlens.fit.reading import check_vectors, pick_layers
+from steerlens.fit.retune import Retune
 from steerlens.hosts.types import Model
 from steerlens.laws.feedback import Feedback
 from steerlens.laws.relative import Relative
 from steerlens.laws.setpoints import Range
 
 
-@method(card=Card(needs="sets", points=VECTORS, concepts=True, vectors=True))
+@method(
+    card=Card(needs="sets", points=VECTORS, concepts=True, vectors=True),
+    retune=Retune(tuned_levels, retune_held),
+)
 def hold(
     model: Model,
     data: Pairs | Sequence[Pairs] | Tensor | Mapping[int, Tensor],
@@ -82,6 +86,8 @@ def hold(
         ValueError: an unknown option, or options that do not go together; a level that is missing, not finite, or no
             quantile; a trigger on the wrong side of the level; directions that are zero or linearly dependent, or of
             another width; a layer or point the model does not have; sides with identical activations at a layer.
+
+    Without a refit, by `controller.retuned`: `level`, `trigger`, but no quantile.
 
     Source: activation capping (Lu et al., arXiv 2601.10387) is `side="at_least", unit="quantile", level=0.25` at some
     late layers with `where="all"`; the authors take the quantile over mean activations of responses, here it is over

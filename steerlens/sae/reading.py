@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch import Tensor
 from steerlens.core import Site
 from steerlens.core.types import Autoencoder, Frame
 from steerlens.fit.contrast import Pairs, Reading, Text, tokenize
-from steerlens.fit.reading import check_finite
+from steerlens.fit.reading import check_finite, check_option
 from steerlens.hosts import Host, host_of
 from steerlens.hosts.types import Model
 from steerlens.sae.slices import Origin, architecture, check_indices, site_of
 
+#: What `rank_features` can rank by.
+Ranking: TypeAlias = Literal["effect", "sparse", "output"]
 NEURONPEDIA = "https://www.neuronpedia.org"
 
 
@@ -33,34 +36,45 @@ def states_of(host: Host, tokens: Sequence[Sequence[int]], site: Site) -> list[T
     return found
 
 
-def rank_features(model: Model, sae: Autoencoder, pairs: Pairs, *, site: Site | str | None = None) -> Frame:
+def rank_features(
+    model: Model, sae: Autoencoder, pairs: Pairs, *, by: Ranking = "effect", site: Site | str | None = None
+) -> Frame:
     """Rank all features of an autoencoder by how well they separate the positive texts from the negative ones.
 
         effect = (mean a+ - mean a-) / sqrt((var a+ + var a-) / 2)
+        score  = effect                                                        by="effect"
+               = effect (1 - share of the texts of the other side where a > 0) by="sparse"
+               = (mean a+ - mean a-) <d, g>                                    by="output"
 
     Cohen's d over texts, a the activation of each text, pooled over the tokens that `Pairs.read` selects (without
     position 0 if there are others). Two texts a side at least; a feature that is constant on both sides has effect 0.
+    A feature that is on in most texts of both sides may separate them well and steer badly: `"sparse"` ranks it lower.
+    `"output"` is the first-order effect on the model's output of what the feature writes, d its decoder row and g the
+    gradient, summed over the tokens, of the difference between the two sides' mean log probability per token. A feature
+    with a positive `effect` and a positive `score` by output favours the positive texts if it is raised.
 
     Args:
-        model: TransformerBridge, HookedTransformer or nnsight model.
+        model: TransformerBridge, HookedTransformer or nnsight model; for `"output"` with its weights on this machine.
         sae: Of sae-lens; it encodes here, TopK included.
         pairs: Contrast texts.
+        by: What `score` is.
         site: Where the autoencoder was trained, if its metadata does not say.
 
     Returns:
-        A pandas DataFrame, one row a feature, the largest |effect| first: `positive` and `negative`, mean activations,
+        A pandas DataFrame, one row a feature, the largest |score| first: `positive` and `negative`, mean activations,
         in units of the autoencoder; `effect`, no unit; `on_positive` and `on_negative`, the share of texts in which the
-        feature is active at all.
+        feature is active at all; `score`, no unit, for `"output"` in nats per token.
 
     Raises:
         TypeError: `pairs` is not `Pairs`.
-        ValueError: fewer than two texts a side, or the autoencoder does not fit the model.
+        ValueError: fewer than two texts a side, an unknown ranking, or the autoencoder does not fit the model.
         ImportError: pandas is not installed.
     """
     try:
         import pandas
     except ImportError as error:
         raise ImportError("tables need pandas; pip install 'steerlens[plots]'") from error
+    check_option("by", by, get_args(Ranking))
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs is a {type(pairs).__name__}; give steerlens.Pairs(positive=[...], negative=[...])")
     if len(pairs) < 2:
@@ -68,21 +82,51 @@ def rank_features(model: Model, sae: Autoencoder, pairs: Pairs, *, site: Site | 
     architecture(sae)
     at, host = site_of(sae, site), host_of(model)
     Origin.of(sae).check(host, at)
-    positive, negative = (_pooled(host, sae, side, at) for side in pairs.sides(host))
+    sides = pairs.sides(host)
+    positive, negative = (_pooled(host, sae, side, at) for side in sides)
     difference = positive.mean(0) - negative.mean(0)
     spread = ((positive.var(0) + negative.var(0)) / 2).sqrt()
     # rounding of a constant activation is no spread
     effect = torch.where(spread > 1e-9, difference / spread.clamp(min=1e-9), 0.0)
-    table = pandas.DataFrame(
-        {
-            "positive": positive.mean(0).tolist(),
-            "negative": negative.mean(0).tolist(),
-            "effect": effect.tolist(),
-            "on_positive": (positive > 0).double().mean(0).tolist(),
-            "on_negative": (negative > 0).double().mean(0).tolist(),
-        }
-    ).rename_axis("feature")
-    return table.sort_values("effect", key=lambda column: -column.abs(), kind="stable")
+    on_positive, on_negative = ((side > 0).double().mean(0) for side in (positive, negative))
+    score = effect
+    if by == "sparse":
+        score = effect * (1 - torch.where(effect > 0, on_negative, on_positive))
+    elif by == "output":
+        gradient = _output_gradient(host, sides[0], at) - _output_gradient(host, sides[1], at)
+        score = difference * (sae.W_dec.detach().cpu().double() @ gradient)
+    columns = {
+        "positive": positive.mean(0),
+        "negative": negative.mean(0),
+        "effect": effect,
+        "on_positive": on_positive,
+        "on_negative": on_negative,
+        "score": score,
+    }
+    table = pandas.DataFrame({name: values.tolist() for name, values in columns.items()}).rename_axis("feature")
+    return table.sort_values("score", key=lambda column: -column.abs(), kind="stable")
+
+
+def _output_gradient(host: Host, side: Reading, site: Site, batch: int = 4) -> Tensor:
+    """Of the mean log probability per token of some texts, along the same change of all their states, `[d]`."""
+    total = torch.zeros(host.d_model, dtype=torch.float64)
+    texts = [text for text in side.tokens if len(text) > 1]
+    if not texts:
+        raise ValueError("by='output' needs texts of two tokens or more; position 0 is left alone")
+    for start in range(0, len(texts), batch):
+        chosen = texts[start : start + batch]
+
+        def loss(logits: Tensor, chosen: list[list[int]] = chosen) -> Tensor:
+            each = []
+            for row, text in zip(logits, chosen, strict=True):
+                wanted = torch.tensor(text[1:], device=logits.device)
+                each.append(row[: len(text) - 1].log_softmax(-1).gather(-1, wanted[:, None]).mean())
+            return torch.stack(each).sum()
+
+        # position 0 is left alone, as it is in steering
+        weights = [[0.0] + [1.0] * (len(text) - 1) for text in chosen]
+        total += host.gradients(chosen, weights, [site], loss)[site].double().sum(0)
+    return total / len(texts)
 
 
 @dataclass(frozen=True)
