@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -177,7 +176,9 @@ def _turn(tokenizer: Any) -> tuple[str, str]:
         raise ValueError("the chat template does not write the turns one after the other; use between()")
     header = whole[places[0] + len(asked) : places[1]]
     # an answer that is asked for may have less before it than one that is there: no space, or no empty thoughts
-    start = commonprefix([header, begun[begun.find(asked) + len(asked) :]])
+    wanted = begun[begun.find(asked) + len(asked) :]
+    equal = [one == other for one, other in zip(header, wanted, strict=False)]
+    start = header[: [*equal, False].index(False)]
     start = start if start.strip() else header
     # what ends the user's turn is not of the answer
     own = start.removeprefix(ended[ended.find(asked) + len(asked) :])
