@@ -2,7 +2,7 @@
 
 python tools/notebook_pictures.py           needs Chromium, and takes a minute
 
-Run it again after a change of the pages (`steerlens/pages`), of a repr or of the defaults of `lqr`, and look at the result.
+Run it again after a change of the pages (`steerlens/pages`), of a repr or of the defaults of `lqr`, and look at them.
 """
 
 from __future__ import annotations
