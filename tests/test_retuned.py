@@ -155,6 +155,19 @@ def test_of_a_sum_the_summands_that_know_the_argument_change():
     assert [loop.law.law.kp for loop in moved if loop.name == "pid"] == [0.5]
 
 
+def test_a_factor_outlives_a_level_of_zero(tmp_path):
+    """Off at level 0, and as strong as before at another one; whenever the factor came, also through a file."""
+    fit, ids = fitted("lqr"), torch.tensor([case("lqr").prompt])
+    wanted, plain = fitted("lqr", level=0.4) * -2.0, case("lqr").logits(ids)
+    for off in ((fit * -2.0).retuned(level=0.0), fit.retuned(level=0.0) * -2.0):
+        off.save(tmp_path / "off.safetensors")
+        for controller in (off, sl.Controller.load(tmp_path / "off.safetensors")):
+            for record in ("all", None):
+                with case("lqr").steer(controller=controller, record=record):
+                    assert torch.equal(case("lqr").logits(ids), plain)
+            assert_same(controller.retuned(level=0.4), wanted)
+
+
 def test_a_file_can_be_retuned(tmp_path):
     fitted("lqr").save(tmp_path / "a.safetensors")
     found = sl.Controller.load(tmp_path / "a.safetensors").retuned(level=0.3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -65,12 +65,11 @@ class Targets:
         """A law as the loop that senses before block t and acts after it."""
         sense = Site(t, "resid_pre")
         return Loop(
-            Relative(law) if self.own else law,
+            Relative(law, self.idle) if self.own else law,
             Site(t, "resid_post"),
             sense,
             where=where,
-            # the states of two passes may differ by rounding, off is exact
-            strength=0.0 if self.idle else strength,
+            strength=strength,
             reference=sense if self.own else None,
         )
 
@@ -196,7 +195,7 @@ def retune_targets(draft: Draft) -> None:
 def _relevel(draft: Draft) -> None:
     mu, start = draft.found["mu"], draft.found.get("start")
     count = len(mu[0]) if isinstance(mu[0], list) else 1
-    new, old = levels_of(draft.changes["level"], count), levels_of(draft.before["level"], count)
+    new = levels_of(draft.changes["level"], count)
 
     def change(law: Any, loop: Loop) -> Law:
         setpoint, t = law.setpoint, loop.sense.layer
@@ -208,10 +207,8 @@ def _relevel(draft: Draft) -> None:
         return edited(law, setpoint=edited(setpoint, **{name: levels}))
 
     draft.laws(change)
-    if draft.arguments["origin"] in (None, "own") and any(new) != any(old):
-        # off is a strength of 0, see `Targets.loop`
-        strength = float(draft.arguments["strength"]) if any(new) else 0.0
-        draft.loops = [loop.replace(strength=strength) for loop in draft.loops]
+    if draft.arguments["origin"] in (None, "own"):
+        draft.loops = [loop.replace(law=Relative(cast(Relative, loop.law).law, not any(new))) for loop in draft.loops]
 
 
 def planes(difference: Tensor, v: Tensor) -> Tensor:
