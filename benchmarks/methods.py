@@ -86,21 +86,17 @@ def decoding(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     model = smollm2(device=device)
     case = Case("caa", "bridge", device=device, model=model)
     prompt = torch.tensor([[57, 3514, 288, 260, 725, 15238, 1596, 3163, 284]])
-    plain_data, completed = texts()
-    functions = discover_methods()
+    pairs = sl.shipped("sentiment", read="completion")[:PAIRS]
     controllers, fits = {}, {}
     case.generate(prompt, 2)
     for name in arguments.methods:
         fitted: list[sl.Controller] = []
 
         def fit(name=name, fitted=fitted):
-            case.method = name
-            case.data = completed if name.startswith("cold") else plain_data
-            fitted.append(case.fit())
+            fitted.append(Case(name, "bridge", device=device, model=model).fit(pairs))
 
         fits[name] = common.seconds(fit, device)
         controllers[name] = fitted[0]
-    assert set(controllers) <= set(functions)
 
     def decode(controller=None):
         def call():
@@ -130,14 +126,6 @@ def decoding(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             "quartiles_percent": [round(low, 1), round(high, 1)],
         }
     return rows
-
-
-def texts() -> tuple[sl.Pairs, sl.Pairs]:
-    """32 shipped pairs as they are, and as prompt and completion for methods that take the gradient of a loss."""
-    shipped = sl.shipped("sentiment")[:PAIRS]
-    prompt = "The review says: "
-    completed = sl.Pairs(*([(prompt, text) for text in side] for side in (shipped.positive, shipped.negative)))
-    return shipped, completed
 
 
 def odesteer_against_the_paper(device: str, d: int = 4096, n: int = 64) -> dict[str, float]:
