@@ -13,6 +13,7 @@ from steerlens.core import Law, Loop, Setpoint, Site
 from steerlens.core.law import finite
 from steerlens.core.types import Json, Where
 from steerlens.fit.contrast import Pairs
+from steerlens.fit.directions import LEVEL
 from steerlens.fit.reading import contrast_means
 from steerlens.fit.retune import Draft, edited
 from steerlens.hosts import Host
@@ -30,9 +31,6 @@ Combine: TypeAlias = Literal["joint", "independent"]
 
 #: The arguments of a method that become an `Aim`, in addition to the level and the angle.
 AIMS = ("setpoint", "origin", "combine")
-
-#: In units of the class separation. Measured, as the weights of `lqr` and the gains of `pid`: `docs/closed_loop.md`.
-LEVEL = 1.5
 
 
 class Targets:

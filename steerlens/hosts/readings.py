@@ -109,8 +109,8 @@ def readings(model: Model, *, limit: int = 1 << 30) -> Iterator[Readings]:
     Gradients, Jacobians and the tokens' single states are not kept.
 
     They are dropped at the end of the context, and if the model has changed: weights, device, dtype, adapters, training
-    mode, hooks, or a module's `forward`, so that a fit inside `steer` reads anew. A change that PyTorch does not count, by `weight.data`,
-    is noticed only if it changes the model's fingerprint: begin a new context after it.
+    mode, hooks, or a module's `forward`, so that a fit inside `steer` reads anew. A change that PyTorch does not count,
+    by `weight.data`, is noticed only if it changes the model's fingerprint: begin a new context after it.
     Contexts of one model within each other, or in several threads, share one memory, with the first one's limit.
     `compare` and `sweep` open one.
 
