@@ -25,8 +25,7 @@ Bound: TypeAlias = Literal["at_least", "at_most", "at"]
 #: What a level is counted in.
 Unit: TypeAlias = Literal["separation", "activation", "quantile", "logit"]
 
-#: In units of the class separation; for `hold` from the negative texts' mean, for `lqr` and `pid` from a token's own
-#: state. Measured, as the weights of `lqr` and the gains of `pid`: `docs/closed_loop.md`.
+#: In units of the class separation, from the negative texts' mean. Measured: `docs/choose_method.md`.
 LEVEL = 1.5
 #: Largest condition of several unit directions with which they count as independent in float32.
 CONDITION = 1e4
