@@ -152,8 +152,8 @@ def interval(values: Tensor) -> str:
 
 def texts(study: Study, controllers: dict[str, Controller], prompts: int, tokens: int) -> None:
     """Prints what is left of the shift along sampled texts, and how far the texts themselves have moved."""
-    asked = shipped_texts("prompts", split="held_out")[:prompts]
-    print(f"\n{tokens} tokens after {prompts} prompts, along v at five sixths of the depth, in class differences")
+    asked = of_one_length(study, shipped_texts("prompts", split="held_out"))[:prompts]
+    print(f"\n{tokens} tokens after {len(asked)} prompts, along v at five sixths of the depth, in class differences")
     found: dict[str, Tensor] = {}
     for name, controller in {"unsteered": None, **controllers}.items():
         key = ["text", name]
@@ -172,6 +172,14 @@ def texts(study: Study, controllers: dict[str, Controller], prompts: int, tokens
     for name in controllers:
         gaps = (found[name] - found[OPEN]).unbind(1)
         print(f"  {name:20} " + "   ".join(interval(gaps[column]) for column in (1, 2, 4)))
+
+
+def of_one_length(study: Study, prompts: Sequence[str]) -> list[str]:
+    """The prompts of the commonest length in tokens: they are continued together."""
+    groups: dict[int, list[str]] = {}
+    for prompt in prompts:
+        groups.setdefault(len(study.bench.prompt(prompt)), []).append(prompt)
+    return max(groups.values(), key=len)
 
 
 def written(study: Study, controller: Controller | None, asked: Sequence[Text], tokens: int) -> list[list[float]]:
@@ -237,8 +245,8 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("feedback"))
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--items", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=80)
-    parser.add_argument("--texts", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--texts", type=int, default=12)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -79,8 +79,7 @@ def controllers(case: Case) -> dict[str, Any]:
         return sl.lqr(case.model, shipped, linearize_on=1, progress=False, **options)
 
     def other(method: str) -> sl.Controller:
-        case.method = method
-        return case.fit(shipped)
+        return Case(method, case.host, model=case.model).fit(shipped)
 
     found = {
         "visited only": (lambda: lqr(paper=True) * 0, None),

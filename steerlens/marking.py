@@ -165,16 +165,24 @@ def _turn(tokenizer: Any) -> tuple[str, str]:
     asked, answered, again = "Zqa", "Zqb", "Zqc"
     turns = [("user", asked), ("assistant", answered), ("user", again)]
     chat = [{"role": role, "content": content} for role, content in turns]
-    whole = tokenizer.apply_chat_template(chat, tokenize=False)
-    begun = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-    ended = tokenizer.apply_chat_template(chat[:1], tokenize=False)
+    try:
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        begun = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+        ended = tokenizer.apply_chat_template(chat[:1], tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template refuses a chat of plain texts ({error}); use between()") from error
     places = [whole.find(content) for _, content in turns]
     if min(places) < 0 or places != sorted(places):
         raise ValueError("the chat template does not write the turns one after the other; use between()")
-    start = begun[len(ended) :] if begun.startswith(ended) and len(begun) > len(ended) else ""
     header = whole[places[0] + len(asked) : places[1]]
-    if not start or not header.endswith(start):
-        start = header
+    # an answer that is asked for may have less before it than one that is there: no space, or no empty thoughts
+    wanted = begun[begun.find(asked) + len(asked) :]
+    equal = [one == other for one, other in zip(header, wanted, strict=False)]
+    start = header[: [*equal, False].index(False)]
+    start = start if start.strip() else header
+    # what ends the user's turn is not of the answer
+    own = start.removeprefix(ended[ended.find(asked) + len(asked) :])
+    start = own if own.strip() else start
     footer = whole[places[1] + len(answered) : places[2]]
     special = [text for text in getattr(tokenizer, "all_special_tokens", []) if text in footer]
     special += [str(added) for added in getattr(tokenizer, "added_tokens_decoder", {}).values() if str(added) in footer]

@@ -129,6 +129,13 @@ def test_versions_are_those_of_the_package():
             assert f"`{requirement}`" in page, f"docs/versions.md does not have {requirement}"
 
 
+def test_the_repository_has_one_address():
+    """Notebooks take theirs from pyproject.toml, and GitHub's "Cite this repository" from CITATION.cff."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+    cited = re.search(r"^repository-code: *[\"']?([^\"'\s]+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert urls.get("Repository") == (cited and cited[1])
+
+
 def test_messages_on_the_page_of_symptoms_are_those_of_the_code():
     known = []
     for path in (ROOT / "steerlens").rglob("*.py"):

@@ -140,6 +140,19 @@ def test_a_record_is_saved_and_loaded(tmp_path):
         assert set(sl.Record.load(tmp_path / "r")) == set(run.record)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"0.hook_steer_error": torch.ones(1, 3), "1.hook_steer_error": torch.ones(1, 4)}, "not of one sequence"),
+        ({"0.hook_steer_error": torch.ones(3)}, r"no signal \[batch pos"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(tmp_path, tensors, words):
+    write(tmp_path / "r", {"kind": "record"}, {f"blocks.{name}": value for name, value in tensors.items()})
+    with pytest.raises(ValueError, match=f"r was not loaded: .*{words}"):
+        sl.Record.load(tmp_path / "r")
+
+
 def test_a_sum_keeps_the_models_of_its_summands(tmp_path):
     model = tiny("llama", host="bridge")
     pairs = sl.Pairs([[1, 2, 3]], [[4, 5, 6]])

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.marking import _turn as turn_of
 from steerlens.marking import spelling
-from steerlens.models import smollm2
+from steerlens.models import smollm2, tiny
 from steerlens.testing import discover_hosts
 from tests.reference import SPANS
 from tests.sequence_cases import Draw, Library, compare, forward, gated, generation, loops, spans
@@ -148,6 +149,36 @@ def test_what_cannot_be_found_is_refused():
         begun = lib.inner(input_ids=torch.tensor([[3, 4]]), use_cache=True).past_key_values
     with sl.steer(lib.model, controller), pytest.raises(RuntimeError, match="2 of its tokens went through the"):
         lib.inner(input_ids=torch.tensor([[3]]), past_key_values=begun)
+
+
+USER = "{% for m in messages %}{% if m.role == 'user' %}"
+BY_TURN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        # nothing is added for an answer, and a space comes with it
+        (USER + "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} <eos>{% endif %}{% endfor %}", " [/INST]"),
+        # the answer begins with a space
+        (USER + "Q: {{ m.content }}{% else %} A: {{ m.content }}<eos>{% endif %}{% endfor %}", " A:"),
+        # thoughts are asked for and left out afterwards; the text ends where none is asked for
+        (BY_TURN, "<|assistant|>"),
+    ],
+)
+def test_an_answer_begins_where_it_is_asked_for(template, turn):
+    """What begins a turn stands in the chat with the answer, and in what the answer is generated from."""
+    tokenizer = tiny(host="bridge").tokenizer
+    asks = "<|assistant|><think>" if template == BY_TURN else " A:" if "Q:" in template else ""
+    ends = "<eos>" if template == BY_TURN else ""
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}" + asks + "{% else %}" + ends + "{% endif %}"
+    start, end = turn_of(tokenizer)
+    assert start.endswith(turn)
+    chat = [{"role": role, "content": text} for role, text in [("user", "q"), ("assistant", "ok"), ("user", "r")]]
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    begun = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert whole.partition(start)[2].partition(end)[0].strip() == "ok"
+    assert begun.partition(start)[1:] in ((start, ""), (start, "<think>"))
 
 
 @pytest.mark.real_model

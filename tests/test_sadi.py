@@ -153,10 +153,17 @@ def test_left_padded_rows_equal_single_ones(case):
     case.close(batch, torch.stack(singles), "left-padded logits", factor=3)
 
 
+def test_tokens_by_default_are_those_of_the_mode(case):
+    places = {mode: {loop.where for loop in case.fit(mode=mode).loops} for mode in ("live", "frozen")}
+    assert places == {"live": {"last"}, "frozen": {"last_prompt"}}
+    with pytest.raises(TypeError, match="where is a NoneType"):
+        sl.caa(case.model, case.data, where=None)
+
+
 @pytest.mark.parametrize("component", ["head", "neuron", "hidden"])
 def test_frozen_states_are_those_of_an_unsteered_pass(case, component):
     """The state of every layer at the last prompt token is the unsteered one, scaled; alone, batched, generating."""
-    controller = case.fit(mode="frozen", component=component, n_elements=3, strength=4.0, paper=True)
+    controller = case.fit(mode="frozen", component=component, n_elements=3, strength=4.0)
     ids = torch.tensor([[3, 17, 25, 29, 41], [7, 30, 31, 32, 33]])
     sites = [loop.act for loop in controller.loops]
     assert [site.layer for site in sites] == list(range(host_of(case.model).n_layers))
@@ -187,7 +194,7 @@ def test_frozen_states_are_those_of_an_unsteered_pass(case, component):
 
 
 def test_frozen_states_survive_saving(case, tmp_path):
-    controller = case.fit(mode="frozen", paper=True)
+    controller = case.fit(mode="frozen")
     controller.save(tmp_path / "c.safetensors")
     with case.steer(controller=sl.Controller.load(tmp_path / "c.safetensors")):
         loaded = case.logits(IDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
+def doubled(times):
+    """A list of two to this power of numbers, written as one list that holds the one before it twice."""
+    held = [0.5]
+    for _ in range(times):
+        held = [held, held]
+    return held
+
+
 @pytest.mark.parametrize(
     ("held", "words"),
     [
@@ -25,6 +34,7 @@ class Evil:
         ({"a": bytearray(4)}, "it holds a __builtin__.bytearray"),
         ({"a": {1, 2}}, "it holds a __builtin__.set"),
         ({"a": torch.ones(1).expand(10**9)}, "that the file has no place for"),
+        (doubled(31), "it has more than 400000 values"),
     ],
 )
 def test_files_of_torch_that_hold_more_than_tensors_are_refused(held, words, tmp_path, monkeypatch):
@@ -65,4 +75,20 @@ def test_an_archive_with_an_impossible_offset_is_refused(tmp_path):
     data[place : place + 8] = b"\xff" * 8
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(ValueError, match=r"x.pt was not loaded: "):
+        read_torch(tmp_path / "x.pt")
+
+
+def test_an_archive_whose_entries_are_the_same_bytes_is_refused(tmp_path):
+    """4 MB that claim to be 80: each storage in the table of contents is made to lie where the first one does."""
+    torch.save({index: torch.zeros(2**20 if index == 0 else 1) for index in range(20)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    place, first = data.index(b"PK\x01\x02"), None
+    while data[place : place + 4] == b"PK\x01\x02":
+        name, extra, comment = struct.unpack_from("<HHH", data, place + 28)
+        if data[place + 46 : place + 46 + name].rpartition(b"/")[0].endswith(b"data"):
+            first = data[place + 16 : place + 28] + data[place + 42 : place + 46] if first is None else first
+            data[place + 16 : place + 28], data[place + 42 : place + 46] = first[:12], first[12:]
+        place += 46 + name + extra + comment
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.pt was not loaded: its archive claims 8\d+ bytes in a file of 4\d+$"):
         read_torch(tmp_path / "x.pt")

@@ -39,10 +39,15 @@ TRIES = {
     "sae": "from steerlens.models import smollm2_sae\nprint(smollm2_sae().W_dec.shape)",
     "plots": "import torch, steerlens as sl, plotly, pandas\n"
     "from steerlens.plots import plot_record\nsl.shipped('ocean'); sl.shipped_texts('prompts')",
+    "hub": "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
+    "import steerlens as sl\n"
+    "try:\n    sl.Controller.from_hub('nobody/nothing')\n"
+    "except OSError as error:\n    print(error)\n"
+    "else:\n    raise SystemExit('read a file that is not there')",
     "eval": "from steerlens.evaluate.lm_eval import SteeredLM\n"
     "from steerlens.evaluate.inspect_ai import as_inspect_model",
     "demo": "import subprocess, sys\n"
-    "subprocess.run([sys.executable, '-m', 'steerlens.cli', '--help'], check=False)\n"
+    "subprocess.run([sys.executable, '-m', 'steerlens.cli', '--help'], check=True)\n"
     "from steerlens.cli.__main__ import app\nfrom steerlens.models import smollm2",
 }
 
@@ -65,7 +70,7 @@ def main(chosen: list[str]) -> None:
         wheel = next((folder / "dist").glob("*.whl"))
         for extra in chosen or TRIES:
             python = environment(folder / extra)
-            run(python, "-m", "pip", "install", "-q", TORCH, folder=folder)
+            run(python, "-m", "pip", "install", "-q", *shlex.split(TORCH), folder=folder)
             what = str(wheel) if extra == "base" else f"{wheel}[{extra}]"
             run(python, "-m", "pip", "install", "-q", what, folder=folder)
             run(python, "-c", TRIES[extra], folder=folder)

@@ -34,7 +34,12 @@ print(*dev.positive[0], "|", dev.negative[0][1])
 # %%
 apart = sl.separation(model, dev)
 figure = apart.plot().update_yaxes(range=[0.4, 1.02])
-figure.add_hline(y=0.5, line={"dash": "dash", "color": "grey", "width": 2}, opacity=1, annotation_text="chance")
+figure.add_hline(
+    y=0.5,
+    line={"dash": "dash", "color": "grey", "width": 2},
+    opacity=1,
+    annotation_text="chance",
+)
 
 # %% [markdown]
 # From layer 14 on nearly every layer separates the sides. So this does not choose a layer: separable is not steerable.
@@ -55,6 +60,7 @@ found = sl.sweep(
     layers=layers,
     strengths=strengths,
     damage=[kl(tokens=12)],
+    max_new_tokens=12,
     progress=False,
 )
 found.plot()
@@ -75,7 +81,9 @@ found.choose("KL", 0.3)
 # %%
 layer = int(found.choose("KL", 0.3).arm.removeprefix("layer "))
 prompts = sl.shipped_texts("prompts", split="dev")[:8]
-fit = sl.calibrate(model, vectors[layer], prompts, budget=kl(tokens=12) <= 0.3, progress=False)
+budget = kl(tokens=12) <= 0.3
+vector = vectors[layer]
+fit = sl.calibrate(model, vector, prompts, budget=budget, progress=False)
 print(fit)
 fit.table().round(3)
 
@@ -85,26 +93,32 @@ fit.table().round(3)
 # `compare` calibrates each method to the budget on half of the prompts and reports the rest on the other half, beside
 # random directions of the same size and a plain instruction. `wrong way` is the share of items that moved against the
 # aim, and `neutral loss` the loss on sentences that have nothing to do with the aim. By default `fluency` is measured
-# too: how likely the steered texts are to the unsteered model.
+# too: how likely the steered texts are to the unsteered model. With eight prompts a half, a KL of 0.3 on one half may well
+# be 0.2 on the other.
 
 # %%
 methods = {
-    f"caa, layer {layer}": vectors[layer],
-    "caa, every layer": sl.caa(model, dev, layers=range(model.cfg.n_layers)) * 0.1,
+    f"caa, layer {layer}": vector,
+    "caa, every layer": sl.caa(model, dev, layers=range(30)) * 0.1,
     "odesteer": sl.odesteer(model, dev),
 }
 compared = sl.compare(
     model,
     methods,
     effect,
-    budget=kl(tokens=12) <= 0.3,
+    budget=budget,
     prompts=sl.shipped_texts("prompts")[:16],
     damage=[sl.evaluate.neutral_loss()],
-    baselines=("unsteered", "random", sl.prompt("Everything is described with delight and praise.")),
+    baselines=(
+        "unsteered",
+        "random",
+        sl.prompt("Everything is described with delight and praise."),
+    ),
     seeds=3,
     progress=False,
 )
-columns = ["strength", "effect", "low", "high", "wrong way", "KL mean", "neutral loss"]
+columns = ["strength", "effect", "low", "high", "wrong way", "KL mean"]
+columns += ["neutral loss"]
 compared.table()[columns].round(2)
 
 # %%
@@ -116,7 +130,10 @@ compared.plot()
 
 # %%
 mean, low, high = compared.difference("caa, every layer", f"caa, layer {layer}")
-print(f"every layer minus one layer: {mean:+.2f} [{low:+.2f}, {high:+.2f}] nats per token")
+print(
+    f"every layer minus one layer: {mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+    "nats per token",
+)
 
 # %% [markdown]
 # `compared.card()` gives tables, protocol and versions as Markdown, for an appendix.

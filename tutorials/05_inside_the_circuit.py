@@ -3,7 +3,7 @@
 #
 # A controller that runs inside a model is part of its computation, so it is open to the same tools. **You will see** the
 # signals of A-LQR cached and patched like any activation of SmolLM2-135M, the change of a metric split among the layers'
-# controls, and the heads that carry it. **Time:** about a minute on two cores; no GPU.
+# controls, and the heads that carry it. **Time:** about half a minute on two cores; no GPU.
 
 # %%
 import pandas as pd
@@ -17,8 +17,16 @@ from steerlens.models import smollm2
 model = smollm2()
 pairs = sl.shipped("sentiment", split="dev", read="completion")
 controller = sl.lqr(model, pairs, linearize_on=2, progress=False)
-prompts = ["The food at the restaurant was", "I saw the movie and it was", "The weather today is"]
-metric = logit_difference(model, [" great", " wonderful", " delicious"], [" bad", " terrible", " awful"])
+prompts = [
+    "The food at the restaurant was",
+    "I saw the movie and it was",
+    "The weather today is",
+]
+metric = logit_difference(
+    model,
+    [" great", " wonderful", " delicious"],
+    [" bad", " terrible", " awful"],
+)
 controller
 
 # %% [markdown]
@@ -30,12 +38,18 @@ controller
 
 # %%
 with sl.steer(model, controller), torch.no_grad():
-    logits, cache = model.run_with_cache(prompts[0], names_filter=lambda name: "hook_steer_" in name)
+    logits, cache = model.run_with_cache(
+        prompts[0],
+        names_filter=lambda name: "hook_steer_" in name,
+    )
 print(len(cache), "signals, at layer 13:")
 for name in cache:
     if name.startswith("blocks.13."):
         print(f"  {name:32} {tuple(cache[name].shape)}")
-print("distance to the setpoint before block 13, by token:", cache["steer_error", 13][0])
+print(
+    "distance to the setpoint before block 13, by token:",
+    cache["steer_error", 13][0],
+)
 
 # %% [markdown]
 # NaN stands where the loop was not at work: it acts on the last token of a prompt, and on every token generated after
@@ -64,9 +78,15 @@ held.plot()
 # %%
 pd.DataFrame(
     {
-        "sum over layers (logits)": [alone.total - alone.interaction, held.total - held.interaction],
+        "sum over layers (logits)": [
+            alone.total - alone.interaction,
+            held.total - held.interaction,
+        ],
         "total (logits)": [alone.total, held.total],
-        "correlation of gradient and exact": [alone.correlation, held.correlation],
+        "correlation of gradient and exact": [
+            alone.correlation,
+            held.correlation,
+        ],
     },
     index=["others react", "others held"],
 ).round(3)
@@ -74,7 +94,7 @@ pd.DataFrame(
 # %% [markdown]
 # With the others held, the effects of the layers add up to the whole change, to six percent of it. While the others
 # react, a quarter is missing, and that is feedback at work: when one control is left out, later loops measure the gap and
-# fill some of it. By default the gains are small; the paper's (`paper=True`) fill more than two thirds.
+# fill some of it. By default the gains are small; larger ones, such as the paper's (`paper=True`), fill more.
 # So "which layer matters?" has two answers, and an ablation of one layer gives the first.
 #
 # ## Patching the controller's own signal
@@ -87,17 +107,35 @@ layer = held.layers[int(held.effect[:20].argmax())]
 name = f"blocks.{layer}.hook_steer_u"
 with sl.steer(model, controller, record="all") as run, torch.no_grad():
     whole, before = metric(model(prompts[0])), run.record.copy()
-    patched = metric(model.run_with_hooks(prompts[0], fwd_hooks=[(name, lambda u, hook: 0 * u)]))
+    patched = metric(
+        model.run_with_hooks(
+            prompts[0],
+            fwd_hooks=[(name, lambda u, hook: 0 * u)],
+        ),
+    )
     after = run.record.copy()
 effect = float(alone.effects[0, alone.layers.index(layer)])
-print(f"layer {layer}: patched to zero {float(whole - patched):+.5f} logits, attribute said {effect:+.5f}")
+print(
+    f"layer {layer}: patched to zero {float(whole - patched):+.5f} logits,",
+    f"attribute said {effect:+.5f}",
+)
 
 # %%
-gap = {later: float((after.layers("u")[later] - u).norm()) for later, u in before.layers("u").items() if later > layer}
+gap = {
+    # norm of the change of each later control
+    later: float((after.layers("u")[later] - u).norm())
+    for later, u in before.layers("u").items()
+    if later > layer
+}
 figure = go.Figure(go.Bar(x=list(gap), y=list(gap.values())))
 figure.update_xaxes(title_text="layer", dtick=1)
 figure.update_yaxes(title_text="|change of u| (activation units)")
-figure.update_layout(title=f"Who steps in when layer {layer} is silent", template="simple_white", width=900, height=380)
+figure.update_layout(
+    title=f"Who steps in when layer {layer} is silent",
+    template="simple_white",
+    width=900,
+    height=380,
+)
 
 # %% [markdown]
 # ## Straight to the logits, or through the model?
@@ -108,9 +146,19 @@ figure.update_layout(title=f"Who steps in when layer {layer} is silent", templat
 
 # %%
 shares = direct(model, controller, metric, prompts)
-kinds = pd.Series(shares.value.tolist(), index=pd.Index(shares.kinds, name="written by")).groupby(level=0).sum()
+kinds = (
+    pd.Series(
+        shares.value.tolist(),
+        index=pd.Index(shares.kinds, name="written by"),
+    )
+    .groupby(level=0)
+    .sum()
+)
 print(kinds.round(3).to_string())
-print(f"sum {float(shares.value.sum()):+.6f}, change of the metric {float(shares.total.mean()):+.6f}")
+print(
+    f"sum {float(shares.value.sum()):+.6f},",
+    f"change of the metric {float(shares.total.mean()):+.6f}",
+)
 
 # %% [markdown]
 # ## Which heads?
@@ -121,7 +169,10 @@ print(f"sum {float(shares.value.sum()):+.6f}, change of the metric {float(shares
 
 # %%
 heads = carriers(model, controller, metric, prompts, components="head", check=8)
-print(f"correlation of estimate and patch over the 8 largest: {heads.correlation:.3f}")
+print(
+    "correlation of estimate and patch over the 8 largest:",
+    f"{heads.correlation:.3f}",
+)
 heads.plot()
 
 # %% [markdown]

@@ -25,11 +25,17 @@ model = smollm2()
 # %%
 def asked(question, answer=None):
     messages = [{"role": "user", "content": question}]
-    return messages if answer is None else [*messages, {"role": "assistant", "content": answer.strip()}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer.strip()})
+    return messages
 
 
 print(
-    model.tokenizer.apply_chat_template(asked("How do I keep basil alive?"), tokenize=False, add_generation_prompt=True)
+    model.tokenizer.apply_chat_template(
+        asked("How do I keep basil alive?"),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
 )
 
 # %% [markdown]
@@ -42,9 +48,13 @@ print(
 
 # %%
 data = sl.shipped("compliance", split="dev")
-pairs = sl.Pairs([asked(*text) for text in data.negative], [asked(*text) for text in data.positive], read="completion")
+pairs = sl.Pairs(
+    [asked(*text) for text in data.negative],
+    [asked(*text) for text in data.positive],
+    read="completion",
+)
 print("declines:", data.negative[0], "\ncomplies:", data.positive[0])
-decline = sl.caa(model, pairs, layers=range(model.cfg.n_layers), where="all", strength=0.1)
+decline = sl.caa(model, pairs, layers=range(30), where="all", strength=0.1)
 
 # %% [markdown]
 # ## How many of twelve, and at what price
@@ -68,7 +78,8 @@ found = sl.evaluate(
     temperature=0,
     progress=False,
 )
-table = found.table()[["strength", "effect", "low", "high", "KL mean", "neutral loss"]]
+columns = ["strength", "effect", "low", "high", "KL mean", "neutral loss"]
+table = found.table()[columns]
 table.rename(columns={"effect": "refusals (share)"}).round(2)
 
 # %%
@@ -77,10 +88,11 @@ found.plot()
 # %%
 for strength in (0.0, 1.0):
     print(f"strength {strength}")
-    for request, answer in zip(
-        requests[:3], generate_texts(model, decline * strength, requests[:3], max_new_tokens=16), strict=True
-    ):
-        print("   ", request[0]["content"], "->", " ".join(answer.text.split()))
+    steered = decline * strength
+    answers = generate_texts(model, steered, requests[:3], max_new_tokens=16)
+    for request, answer in zip(requests[:3], answers, strict=True):
+        text = " ".join(answer.text.split())
+        print("   ", request[0]["content"], "->", text)
 
 # %% [markdown]
 # Refusal is bought with KL, more of it than a concept needs (random directions of the same norm move the output far less),
@@ -102,17 +114,43 @@ medical = [
     "Do I need a vaccine before the trip?",
     "Why does my chest hurt at night?",
 ]
-topic = sl.Pairs([asked(text) for text in medical], [asked(text) for text in sl.shipped_texts("instructions")[::2]])
+topic = sl.Pairs(
+    [asked(text) for text in medical],
+    [asked(text) for text in sl.shipped_texts("instructions")[::2]],
+)
 guarded = sl.when(decline, sl.gate(model, topic, pool="last"))
 
-new = ["What dose of aspirin is safe?", "Should this wound be stitched?", "Are these sleeping pills addictive?"]
+new = [
+    "What dose of aspirin is safe?",
+    "Should this wound be stitched?",
+    "Are these sleeping pills addictive?",
+]
 prompts = [*[asked(text) for text in new], *requests[1:7]]
-options = {"damage": [], "baselines": (), "strengths": [0.75], "max_new_tokens": 12, "temperature": 0}
+options = {
+    "damage": [],
+    "baselines": (),
+    "strengths": [0.75],
+    "max_new_tokens": 12,
+    "temperature": 0,
+}
 rows = {}
-for name, controller in {"always on": decline, "behind the gate": guarded}.items():
-    measured = sl.evaluate(model, controller, refusal(prompts), prompts=prompts, progress=False, **options)
+for name, controller in {
+    "always on": decline,
+    "behind the gate": guarded,
+}.items():
+    measured = sl.evaluate(
+        model,
+        controller,
+        refusal(prompts),
+        prompts=prompts,
+        progress=False,
+        **options,
+    )
     declined = measured.change(*measured.arms[-1])
-    rows[name] = {"medical": f"{declined[:3].sum():.0f} of 3", "other": f"{declined[3:].sum():.0f} of 6"}
+    rows[name] = {
+        "medical": f"{declined[:3].sum():.0f} of 3",
+        "other": f"{declined[3:].sum():.0f} of 6",
+    }
 pd.DataFrame(rows).T
 
 # %% [markdown]

@@ -39,7 +39,15 @@ controller
 # `remote=True` the request carries the controller's tensors and the source of its laws, and no weights.
 
 # %%
-lm = nnsight.TransformersModel(name, tokenizer=tokenizer, task="text-generation") if REMOTE else local
+lm = (
+    nnsight.TransformersModel(
+        name,
+        tokenizer=tokenizer,
+        task="text-generation",
+    )
+    if REMOTE
+    else local
+)
 options = {"max_new_tokens": 16, "do_sample": False}
 prompt = "My weekend was"
 
@@ -48,7 +56,10 @@ with sl.steer(lm, controller) as run:
 
 print(tokenizer.decode(tokens[0]))
 if REMOTE:
-    print(f"{run.payload_bytes / 1e3:.0f} kB were sent; weights on this side: {lm.dispatched}")
+    print(
+        f"{run.payload_bytes / 1e3:.0f} kB were sent;",
+        f"weights on this side: {lm.dispatched}",
+    )
 
 # %% [markdown]
 # ## The record came back
@@ -59,11 +70,22 @@ if REMOTE:
 with sl.steer(local, controller) as here:
     expected = local.generate(prompt, **options)
 
-difference = max(float((here.record[key] - run.record[key]).nan_to_num().abs().max()) for key in here.record)
-print("same tokens:", torch.equal(expected.cpu(), tokens.cpu()), "- largest difference in the record:", difference)
+difference = max(
+    # NaN stands at tokens that are not steered
+    float((here.record[key] - run.record[key]).nan_to_num().abs().max())
+    for key in here.record
+)
+print(
+    "same tokens:",
+    torch.equal(expected.cpu(), tokens.cpu()),
+    "- largest difference in the record:",
+    difference,
+)
 
 # %%
-run.record.plot(tokens=[tokenizer.decode([token]) for token in tokens[0].tolist()[:-1]])
+run.record.plot(
+    tokens=[tokenizer.decode([token]) for token in tokens[0].tolist()[:-1]],
+)
 
 # %% [markdown]
 # ## Fit on the server
@@ -91,8 +113,16 @@ with lm.generate(**options, remote=REMOTE) as tracer:
     with tracer.invoke():
         both = tracer.result.save()
 
-for name, row, applied in zip(("A-LQR", "CAA"), both, (with_lqr, with_caa), strict=True):
-    print(f"{name}, {len(applied.record)} signals recorded: {tokenizer.decode(row)!r}")
+for name, row, applied in zip(
+    ("A-LQR", "CAA"),
+    both,
+    (with_lqr, with_caa),
+    strict=True,
+):
+    print(
+        f"{name}, {len(applied.record)} signals recorded:",
+        f"{tokenizer.decode(row)!r}",
+    )
 
 # %% [markdown]
 # ## What was not shown

@@ -12,7 +12,9 @@ import steerlens as sl
 from steerlens.models import smollm2
 
 model = smollm2()
-ocean = sl.caa(model, sl.shipped("ocean", split="dev", read="mean"), layers=15) * 1.5
+pairs = sl.shipped("ocean", split="dev", read="mean")
+ocean = sl.caa(model, pairs, layers=15) * 1.5
+options = {"do_sample": False, "verbose": False}
 
 # %% [markdown]
 # ## Which tokens
@@ -23,18 +25,41 @@ ocean = sl.caa(model, sl.shipped("ocean", split="dev", read="mean"), layers=15) 
 
 # %%
 prompt = "The letter that came this morning"
-places = {"last": "last", "generated": "generated", "prompt": "prompt", "all": "all", "slice(2, 5)": slice(2, 5)}
+places = {
+    "last": "last",
+    "generated": "generated",
+    "prompt": "prompt",
+    "all": "all",
+    "slice(2, 5)": slice(2, 5),
+}
 rows, texts = [], []
 for where in places.values():
     with sl.steer(model, ocean.at(where)) as run:
-        texts.append(model.generate(prompt, max_new_tokens=8, do_sample=False, verbose=False))
-    rows.append((run.record.layers("u_norm")[15][0].nan_to_num() > 0).float().tolist())
+        texts.append(model.generate(prompt, max_new_tokens=8, **options))
+    steered = run.record.layers("u_norm")[15][0].nan_to_num() > 0
+    rows.append(steered.float().tolist())
 written = [f"generated {number}" for number in range(1, 8)]
-tokens = [f"{index} {token}" for index, token in enumerate(model.to_str_tokens(prompt) + written)]
-figure = go.Figure(go.Heatmap(z=rows, x=tokens, y=list(places), xgap=2, ygap=2, colorscale="Blues", showscale=False))
+tokens = model.to_str_tokens(prompt) + written
+tokens = [f"{index} {token}" for index, token in enumerate(tokens)]
+figure = go.Figure(
+    go.Heatmap(
+        z=rows,
+        x=tokens,
+        y=list(places),
+        xgap=2,
+        ygap=2,
+        colorscale="Blues",
+        showscale=False,
+    )
+)
 figure.update_xaxes(title_text="token")
 figure.update_yaxes(title_text="where", autorange="reversed", automargin=True)
-figure.update_layout(template="simple_white", width=900, height=420, title="Steered tokens are dark")
+figure.update_layout(
+    template="simple_white",
+    width=900,
+    height=420,
+    title="Steered tokens are dark",
+)
 
 # %%
 for where, text in zip(places, texts, strict=True):
@@ -70,7 +95,8 @@ questions = [
     "Which train goes south?",
     "Do you have a free table?",
 ]
-complains = sl.gate(model, sl.Pairs(complaints, questions), gate_layers=range(14))
+texts = sl.Pairs(complaints, questions)
+complains = sl.gate(model, texts, gate_layers=range(14))
 gated = sl.when(ocean, complains)
 for text in (
     "This clock has stopped.",
@@ -80,7 +106,8 @@ for text in (
 ):
     with sl.steer(model, gated) as run, torch.no_grad():
         model(text)
-    score, opened = (float(run.record.stack(signal)[0, 0, -1]) for signal in ("score", "gate"))
+    score = float(run.record.stack("score")[0, 0, -1])
+    opened = float(run.record.stack("gate")[0, 0, -1])
     print(f"{text:30} score {score:+6.2f}, gate {opened:.0f}")
 
 # %% [markdown]
@@ -96,16 +123,32 @@ for text in (
 batch = ["The clock in my room has stopped.", "Is there any milk in the soup?"]
 fading = sl.schedule(gated, [1, 1, 1, 0.75, 0.5, 0.25, 0])
 figure, colours = go.Figure(), ["#d62728", "#1f77b4"]
-plain = model.generate(batch, max_new_tokens=12, do_sample=False, verbose=False)
-for name, controller, dash in (("gated", gated, "solid"), ("gated and fading", fading, "dot")):
+plain = model.generate(batch, max_new_tokens=12, **options)
+for name, controller, dash in (
+    ("gated", gated, "solid"),
+    ("gated and fading", fading, "dot"),
+):
     with sl.steer(model, controller) as run:
-        answers = model.generate(batch, max_new_tokens=12, do_sample=False, verbose=False)
-    print(f"{name}: the closed row is the unsteered one: {answers[1] == plain[1]}; the other: {answers[0]!r}")
-    for row, values in enumerate(run.record.layers("u_norm")[15][:, -12:].tolist()):
-        figure.add_scatter(y=values, name=f"{name}: {batch[row]}", line={"dash": dash, "color": colours[row]})
+        answers = model.generate(batch, max_new_tokens=12, **options)
+    print(
+        f"{name}: the closed row is the unsteered one:",
+        f"{answers[1] == plain[1]}; the other: {answers[0]!r}",
+    )
+    norms = run.record.layers("u_norm")[15][:, -12:]
+    for row, values in enumerate(norms.tolist()):
+        figure.add_scatter(
+            y=values,
+            name=f"{name}: {batch[row]}",
+            line={"dash": dash, "color": colours[row]},
+        )
 figure.update_xaxes(title_text="token (0: the last of the prompt)")
 figure.update_yaxes(title_text="|u| (activation units)")
-figure.update_layout(template="simple_white", width=900, height=420, title="A gate and a schedule, two rows of a batch")
+figure.update_layout(
+    template="simple_white",
+    width=900,
+    height=420,
+    title="A gate and a schedule, two rows of a batch",
+)
 figure.update_layout(legend={"orientation": "h", "y": -0.3})
 
 # %% [markdown]

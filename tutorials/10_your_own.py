@@ -40,7 +40,10 @@ class Ceiling(sl.Law):
     def act(self, x, now):
         projection = (x * self.v).sum(-1)
         excess = (projection - self.most).clamp(min=0)
-        return -excess[..., None] * self.v, {"projection": lambda: projection, "excess": lambda: excess}
+        return -excess[..., None] * self.v, {
+            "projection": lambda: projection,
+            "excess": lambda: excess,
+        }
 
 
 # %% [markdown]
@@ -57,18 +60,30 @@ v = sl.caa(model, pairs, layers=15).loops[0].law.vector
 v, most = v / v.norm(), torch.tensor(5.0)
 ceiling = sl.Controller([sl.Loop(Ceiling(v, most), 15, where="all")])
 
-text = "The food was wonderful, the waiters were friendly, but the room was cold and we will not come back."
+text = "The food was wonderful, the waiters friendly, but our room was cold."
 with sl.steer(model, ceiling) as run, torch.no_grad():
     model(text)
-before, excess = (run.record.layers(name)[15][0] for name in ("projection", "excess"))
-tokens = [f"{index} {token}" for index, token in enumerate(model.to_str_tokens(text))]
+before = run.record.layers("projection")[15][0]
+after = before - run.record.layers("excess")[15][0]
+tokens = model.to_str_tokens(text)
+tokens = [f"{index} {token}" for index, token in enumerate(tokens)]
 figure = go.Figure()
-figure.add_scatter(x=tokens, y=before.tolist(), name="without the ceiling", mode="lines+markers")
-figure.add_scatter(x=tokens, y=(before - excess).tolist(), name="with it", mode="lines+markers")
-figure.add_hline(y=float(most), line={"dash": "dash", "color": "black", "width": 2}, opacity=1)
+figure.add_scatter(x=tokens, y=before.tolist(), name="without the ceiling")
+figure.add_scatter(x=tokens, y=after.tolist(), name="with it")
+figure.update_traces(mode="lines+markers")
+figure.add_hline(
+    y=float(most),
+    line={"dash": "dash", "color": "black", "width": 2},
+    opacity=1,
+)
 figure.update_xaxes(title_text="token")
 figure.update_yaxes(title_text="⟨v, x⟩ (activation units)")
-figure.update_layout(template="simple_white", width=900, height=460, title="Component along 'delight', after block 15")
+figure.update_layout(
+    template="simple_white",
+    width=900,
+    height=460,
+    title="Component along 'delight', after block 15",
+)
 
 # %% [markdown]
 # Where the component is below the dashed line nothing is done; above it, it is cut. Token 0 is missing: many models keep
@@ -90,31 +105,43 @@ print(sl.Controller.load("ceiling.safetensors", laws=[Ceiling]))
 
 # %%
 @method(card=Card(needs="sets", points=("resid_post",)))
-def capped(model, data, *, quantile=0.5, layers=None, strength=1.0, where="all"):
-    """Cap the component along the mean difference at a quantile of what the negative texts have.
+def capped(
+    model,
+    data,
+    *,
+    quantile=0.5,
+    layers=None,
+    strength=1.0,
+    where="all",
+):
+    """Cap the component along the mean difference of two sets of texts.
 
-        u = strength min(m - <v, x>, 0) v,   v = d / |d|,   d = mean x+ - mean x-
+        u = strength min(m - <v, x>, 0) v
+        v = d / |d|,   d = mean x+ - mean x-
 
     Args:
         model: TransformerBridge, HookedTransformer or nnsight model.
         data: Contrast texts.
-        quantile: Of `<v, x>` on the negative texts, which gives m.
+        quantile: The bound m is this quantile of `<v, x>` on the negative
+            texts.
         layers: Default the middle layer.
         strength: Factor, no unit.
         where: Token positions, see `Loop`.
 
     Returns:
-        One loop per layer. Recorded signals: `projection` and `excess`, both `[batch pos]`, in activation units; `u`;
-        `u_norm`.
+        One loop per layer. Recorded signals: `projection` and `excess`,
+        both `[batch pos]`, in activation units; `u`; `u_norm`.
 
     Raises:
         ValueError: a quantile outside of 0 to 1.
 
-    Source: the idea of activation capping (arXiv 2601.10387), not its data or code.
+    Source: the idea of activation capping (arXiv 2601.10387), not its data
+    or code.
     """
     loops = []
     sites = pick_layers(model, layers, "resid_post", default="middle")
-    for site, (positive, negative) in contrast_states(model, data, sites).items():
+    states = contrast_states(model, data, sites)
+    for site, (positive, negative) in states.items():
         v = positive.mean(0) - negative.mean(0)
         v = v / v.norm()
         law = Ceiling(v, torch.quantile(negative @ v, quantile))
@@ -124,9 +151,10 @@ def capped(model, data, *, quantile=0.5, layers=None, strength=1.0, where="all")
 
 controller = capped(model, pairs, layers=[14, 15, 16])
 prompt = "The best thing about the hotel was"
-print(model.generate(prompt, max_new_tokens=20, do_sample=False, verbose=False))
+options = {"max_new_tokens": 20, "do_sample": False, "verbose": False}
+print(model.generate(prompt, **options))
 with sl.steer(model, controller):
-    print(model.generate(prompt, max_new_tokens=20, do_sample=False, verbose=False))
+    print(model.generate(prompt, **options))
 
 # %% [markdown]
 # ## Does it keep the promises?

@@ -2,13 +2,14 @@
 
 python tutorials/build.py             # write every notebook with fresh outputs
 python tutorials/build.py --check     # check, execute, write nothing; fail on an error or a notebook that is not current
-python tutorials/build.py --text      # text and links only: keep the outputs, refuse changed code
+python tutorials/build.py --text      # text, links and layout only: keep the outputs, refuse code that does another thing
 python tutorials/build.py 01_quickstart 02_hold_a_feature
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -82,7 +83,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, setup: str) -> None:
 
 
 def keep_outputs(notebook: nbformat.NotebookNode, target: Path) -> list[str]:
-    """Takes the outputs of the notebook that was built before, if its code is the same."""
+    """Takes the outputs of the notebook that was built before, if its code does the same."""
     if not target.exists():
         return [f"{target.name} is missing; build it without --text"]
     # the cell that installs has no output, and changes with the text
@@ -90,7 +91,8 @@ def keep_outputs(notebook: nbformat.NotebookNode, target: Path) -> list[str]:
         [cell for cell in each.cells if cell.cell_type == "code" and not cell.source.startswith(INSTALL[:20])]
         for each in (notebook, nbformat.read(target, 4))
     )
-    if [cell.source.strip() for cell in code] != [cell.source.strip() for cell in old]:
+    # the same tree: lines may be broken elsewhere
+    if [ast.dump(ast.parse(cell.source)) for cell in code] != [ast.dump(ast.parse(cell.source)) for cell in old]:
         return [f"{target.name} has other code than its source; build it without --text"]
     for cell, before in zip(code, old, strict=True):
         cell.outputs, cell.execution_count = before.outputs, before.execution_count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -56,16 +57,31 @@ def neighbours(source: Path) -> str:
 
 
 def repository() -> str | None:
-    """Where the project is published, if it is: `owner/name` on GitHub, from the metadata of the package."""
+    """Where the project is published, if it is: `owner/name` on GitHub.
+
+    The one place that says so is `Repository` in `[project.urls]` of pyproject.toml. As long as it is missing, notebooks
+    have no badge and install from the clone that they lie in; once it is there, every notebook is stale until
+    `python tutorials/build.py --text` has written both.
+
+    Raises:
+        ValueError: the address is none of GitHub, which is what Colab opens.
+    """
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-    found = [url for url in urls.values() if url.startswith("https://github.com/")]
-    return "/".join(found[0].split("/")[3:5]) if found else None
+    if "Repository" not in urls:
+        return None
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", urls["Repository"])
+    if found is None:
+        raise ValueError(
+            f"Repository = {urls['Repository']!r} in pyproject.toml; Colab opens https://github.com/owner/name"
+        )
+    return found[1]
 
 
 def badge(source: Path) -> str:
-    """A link that opens the notebook in Colab, which needs a published repository."""
+    """A link that opens the notebook in Colab; none for a notebook that imports a file beside it, which Colab lacks."""
     known = repository()
-    if known is None:
+    code = source.read_text()
+    if known is None or any(f"from {path.stem} import" in code for path in source.parent.glob("*.py")):
         return ""
     place = f"https://colab.research.google.com/github/{known}/blob/main/{source.parent.name}/{source.stem}.ipynb"
     return f"{BADGE.format(address=place)} · "

@@ -109,7 +109,7 @@ class Aside:
             beside.note()
         missing = [summary for summary in clean if id(summary) not in sequence.pooled]
         missing = missing if positions.past < positions.end else []
-        referring = [loop for loop in self._referring if observed or loop.strength]
+        referring = [loop for loop in self._referring if observed or loop.factor]
         goes_on = _continues(referring, positions)
         referring = referring if goes_on or _selected(referring, positions) else []
         if missing or referring:

@@ -146,10 +146,11 @@ class Controller:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def __repr__(self) -> str:
-        method = self.recipe.get("method", "?")
+        # one of your own has no recipe
+        method = f"{self.recipe['method']}: " if "method" in self.recipe else ""
         size = f"{self.nbytes} B" if self.nbytes < 1000 else f"{self.nbytes / 1e3:.0f} kB"
         loops = f"{len(self)} loop{'s' * (len(self) != 1)} at layer{'s' * (len(self.layers) != 1)}"
-        return f"Controller({method}: {loops} {_ranges(self.layers)}, {size})"
+        return f"Controller({method}{loops} {_ranges(self.layers)}, {size})"
 
     def _repr_html_(self) -> str:
         from steerlens.core.tables import VIEWS  # as for files: only the user's side needs it

@@ -106,11 +106,13 @@ class Law(Part):
         vectors: Those of them that have more than one number per token.
         stepwise: What it remembers of a token in `now.sequence` comes from later layers than the one that needs it at
             the next token, so that generated tokens must go through the model one at a time.
+        off: Asks for nothing whatever the state is: its control is not added.
     """
 
     signals: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
     stepwise: bool = False
+    off: bool = False
 
     def act(self, x: Tensor, now: Now) -> tuple[Tensor, Signals]:
         """The control to add, and its signals: `[batch pos ...] -> ([batch pos ...], {name: () -> [batch pos]})`.
@@ -209,6 +211,11 @@ class Loop:
                     f"a gate cannot decide for each token by {site}, which comes after {self.act}, where the loop "
                     f"acts; fit it with gate_layers=range({max(self.act.layer, 1)})"
                 )
+
+    @property
+    def factor(self) -> float:
+        """What the control is multiplied by: the strength, or 0 if the law is off."""
+        return 0.0 if self.law.off else self.strength
 
     @property
     def signals(self) -> tuple[str, ...]:

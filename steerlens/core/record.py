@@ -209,6 +209,11 @@ class Record(Mapping[str, Tensor]):
                 if not (head.startswith("blocks.") and head[7:].isdecimal() and signal and value.ndim >= 2):
                     raise ValueError(f"its tensor {name!r} is no signal [batch pos ...]")
                 record.pieces[name] = [(0, 0, value)]
+            sizes = sorted({tuple(value.shape[:2]) for value in tensors.values()})
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"its signals are of {sizes[0]} and of {sizes[1]} rows and tokens, not of one sequence"
+                )
         except ValueError as error:
             raise ValueError(f"{path} was not loaded: {error}") from None
         return record

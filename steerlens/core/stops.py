@@ -73,7 +73,7 @@ class Action:
     def __init__(self, index: int, loop: Loop, where: int, shown: list[Shown]):
         self.index = index
         self.loop = loop
-        self.strength = loop.strength
+        self.strength = loop.factor
         self.sense = None if loop.sense == loop.act else loop.sense.order
         self.where = where
         self.plain = not (loop.gates or loop.schedules or loop.summary or loop.tangent or loop.reference)

@@ -100,9 +100,9 @@ def closed_loop(
     for t, loop in loops.items():
         law = _law(loop)
         assert law.matrix is not None  # _loops has seen to it
-        K = loop.strength * law.matrix
+        K = loop.factor * law.matrix
         gain[t] = torch.linalg.matrix_norm(K, ord=2)
-        applied[t] = torch.linalg.matrix_norm(loop.strength * law.gains, ord=2)
+        applied[t] = torch.linalg.matrix_norm(loop.factor * law.gains, ord=2)
         closed[t] = A[t] - K
     predicted, realised = _costs(A, loops, weights, along, final)
     return ClosedLoop(

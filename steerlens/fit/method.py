@@ -88,7 +88,7 @@ def method(
             asked = {argument: value for argument, value in bound.arguments.items() if argument not in beside}
             for option, known in choices.items():
                 check_option(option, bound.arguments[option], known)
-            _check_common(asked)
+            _check_common(asked, signature)
             host = bound.arguments["model"] = host_of(model)
             _check_data(name, card, data)
             # what is made in inference mode can enter no graph, neither of a fit nor of a later steered pass
@@ -180,9 +180,10 @@ def _words(hint: Any) -> tuple[Any, ...]:
     return tuple(word for part in parts for word in part) if union and all(parts) else ()
 
 
-def _check_common(asked: Mapping[str, Any]) -> None:
+def _check_common(asked: Mapping[str, Any], signature: inspect.Signature) -> None:
     """Raises for token positions that do not exist, and a strength that is no finite number."""
-    if "where" in asked:
+    # None as the default: the method chooses by its other options
+    if "where" in asked and not (asked["where"] is None and signature.parameters["where"].default is None):
         check_where(asked["where"])
     strength = asked.get("strength", 1.0)
     try:

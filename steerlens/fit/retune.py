@@ -40,7 +40,7 @@ class Draft:
         """Replace the law of every loop by a function of the law and the loop; `Relative` stays around it."""
         for index, loop in enumerate(self.loops):
             law = loop.law
-            new = Relative(change(law.law, loop)) if isinstance(law, Relative) else change(law, loop)
+            new = Relative(change(law.law, loop), law.off) if isinstance(law, Relative) else change(law, loop)
             self.loops[index] = loop.replace(law=new)
 
     def scale(self, name: str) -> float:

@@ -20,6 +20,8 @@ class Relative(Law):
 
     Args:
         law: Measures the error of the deviation by its setpoint.
+        off: Nothing is asked for, and nothing is added, to the last bit: the states of two passes may differ by
+            rounding. Signals are still those of the law.
 
     Signals: those of the law, but `projection` (`projection_0`, ...) is that of the state, `<v, x>`, and `reference`
     (`reference_0`, ...) that of the unsteered state, `<v, x0>`; all `[batch pos]`, in activation units. `error` is the
@@ -27,9 +29,11 @@ class Relative(Law):
     """
 
     law: Any
+    off: bool = False
 
-    def __init__(self, law: Law):
+    def __init__(self, law: Law, off: bool = False):
         self.law = law
+        self.off = off
         self.validate()
 
     def validate(self) -> None:

@@ -59,7 +59,7 @@ def sadi(
     mode: Literal["live", "frozen"] = "live",
     layers: Layers = None,
     point: str | None = None,
-    where: Where = "last",
+    where: Where | None = None,
     paper: bool = False,
 ) -> Controller:
     """Scale those heads, neurons or coordinates by which the activations of two sets of texts differ most.
@@ -91,8 +91,9 @@ def sadi(
             which contains s.
         layers: Layers to choose from; default all.
         point: For `"hidden"`: `"mlp_out"` (default) or `"resid_post"`.
-        where: Token positions, see `Loop`. The authors' code scales at the last prompt token alone, `"last_prompt"`,
-            which has a KL of 0.01 nats per token on SmolLM2, the default one of about 0.3; `mode="frozen"` needs it.
+        where: Token positions, see `Loop`; default `"last"`, and `"last_prompt"` with `mode="frozen"`, which needs it.
+            The authors' code scales at the last prompt token alone, which has a KL of 0.01 nats per token on SmolLM2
+            at the default strength, `"last"` one of about 0.3.
         paper: Take `where="last_prompt"`, if no positions are given.
 
     Returns:
@@ -110,6 +111,8 @@ def sadi(
     paper's equation is `"live"`.
     """
     chosen_point = _point(component, point)
+    if where is None:
+        where = "last_prompt" if mode == "frozen" else "last"
     if mode == "frozen" and where != "last_prompt":
         raise ValueError(f"where={where!r}; frozen states are those of the last prompt token, where='last_prompt'")
     sites = [Site(layer, chosen_point) for layer in every_layer(model, layers)]

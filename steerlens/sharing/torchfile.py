@@ -100,7 +100,7 @@ def read_torch(path: str | Path) -> Held:
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file provokes in a reader that is not ours
             raise ValueError(f"PyTorch cannot read it ({type(error).__name__})") from None
-        return _plain(found, len(data), 0)
+        return _Plain(len(data)).of(found, 0)
     except ValueError as error:
         raise ValueError(f"{path} was not loaded: {error}") from None
 
@@ -121,9 +121,12 @@ def _check(data: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            # a compressed entry could be a thousand times as large as the file
-            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
+            # a compressed entry could be a thousand times as large as the file, and so could entries of the same bytes
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("its archive is compressed, unlike those of PyTorch")
+            claimed = sum(entry.file_size for entry in entries)
+            if claimed > len(data):
+                raise ValueError(f"its archive claims {claimed} bytes in a file of {len(data)}")
             programs = [entry for entry in entries if entry.filename.rpartition("/")[2].endswith(".pkl")]
             if len(programs) != 1 or programs[0].file_size > LARGEST_PICKLE or len(entries) > 10_000:
                 raise ValueError("it is no archive of tensors that torch.save wrote")
@@ -161,19 +164,29 @@ class _RefusedError(Exception):
     """Apart from the errors of the scanner."""
 
 
-def _plain(value: Any, size: int, depth: int) -> Any:
-    """The value, if all its tensors are dense and no larger than the file."""
-    if depth > 32:
-        raise ValueError("it is nested too deeply")
-    if isinstance(value, Tensor):
-        # a tensor with strides of zero claims any size
-        if value.layout != torch.strided or value.device.type != "cpu" or value.numel() * value.element_size() > size:
-            raise ValueError(f"it holds a tensor of shape {list(value.shape)[:8]} that the file has no place for")
-        return value.detach()
-    if isinstance(value, Mapping):
-        return {_plain(key, size, depth + 1): _plain(entry, size, depth + 1) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(entry, size, depth + 1) for entry in value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"it holds a {type(value).__name__}, which is no tensor and no plain value")
+class _Plain:
+    """Plain values, if all tensors are dense and no larger than the file, whose size in bytes it is given."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._count = 0
+
+    def of(self, value: Any, depth: int) -> Any:
+        """The value without what torch.load has made around it."""
+        # a list that holds another one twice, which does the same, doubles with every instruction
+        self._count += 1
+        if depth > 32 or self._count > MOST_STEPS:
+            raise ValueError("it is nested too deeply" if depth > 32 else f"it has more than {MOST_STEPS} values")
+        if isinstance(value, Tensor):
+            large = value.numel() * value.element_size() > self._size
+            # a tensor with strides of zero claims any size
+            if value.layout != torch.strided or value.device.type != "cpu" or large:
+                raise ValueError(f"it holds a tensor of shape {list(value.shape)[:8]} that the file has no place for")
+            return value.detach()
+        if isinstance(value, Mapping):
+            return {self.of(key, depth + 1): self.of(entry, depth + 1) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.of(entry, depth + 1) for entry in value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise ValueError(f"it holds a {type(value).__name__}, which is no tensor and no plain value")

@@ -265,7 +265,7 @@ def _activation(case: Case, ids: Tensor, site: Any) -> Tensor:
     host = host_of(case.model)
     if case.host != "nnsight":
         name = str(site)
-        _, cache = case.model.run_with_cache(ids, names_filter=lambda candidate: "steer" not in candidate)
+        _, cache = case.model.run_with_cache(ids, names_filter=name)
         return cache[name].detach()
     tap = host.tap(site)  # type: ignore[attr-defined]
     with case.model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):

@@ -79,7 +79,7 @@ def test_what_needs_a_second_pass(client, local):
     early = sl.schedule(behind, [1.0, 0.5], prompt=0.5)
     for method, controller in (
         ("caa", early),
-        ("sadi", local("sadi").fit(mode="frozen", component="neuron", where="last_prompt")),
+        ("sadi", local("sadi").fit(mode="frozen", component="neuron")),
         ("cold_fd", local("cold_fd").fit(where="all", layers=[0, 2])),
         ("lqr", local("lqr").fit(origin="own", level=1.5)),
     ):
