@@ -24,9 +24,11 @@ print(sae.cfg.architecture(), tuple(sae.W_dec.shape), sae.cfg.metadata.hook_name
 #
 # ## Find a feature
 #
-# `rank_features` sorts the features by how well they tell texts about the ocean from other texts: `effect` is the
-# difference of the means in standard deviations, `on_negative` the share of the other texts in which the feature is on.
-# The first one is on in a third of them, so here the second, which is rarer, is the more specific one.
+# `rank_features` sorts the features by what raising each would do to the output, to first order: how much likelier the
+# texts about the ocean become than the other texts (`score`, nats per token). A feature whose `effect` is positive, too,
+# is more active in texts about the ocean: the difference of the means in standard deviations. `on_negative` is the share
+# of the other texts in which it is on. The largest `effect` of all, which is in a row of this table as well, belongs to
+# a feature that is on in a third of the other texts, and steers less: [measured](../docs/sae.md#which-feature-steers).
 
 # %%
 pairs = sl.shipped("ocean", split="dev", read="mean")
@@ -34,7 +36,7 @@ table = sl.sae.rank_features(model, sae, pairs)
 table.head(5).round(2)
 
 # %%
-index = int(table[(table.effect > 0) & (table.on_negative < 0.1)].index[0])
+index = int(table[(table.score > 0) & (table.effect > 0)].index[0])
 sl.sae.describe(model, sae, index, pairs.positive + pairs.negative, top=6)
 
 # %% [markdown]
