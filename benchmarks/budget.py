@@ -34,13 +34,16 @@ def divergence(bench: Bench, controller: Controller, factor: float = 1.0) -> flo
 
 
 def at_limit(
-    bench: Bench, make: Callable[[float], Controller], dial: float, rounds: int
+    bench: Bench, make: Callable[[float], Controller], dial: float, rounds: int, tolerance: float = 0.1
 ) -> tuple[Controller, float, float]:
-    """What a function makes of a strength or level at which the KL is the limit, to 10 %; that level, and the KL."""
+    """What a function makes of a strength or level at which the KL is the limit; that level, and the KL.
+
+    Give `lambda level: controller.retuned(level=level)`: it is called once a round, and a fit reads the texts.
+    """
     for index in range(rounds):
         controller = make(dial)
         value = divergence(bench, controller)
-        if abs(value / LIMIT - 1) < 0.1 or index == rounds - 1:
+        if abs(value / LIMIT - 1) < tolerance or index == rounds - 1:
             break
         # a small control has a KL that grows with its square
         dial *= min(max(math.sqrt(LIMIT / value), 0.25), 4.0)

@@ -62,7 +62,8 @@ def controllers(model: object, plant: sl.Linearization, bench: Bench, pairs: sl.
         return lambda: method(model, pairs, **options)
 
     def fit() -> Controller:
-        return at_limit(bench, lambda level: method(model, pairs, level=level, **options), 1.5, rounds=4)[0]
+        fitted = method(model, pairs, **options)
+        return at_limit(bench, lambda level: fitted.retuned(level=level), 1.5, rounds=4)[0]
 
     fit.digest = f"{name} at a level with a KL of {LIMIT}"  # type: ignore[attr-defined]
     return fit

@@ -36,7 +36,7 @@ def run(model: object, sae: object, task: str, prompts: int, items: int) -> None
 
     def changed(push: sl.Controller) -> tuple[torch.Tensor, float]:
         found = sl.calibrate(model, push, chosen, budget=kl(tokens=8) <= 0.3, tolerance=0.1, progress=False)
-        return torch.tensor(effect(bench, Arm("steered", found.controller))) - unsteered, float(found.reached)
+        return torch.tensor(effect(bench, Arm("steered", found.controller))) - unsteered, found.value
 
     known: dict[int, tuple[torch.Tensor, float]] = {}
     baseline = None

@@ -86,7 +86,7 @@ def fixed(model: object, target: sl.sae.Target, coefficient: float) -> Controlle
 def main() -> None:
     model, sae = smollm2(), smollm2_sae()
     table = sl.sae.rank_features(model, sae, sl.shipped("ocean", read="mean"))
-    index = int(table[table.effect > 0].index[0])
+    index = int(table[(table.effect > 0) & (table.score > 0)].index[0])
     level = sl.sae.feature(sae, index, quantile=0.5, model=model, texts=sl.shipped("ocean").positive).at_least[0]
     print(sl.sae.describe(model, sae, index, sl.shipped("ocean").positive + sl.shipped("ocean").negative, top=4))
     print(f"level {level:.2f}, the median of its readings where it is on\n")

@@ -36,7 +36,7 @@ def preference(case, push):
 
 def test_the_score_by_output_is_the_derivative_of_the_texts_log_probabilities():
     case, sae = Case("caa", "bridge", dtype=torch.float64), autoencoder()
-    table = sl.sae.rank_features(case.model, sae, case.data, by="output")
+    table = sl.sae.rank_features(case.model, sae, case.data)
     assert table["score"].abs().is_monotonic_decreasing
     for index in table.index[:3]:
         row = sae.W_dec[index].detach().double()
@@ -49,7 +49,7 @@ def test_the_score_by_output_is_the_derivative_of_the_texts_log_probabilities():
 
 def test_by_sparse_a_feature_that_is_on_in_the_other_sides_texts_ranks_lower():
     case, sae = Case("caa", "bridge"), autoencoder()
-    plain = sl.sae.rank_features(case.model, sae, case.data)
+    plain = sl.sae.rank_features(case.model, sae, case.data, by="effect")
     sparse = sl.sae.rank_features(case.model, sae, case.data, by="sparse")
     assert set(plain.index) == set(sparse.index)
     for index, row in sparse.iterrows():

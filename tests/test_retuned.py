@@ -38,6 +38,9 @@ OPTIONS = {("lqr", "angle_rad"): {"setpoint": "angular"}, ("pid", "angle_rad"): 
 MORE = [
     ("sadi", "strength", {"mode": "frozen", "paper": True}, 2.0),
     ("lqr", "level", {"solver": "dense"}, 0.4),
+    ("lqr", "level", {"solver": "output", "preview": True}, 0.4),
+    ("lqr", "level", {"solver": "output", "preview": True, "q": [0, 1, 0, 1]}, 0.0),
+    ("lqr", "level", {"solver": "output", "preview": True, "origin": "negative"}, 0.4),
     ("track", "path", {"solver": "output"}, VALUES["path"][0][1]),
     ("cold_kernel", "eta", {"kernel": "linear"}, 0.03),
     ("lqr", "strength", {"level": 0.0}, 0.5),
@@ -139,6 +142,36 @@ def test_a_retuned_feature_equals_a_new_target(fit):
         found.retuned(level=1e-6)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_levels_that_were_predicted_change_without_a_refit(several):
+    """Of features that earlier layers reach, and of several concepts with preview."""
+    from autoencoders import autoencoder
+
+    model, data = case("caa").model, case("caa").data
+    texts = [text for text in data.positive if isinstance(text, str)] or ["w1 w2 w3", "w4 w5 w6"]
+    saes = [autoencoder(metadata={"hook_name": f"blocks.{t}.hook_resid_post", "prepend_bos": False}) for t in (1, 3)]
+
+    def reach(one, other, limit=None):
+        targets = [sl.sae.feature(saes[0], [3, 7], level=one), sl.sae.feature(saes[1], 5, level=other)]
+        chosen = targets if several else targets[1]
+        return sl.lqr(model, chosen, texts, limit=limit, progress=False)
+
+    before, wanted = reach([1.0, 1.5], 2.0), reach([2.5, 3.0], 0.0)
+    found = before.retuned(level=[2.5, 3.0, 0.0] if several else 0.0)
+    assert found.recipe["found"]["predicted_energy"] != before.recipe["found"]["predicted_energy"]
+    assert_same(found, wanted)
+    assert_same(found.retuned(level=[1.0, 1.5, 2.0] if several else 2.0), before)
+    # the energy of all features needs a loop that has all of them
+    assert ("predicted_energy" in before.only([3]).retuned(level=0.0).recipe["found"]) is not several
+    with pytest.raises(ValueError, match="within the limit of 100"):
+        reach([1.0, 1.5], 2.0, limit=100.0).retuned(level=1e5)
+    if several:
+        concepts = {"solver": "output", "preview": True, "progress": False}
+        two, levels = [data, data[:2]], ([0.2, 0.4], [0.5, 0.1])
+        first, second = (sl.lqr(model, two, level=level, **concepts) for level in levels)
+        assert_same(first.retuned(level=levels[1]), second)
+
+
 def test_of_a_sum_the_summands_that_know_the_argument_change():
     a, b, c = fitted("lqr"), fitted("angular"), fitted("pid")
     gate = sl.gate(case("caa").model, case("caa").data)
@@ -183,7 +216,6 @@ def test_a_file_can_be_retuned(tmp_path):
         (lambda: fitted("caa"), {"where": "all"}, "controller.at"),
         (lambda: fitted("caa"), {}, "without an argument"),
         (lambda: fitted("caa") + fitted("hpr"), {"layers": 1}, "enters the fit of caa and hpr"),
-        (lambda: fitted("lqr", solver="output", preview=True), {"level": 1.0}, "level enters the fit"),
         (lambda: fitted("pid"), {"kp": 0.0}, "one of them other than 0"),
         (lambda: fitted("lqr"), {"level": float("nan")}, "finite"),
         (lambda: fitted("lqr"), {"level": [1.0, 2.0]}, "2 numbers for 1 concepts"),

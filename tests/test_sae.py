@@ -248,7 +248,7 @@ def test_rank_features_puts_a_planted_feature_first(host):
         sae.b_enc[11] = -(gap @ (sides[0].mean(0) + sides[1].mean(0)) / 2)
         sae.threshold[11] = 0
         expected = [sae.encode(side)[:, 11].double() for side in sides]
-    table = sl.sae.rank_features(case.model, sae, case.data)
+    table = sl.sae.rank_features(case.model, sae, case.data, by="effect")
     assert len(table) == 40
     assert table.effect.abs().is_monotonic_decreasing
     row = table.loc[11]

@@ -35,7 +35,7 @@ def main() -> None:
     """Measure, print, draw."""
     model, sae = smollm2(), smollm2_sae()
     sea = sl.shipped("ocean").positive
-    table = sl.sae.rank_features(model, sae, sl.shipped("ocean", read="mean"))
+    table = sl.sae.rank_features(model, sae, sl.shipped("ocean", read="mean"), by="effect")
     index = int(table[table.effect > 0].index[0])
     target = sl.sae.feature(sae, index, quantile=0.5, model=model, texts=sea)
     held = sl.sae.hold(model, target)

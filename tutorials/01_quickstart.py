@@ -40,10 +40,10 @@ print(
 #
 # **A-LQR** is a feedback loop: before each block it measures how far the state $x_t$ is from a setpoint along the
 # direction $v_t$ of that layer, and after the block it adds a control in proportion, with a gain $K_t$ from a linear
-# quadratic regulator over all layers. The setpoint is a shift by `level` = 1.5 class differences $\mu_t$, counted from the
+# quadratic regulator over all layers. The setpoint is a shift by `level` = 2 class differences $\mu_t$, counted from the
 # state $x^0_t$ that the same token has without steering (a second pass beside the steered one knows it):
 #
-# $$u_t = K_t\,e_t, \qquad e_t = (1.5\,\mu_t + \langle v_t, x^0_t\rangle - \langle v_t, x_t\rangle)\,v_t$$
+# $$u_t = K_t\,e_t, \qquad e_t = (2\,\mu_t + \langle v_t, x^0_t\rangle - \langle v_t, x_t\rangle)\,v_t$$
 #
 # These are defaults that were chosen by measurement, see [The closed loop](../docs/closed_loop.md); `paper=True` takes the
 # settings of the paper.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -16,6 +16,7 @@ from steerlens.fit.contrast import Pairs
 from steerlens.fit.reading import contrast_means
 from steerlens.fit.retune import Draft, edited
 from steerlens.hosts import Host
+from steerlens.laws.feedback import Preview
 from steerlens.laws.relative import Relative
 from steerlens.laws.setpoints import Angle, Independent, Joint, Level
 
@@ -32,7 +33,7 @@ Combine: TypeAlias = Literal["joint", "independent"]
 AIMS = ("setpoint", "origin", "combine")
 
 #: In units of the class separation. Measured, as the weights of `lqr` and the gains of `pid`: `docs/closed_loop.md`.
-LEVEL = 1.5
+LEVEL = 2.0
 
 
 class Targets:
@@ -177,6 +178,15 @@ def found_of(targets: Targets) -> Json:
     return found | ({} if targets.start is None else {"start": targets.start[:-1].squeeze(-1).tolist()})
 
 
+def predicted_of(targets: Targets, features: Mapping[int, list[tuple[int, int]]]) -> Json:
+    """What other levels need of a fit with preview in addition: which features its laws predict, by layer and index."""
+    # those of a later layer are the later ones of these
+    return {
+        "mu_after": targets.mu[-1].squeeze(-1).tolist(),
+        "predicted": [list(row) for row in features[min(features)]],
+    }
+
+
 def tuned(arguments: Json) -> list[str]:
     """What `retune_targets` changes, by the arguments of the fit: the angle of an angular setpoint, else the level."""
     return ["angle_rad"] if arguments["setpoint"] == "angular" else ["level"]
@@ -195,10 +205,21 @@ def retune_targets(draft: Draft) -> None:
 def _relevel(draft: Draft) -> None:
     mu, start = draft.found["mu"], draft.found.get("start")
     count = len(mu[0]) if isinstance(mu[0], list) else 1
-    new = levels_of(draft.changes["level"], count)
+    new, old = levels_of(draft.changes["level"], count), levels_of(draft.before["level"], count)
+    own = draft.arguments["origin"] in (None, "own")
+
+    def ahead(targets: Tensor, t: int) -> Tensor:
+        """Of the features that are predicted from before block t: levels, less constants that do not change."""
+        rows = [(s, i) for s, i in draft.found["predicted"] if s > t]
+        every = [*mu, draft.found["mu_after"]]
+        scale = targets.new_tensor([every[s][i] if count > 1 else every[s] for s, i in rows])
+        wanted, present = (scale * scale.new_tensor([levels[i] for _, i in rows]) for levels in (new, old))
+        return wanted if own else targets + (wanted - present)
 
     def change(law: Any, loop: Loop) -> Law:
         setpoint, t = law.setpoint, loop.sense.layer
+        if isinstance(law, Preview):
+            law = edited(law, targets=ahead(law.targets, t))
         name = "level" if isinstance(setpoint, Level) else "levels"
         # the product of the fit, in its dtype, so that the numbers are the same
         levels = getattr(setpoint, name).new_tensor(mu[t]) * getattr(setpoint, name).new_tensor(new)
@@ -207,7 +228,7 @@ def _relevel(draft: Draft) -> None:
         return edited(law, setpoint=edited(setpoint, **{name: levels}))
 
     draft.laws(change)
-    if draft.arguments["origin"] in (None, "own"):
+    if own:
         draft.loops = [loop.replace(law=Relative(cast(Relative, loop.law).law, not any(new))) for loop in draft.loops]
 
 

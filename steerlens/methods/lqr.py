@@ -9,25 +9,41 @@ from typing import Literal, cast
 from steerlens.control.gains import foresee, gains_for, react
 from steerlens.control.linearization import Blocks, Linearization, Plant, check_plant, check_texts
 from steerlens.control.regulator import SOLVERS, Weights
-from steerlens.control.targets import AIMS, Aim, Combine, Origin, Targets, Tracked, found_of, retune_targets, tuned
+from steerlens.control.targets import (
+    AIMS,
+    Aim,
+    Combine,
+    Origin,
+    Targets,
+    Tracked,
+    found_of,
+    predicted_of,
+    retune_targets,
+    tuned,
+)
 from steerlens.core import Controller
 from steerlens.core.types import Json, Layers, Where
 from steerlens.fit.card import Card
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.method import method
 from steerlens.fit.reading import every_layer
-from steerlens.fit.retune import Retune
+from steerlens.fit.retune import Draft, Retune
 from steerlens.hosts import Host
 from steerlens.hosts.types import Model
-from steerlens.sae.feature import Target, targets_of
-from steerlens.sae.reach import acting_layers, check_affine, least_control
+from steerlens.sae.feature import FEATURE_LEVELS, Target, targets_of
+from steerlens.sae.reach import acting_layers, check_affine, least_control, retune_reach
 
 
 def _names(recipe: Json) -> list[str]:
-    arguments = recipe["arguments"]
-    # with preview the levels of all later layers are in every law
-    fixed = arguments.get("preview") or "targets" in recipe["found"]
-    return [] if fixed else tuned(arguments)
+    arguments, found = recipe["arguments"], recipe["found"]
+    if "targets" in found:
+        return list(FEATURE_LEVELS) if "needs" in found else []
+    # a file may be older than what other levels need
+    return [] if arguments["preview"] and "predicted" not in found else tuned(arguments)
+
+
+def _retune(draft: Draft) -> None:
+    retune_reach(draft) if "targets" in draft.found else retune_targets(draft)
 
 
 @method(
@@ -45,7 +61,7 @@ def _names(recipe: Json) -> list[str]:
         "texts": [*AIMS, "level", "angle_rad", "q", "qf", "solver", "preview", "linearize_on", "full_gain", "paper"],
         "features": ["texts", "limit"],
     },
-    retune=Retune(_names, retune_targets),
+    retune=Retune(_names, _retune),
 )
 def lqr(
     model: Model,
@@ -118,7 +134,7 @@ def lqr(
             `resid_post`, or a list of them; their `along` does not matter here.
         texts: For features: linearise at the last token of each; Jacobians and path are means over them.
         level: s, the level in units of the class separation mu_t (lambda in the paper); one number, or one for each
-            concept; default 1.5. 0 holds the feature at the origin; with `origin="own"` it is off, to the last bit.
+            concept; default 2. 0 holds the feature at the origin; with `origin="own"` it is off, to the last bit.
         setpoint: `"level"`, as above, or `"angular"`: the state is turned in the plane of v_t and the first principal
             component of all mean differences, keeping its length there, see `steerlens.laws.setpoints.Angle`.
         origin: Where levels are counted from: `"own"`, the default for levels: the unsteered state of the same token,
@@ -175,7 +191,7 @@ def lqr(
     Warns:
         UserWarning: sides with identical activations at some layers; it names them.
 
-    Without a refit, by `controller.retuned`: `level` or `angle_rad`, but not with `preview` nor of features.
+    Without a refit, by `controller.retuned`: `level` or `angle_rad`; of features `level`, `at_least`, `at_most`.
 
     Source: arXiv 2604.19018. Differences from the authors' code: exact Jacobians of one token against its KV cache
     instead of the whole sequence (equal, an order of magnitude faster); S symmetric to the last bit and streamed
@@ -224,6 +240,8 @@ def lqr(
         "linearized_on": gains.n_texts,
         **found_of(targets),
     }
+    if preview:
+        found |= predicted_of(targets, gains.features)
     return Controller(loops, found)
 
 

@@ -274,14 +274,21 @@ def targets_of(host: Host, data: Any) -> list[Target]:
 
 
 def retune_features(draft: Draft) -> None:
-    """Another level or range for loops that each hold the features of a target at its site.
+    """Another level or range for loops that each hold the features of a target at its site, see `new_ranges`."""
+    by_site = new_ranges(draft)
+    if by_site:
+        draft.laws(lambda law, loop: edited(law, setpoint=moved(law.setpoint, *by_site[str(loop.act)])))
+
+
+def new_ranges(draft: Draft) -> dict[str, tuple[list[float], list[float]]]:
+    """The range that is asked for at each target's site, entered in the draft's recipe; empty if nothing is asked for.
 
     One number is for all features, a list for those of all targets in the order of their sites.
     """
     ranges = [draft.arguments] if "features" in draft.arguments else draft.found["targets"]
     asked = {name: draft.changes.get(name) for name in FEATURE_LEVELS}
     if all(value is None for value in asked.values()):
-        return
+        return {}
     counts = [len(target["features"]) for target in ranges]
     lower, upper = _range(sum(counts), **asked)
     by_site = {}
@@ -291,13 +298,14 @@ def retune_features(draft: Draft) -> None:
             [b if math.isfinite(b) else None for b in side[:count]] for side in (lower, upper)
         )
         lower, upper = lower[count:], upper[count:]
-    draft.laws(lambda law, loop: edited(law, setpoint=_moved(law.setpoint, *by_site[str(loop.act)])))
     for name in FEATURE_LEVELS:
         if "features" not in draft.arguments or name == "level":
             draft.arguments.pop(name, None)
+    return by_site
 
 
-def _moved(setpoint: Feature, lower: list[float], upper: list[float]) -> Feature:
+def moved(setpoint: Feature, lower: list[float], upper: list[float]) -> Feature:
+    """The same features in another range of activations."""
     floors, ceilings = bounds(setpoint, setpoint.labels, lower, upper)
     return edited(setpoint, lower=floors.to(setpoint.lower), upper=ceilings.to(setpoint.upper))
 

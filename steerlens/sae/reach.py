@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +13,22 @@ from torch import Tensor
 from steerlens.control.linearization import Plant
 from steerlens.control.lowrank import FeatureCostToGo
 from steerlens.control.regulator import SOLVERS
-from steerlens.core import Controller, Loop, Site
+from steerlens.core import Controller, Law, Loop, Site
 from steerlens.core.progress import bar
-from steerlens.core.types import Where
+from steerlens.core.types import Json, Where
+from steerlens.fit.retune import Draft, edited
 from steerlens.laws.feedback import Feedback
-from steerlens.sae.feature import CONDITION, Target
+from steerlens.sae.feature import CONDITION, Target, moved, new_ranges
 from steerlens.sae.setpoint import Feature
+
+#: Where `lqr` measures features.
+POINT = "resid_post"
 
 
 def check_affine(targets: Sequence[Target]) -> None:
     """Raises ValueError for a target without a linear model: at another point, or of a normalised input."""
     for target in targets:
-        if target.site.point != "resid_post":
+        if target.site.point != POINT:
             raise ValueError(
                 f"lqr() needs a feature at a resid_post, this one is at {target.site}; use sae.hold() or pid()"
             )
@@ -93,26 +99,58 @@ def least_control(
             energy, spent = energy + gram / prices[t], spent + gram / prices[t] ** 2
             outputs = cost.step(pulled, features, math.inf, prices[t]).cpu().to(path)
             # a layer with a target senses where it acts: that feature is measured, not predicted
-            point, x = ("resid_post", path[t + 1]) if t in held else ("resid_pre", path[t])
+            point, x = (POINT, path[t + 1]) if t in held else ("resid_pre", path[t])
             law = ahead.respond((rows if t in held else pulled).cpu().to(path), x, outputs, t)
-            loops.append(Loop(law, Site(t, "resid_post"), Site(t, point), where=where, strength=strength))
+            loops.append(Loop(law, Site(t, POINT), Site(t, point), where=where, strength=strength))
         else:
             cost.coast(pulled, features, math.inf)
         if before is not None:
             ahead = ahead.preceded_by(before)
             empty = path.new_zeros(len(features), len(features))
             energy, spent = torch.block_diag(empty, energy), torch.block_diag(empty, spent)
-    dual = torch.linalg.solve(energy, ahead.need)
-    least = float(dual @ spent @ dual)
-    _check_limit(targets, ahead, math.sqrt(max(least, 0.0)) / float(path[last + 1].norm()), limit)
+    # what other levels need, see `retune_reach`
+    needs = {
+        "base": ahead.base.tolist(),
+        "energy": energy.tolist(),
+        "spent": spent.tolist(),
+        "norm": float(path[last + 1].norm()),
+    }
     found = {
         "controller": f"{SOLVERS['output']} with preview",
         "targets": [target.arguments for target in targets],
         "acting": sorted(prices),
         "linearized_on": plant.n_texts,
-        "predicted_energy": least,
+        "needs": needs,
+        "predicted_energy": _least(needs, ahead.labels, ahead.lower, ahead.upper, limit, targets[-1].site),
     }
     return Controller(sorted(loops, key=lambda loop: loop.act), found)
+
+
+def retune_reach(draft: Draft) -> None:
+    """Another level or range for features that the layers before them reach, within the limit of the fit.
+
+    A gain does not depend on the level: each law has the ranges of the features that are still ahead.
+    """
+    by_site = new_ranges(draft)
+    if not by_site:
+        return
+    layers = {Site.parse(site).layer: ends for site, ends in by_site.items()}
+
+    def change(law: Any, loop: Loop) -> Law:
+        ahead = [layers[layer] for layer in sorted(layers) if layer >= loop.act.layer]
+        lower, upper = (list(itertools.chain(*sides)) for sides in zip(*ahead, strict=True))
+        return edited(law, setpoint=moved(law.setpoint, lower, upper))
+
+    draft.laws(change)
+    # up to the first target all features are still ahead; without a loop there, not all ranges are known
+    laws: list[Any] = [loop.law for loop in sorted(draft.loops, key=lambda loop: loop.act)]
+    whole = laws[0].setpoint if laws else None
+    if whole is None or len(whole.labels) < len(draft.found["needs"]["base"]):
+        draft.found.pop("predicted_energy", None)
+        return
+    draft.found["predicted_energy"] = _least(
+        draft.found["needs"], whole.labels, whole.lower, whole.upper, draft.arguments["limit"], Site(max(layers), POINT)
+    )
 
 
 class _Ahead:
@@ -127,11 +165,6 @@ class _Ahead:
         self.threshold, self.lower, self.upper = setpoint.threshold, setpoint.lower, setpoint.upper
         # with several layers an index alone would not be a name
         self.labels = [f"{label}at{layer}" for label in setpoint.labels] if several else list(setpoint.labels)
-
-    @property
-    def need(self) -> Tensor:
-        """How far each pre-activation on the mean path is from its range, `[m]`."""
-        return torch.minimum(torch.maximum(self.base, self.lower.to(self.base)), self.upper.to(self.base)) - self.base
 
     def preceded_by(self, target: Target) -> _Ahead:
         """These and the features of a target before them."""
@@ -160,16 +193,34 @@ class _Ahead:
         return Feedback(predicted, (basis @ rows.T @ outputs).to(like).contiguous())
 
 
-def _check_limit(targets: Sequence[Target], ahead: _Ahead, share: float, limit: float | None) -> None:
+def _least(needs: Json, labels: Sequence[str], lower: Tensor, upper: Tensor, limit: float | None, last: Site) -> float:
+    """The control energy by the linear model on the mean path, `sum |u|^2`.
+
+    Args:
+        needs: Of the fit: pre-activations on the mean path `[m]`, the energy of a unit price and that of the control,
+            `[m m]`, the norm of the state after the last target.
+        labels: Of the features.
+        lower, upper: Their ranges, `[m]`.
+        limit: As for `lqr`.
+        last: Of the last target.
+
+    Raises:
+        ValueError: more control than the limit.
+    """
+    base, energy, spent = (torch.tensor(needs[name], dtype=torch.float64) for name in ("base", "energy", "spent"))
+    need = torch.minimum(torch.maximum(base, lower.to(base)), upper.to(base)) - base
+    dual = torch.linalg.solve(energy, need)
+    least = float(dual @ spent @ dual)
+    share = math.sqrt(max(least, 0.0)) / needs["norm"]
     if limit is None or share <= limit:
-        return
-    if len(ahead.base) == 1:
-        z = float(ahead.base + ahead.need * limit / share)
+        return least
+    if len(base) == 1:
+        z = float(base + need * limit / share)
         reach = f"it reaches {max(z, 0.0):.3g}"
     else:
         reach = f"it goes {limit / share:.0%} of the way"
     raise ValueError(
-        f"feature {', '.join(ahead.labels)}: the level needs a control of {share:.2f} times the residual stream's norm "
-        f"at {targets[-1].site} by the linear model of these texts; within the limit of {limit:g} {reach}. Ask for "
+        f"feature {', '.join(labels)}: the level needs a control of {share:.2f} times the residual stream's norm "
+        f"at {last} by the linear model of these texts; within the limit of {limit:g} {reach}. Ask for "
         "less, act at more layers, or pass limit=None"
     )

@@ -37,9 +37,9 @@ def states_of(host: Host, tokens: Sequence[Sequence[int]], site: Site) -> list[T
 
 
 def rank_features(
-    model: Model, sae: Autoencoder, pairs: Pairs, *, by: Ranking = "effect", site: Site | str | None = None
+    model: Model, sae: Autoencoder, pairs: Pairs, *, by: Ranking = "output", site: Site | str | None = None
 ) -> Frame:
-    """Rank all features of an autoencoder by how well they separate the positive texts from the negative ones.
+    """Rank all features of an autoencoder by how they separate, or would move the model between, two sets of texts.
 
         effect = (mean a+ - mean a-) / sqrt((var a+ + var a-) / 2)
         score  = effect                                                        by="effect"
@@ -54,10 +54,12 @@ def rank_features(
     with a positive `effect` and a positive `score` by output favours the positive texts if it is raised.
 
     Args:
-        model: TransformerBridge, HookedTransformer or nnsight model; for `"output"` with its weights on this machine.
+        model: TransformerBridge, HookedTransformer or nnsight model. `"output"` takes gradients, for which the weights
+            are on this machine or on a server that trusts you; the others need forward passes only.
         sae: Of sae-lens; it encodes here, TopK included.
         pairs: Contrast texts.
-        by: What `score` is.
+        by: What `score` is. At one KL the first feature by output was never worse than the others, and better for some
+            concepts: `docs/sae.md`, `benchmarks/rank_features.py`.
         site: Where the autoencoder was trained, if its metadata does not say.
 
     Returns:
