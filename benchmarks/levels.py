@@ -25,10 +25,10 @@ from steerlens.fit.shipped import shipped, shipped_texts
 TASKS = ("ocean", "wedding", "anger", "sentiment", "formality", "certainty", "compliance")
 #: What is turned of each method, and the numbers tried.
 DIALS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "lqr": ("level", (1.5, 2.0)),
-    "pid": ("level", (1.5, 2.0)),
-    "caa": ("strength", (1.0, 1.5)),
-    "mean_act": ("strength", (1.0, 1.5)),
+    "lqr": ("level", (1.5, 2.0, 3.0)),
+    "pid": ("level", (1.5, 2.0, 3.0)),
+    "caa": ("strength", (1.0, 1.25, 1.5)),
+    "mean_act": ("strength", (1.0, 1.25, 1.5)),
     "ablation": ("strength", (1.0,)),
 }
 

@@ -25,7 +25,7 @@ Bound: TypeAlias = Literal["at_least", "at_most", "at"]
 #: What a level is counted in.
 Unit: TypeAlias = Literal["separation", "activation", "quantile", "logit"]
 
-#: In units of the class separation, from the negative texts' mean; as that of `lqr`: `docs/choose_method.md`.
+#: In units of the class separation, from the negative texts' mean. Measured: `docs/choose_method.md`.
 LEVEL = 1.5
 #: Largest condition of several unit directions with which they count as independent in float32.
 CONDITION = 1e4
