@@ -2,8 +2,9 @@
 
 python benchmarks/libraries.py            prints the table of docs/libraries.md
 
-`pip install --no-deps steering-vectors` first; a library that is not installed is left out. SmolLM2, float32. Each
-library gets the same texts and the same prompt; vectors are those after block 15, at strength 1.
+`pip install --no-deps steering-vectors repeng pyvene`, and matplotlib for pyvene, first; a library that is missing is
+left out. SmolLM2, float32. Each library gets the same texts, the same prompt and, if its own fit is not the mean
+difference, the same vector; it is that after block 15, at strength 1.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import common  # noqa: F401 (sets the threads before torch is loaded)
+import numpy
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ LAYER, PROMPT, LONGER = (
     "When the door opened and she looked outside, the first thing",
 )
 TOKENS, ROUNDS = 24, 5
+GENERATION = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 2}
 
 
 class Library:
@@ -33,7 +36,8 @@ class Library:
 
     def __init__(self, name: str, logits: Callable, generate: Callable, tokenizer: object):
         self.name, self.logits, self.generate, self.tokenizer = name, logits, generate, tokenizer
-        self.vector: Tensor
+        # None: it fits none
+        self.vector: Tensor | None = None
         self.steer: Callable[[], contextlib.AbstractContextManager]
 
     def encode(self, texts: list[str], side: str) -> tuple[Tensor, Tensor]:
@@ -58,11 +62,10 @@ def steerlens(pairs: sl.Pairs) -> Library:
 
 def of_transformers(name: str) -> tuple[Library, object, object]:
     model, tokenizer = smollm2(host="hf")
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 2}
     own = Library(
         f"{name} {importlib.metadata.version(name)}",
         lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits,
-        lambda ids: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options),
+        lambda ids: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GENERATION),
         tokenizer,
     )
     return own, model, tokenizer
@@ -79,6 +82,63 @@ def steering_vectors(pairs: sl.Pairs) -> Library:
     return own
 
 
+def repeng(pairs: sl.Pairs, vector: Tensor) -> Library:
+    # repeng 0.4 uses a name in annotations that numpy 2 has removed
+    if not hasattr(numpy, "float_"):
+        numpy.float_ = numpy.float64
+    from repeng import ControlModel, ControlVector, DatasetEntry
+
+    own, model, tokenizer = of_transformers("repeng")
+    wrapped = ControlModel(model, [LAYER])
+    texts = [DatasetEntry(*both) for both in zip(pairs.positive, pairs.negative, strict=True)]
+    own.vector = torch.from_numpy(
+        ControlVector.train(wrapped, tokenizer, texts, hidden_layers=[LAYER]).directions[LAYER]
+    )
+
+    @contextlib.contextmanager
+    def steer() -> Iterator[None]:
+        wrapped.set_raw_control({LAYER: vector})
+        yield
+        wrapped.reset()
+
+    own.steer = steer
+    return own
+
+
+def pyvene(pairs: sl.Pairs, vector: Tensor) -> Library:
+    from pyvene import IntervenableModel
+
+    own, model, _ = of_transformers("pyvene")
+    site = {"layer": LAYER, "component": "block_output", "intervention": lambda base, source: base + vector}
+    changed = IntervenableModel(site, model)
+    logits, generate, steered = own.logits, own.generate, False
+    everywhere = {"unit_locations": None}
+
+    def steered_logits(ids: Tensor, mask: Tensor) -> Tensor:
+        return (
+            changed({"input_ids": ids, "attention_mask": mask}, **everywhere)[1].logits
+            if steered
+            else logits(ids, mask)
+        )
+
+    def steered_generate(ids: Tensor) -> None:
+        if not steered:
+            generate(ids)
+            return
+        both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        changed.generate(both, **everywhere, intervene_on_prompt=True, **GENERATION)
+
+    @contextlib.contextmanager
+    def steer() -> Iterator[None]:
+        nonlocal steered
+        steered = True
+        yield
+        steered = False
+
+    own.logits, own.generate, own.steer = steered_logits, steered_generate, steer
+    return own
+
+
 def rows(own: Library, reference: Library) -> dict[str, str]:
     with torch.no_grad():
         ids, mask = own.encode([PROMPT], "left")
@@ -90,13 +150,18 @@ def rows(own: Library, reference: Library) -> dict[str, str]:
             for side in ("left", "right"):
                 both, pads = own.encode([PROMPT, LONGER], side)
                 chosen = slice(-len(alone), None) if side == "left" else slice(0, len(alone))
-                apart[side] = float((own.logits(both, pads)[0, chosen] - alone).abs().max())
+                try:
+                    apart[side] = f"{float((own.logits(both, pads)[0, chosen] - alone).abs().max()):.0e}"
+                except RuntimeError as error:
+                    print(f"{own.name}, padded on the {side}: {error}")
+                    apart[side] = "raises"
         plain, steered = timed(own, ids)
+    alike = None if own.vector is None else torch.cosine_similarity(own.vector, reference.vector, dim=0)
     return {
-        "cosine of its fitted vector": f"{float(torch.cosine_similarity(own.vector, reference.vector, dim=0)):.6f}",
+        "cosine of its fitted vector": "-" if alike is None else f"{float(alike):.6f}",
         "logits with the same vector": f"{float((alone - expected).abs().max()):.0e}",
-        "a row padded on the left": f"{apart['left']:.0e}",
-        "a row padded on the right": f"{apart['right']:.0e}",
+        "a row padded on the left": apart["left"],
+        "a row padded on the right": apart["right"],
         "cost of decoding": f"{steered / plain - 1:+.1%}",
     }
 
@@ -118,12 +183,17 @@ def main() -> None:
     pairs = sl.Pairs([a + b for a, b in pairs.positive], [a + b for a, b in pairs.negative])
     reference = steerlens(pairs)
     table = {reference.name: rows(reference, reference)}
-    try:
-        other = steering_vectors(pairs)
-    except ImportError as error:
-        print(f"left out: {error}")
-    else:
-        table[other.name] = rows(other, reference)
+    for other in (
+        steering_vectors,
+        lambda texts: repeng(texts, reference.vector),
+        lambda texts: pyvene(texts, reference.vector),
+    ):
+        try:
+            library = other(pairs)
+        except ImportError as error:
+            print(f"left out: {error}")
+        else:
+            table[library.name] = rows(library, reference)
     names = list(next(iter(table.values())))
     print(f"| | {' | '.join(table)} |\n| --- |{' --- |' * len(table)}")
     for name in names:

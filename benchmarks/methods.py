@@ -73,8 +73,8 @@ def keep(rows: dict[str, dict[str, float]], ratios: dict[str, float], arguments:
     else:
         run = json.loads(path.read_text(encoding="utf-8"))
         names = ", ".join(f"`{name}`" for name in rows)
-        run["note"] = f"{names} in a run of {arguments.tokens} tokens and {arguments.rounds} rounds on {today}"
-        run["note"] += "; other processes ran beside both"
+        later = f"{names} in a run of {arguments.tokens} tokens and {arguments.rounds} rounds on {today}"
+        run["note"] = "; ".join([*([run["note"]] if "note" in run else []), later])
         run["methods"] = dict(sorted((run["methods"] | rows).items()))
         run["odesteer_paper_over_default"] |= ratios
     path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")

@@ -115,6 +115,31 @@ def test_a_model_that_changed_is_read_again(counted):
     assert same(before, after)
 
 
+def test_a_model_whose_parts_are_others_is_read_again(counted):
+    """Also if a new weight lies where the old one did, which its address and its id then do not show."""
+    model, rows = counted
+    block = host_of(model).block
+    module, name = next((m, n) for m in block.modules() for n, p in m._parameters.items() if p is not None and p.ndim)
+    kept = getattr(module, name)
+    with sl.readings(model):
+        sl.caa(model, PAIRS)
+        for number in range(8):
+            rows.clear()
+            shape = getattr(module, name).shape
+            delattr(module, name)
+            setattr(module, name, torch.nn.Parameter(torch.full(shape, 1.0 + number)))
+            sl.caa(model, PAIRS)
+            assert len(rows) == 2
+        setattr(module, name, kept)
+        forward = module.forward
+        for _ in range(2):
+            rows.clear()
+            module.forward = lambda *given, **options: forward(*given, **options)
+            sl.caa(model, PAIRS)
+            assert len(rows) == 2
+        del module.forward
+
+
 def test_memory_is_bounded(counted):
     model, rows = counted
     with sl.readings(model, limit=0) as kept:

@@ -16,7 +16,11 @@ from steerlens.evaluate import generate_texts
 from steerlens.models import smollm2, smollm2_sae
 
 model, sae = smollm2(), smollm2_sae()
-print(sae.cfg.architecture(), tuple(sae.W_dec.shape), sae.cfg.metadata.hook_name)
+print(
+    sae.cfg.architecture(),
+    tuple(sae.W_dec.shape),
+    sae.cfg.metadata.hook_name,
+)
 
 # %% [markdown]
 # This small autoencoder comes with steerlens. For a model that has a public one, the next lines are the same with
@@ -52,11 +56,20 @@ sl.sae.describe(model, sae, index, pairs.positive + pairs.negative, top=6)
 # by exactly that much if the feature was at the edge of being on.
 
 # %%
-target = sl.sae.feature(sae, index, quantile=0.95, model=model, texts=pairs.positive)
+target = sl.sae.feature(
+    sae,
+    index,
+    quantile=0.95,
+    model=model,
+    texts=pairs.positive,
+)
 level = target.at_least[0]
 held = sl.sae.hold(model, target)
 row = target.setpoint.basis[0]
-added = sl.add(row * level / float(row @ target.setpoint.sensor[0]), layer=target.site.layer)
+added = sl.add(
+    row * level / float(row @ target.setpoint.sensor[0]),
+    layer=target.site.layer,
+)
 print(f"feature {index} at {level:.1f}; layer {target.site.layer}")
 
 # %% [markdown]
@@ -64,18 +77,35 @@ print(f"feature {index} at {level:.1f}; layer {target.site.layer}")
 
 # %%
 prompt = "My weekend was"
+options = {"max_new_tokens": 25, "do_sample": False, "verbose": False}
+observer = sl.sae.observe(model, target, where="last")
+signal = f"blocks.{target.site.layer}.hook_steer_observe_feature"
 figure, texts = go.Figure(), {}
-for name, controller in {"unsteered": held * 0, "decoder row added": added, "held": held}.items():
-    with sl.steer(model, controller + sl.sae.observe(model, target, where="last")) as run:
-        texts[name] = model.generate(prompt, max_new_tokens=25, do_sample=False, verbose=False)
-    reached = run.record[f"blocks.{target.site.layer}.hook_steer_observe_feature"][0]
-    figure.add_scatter(y=reached[-25:].tolist(), name=name, mode="lines+markers")
+for name, controller in {
+    "unsteered": held * 0,
+    "decoder row added": added,
+    "held": held,
+}.items():
+    with sl.steer(model, controller + observer) as run:
+        texts[name] = model.generate(prompt, **options)
+    reached = run.record[signal][0, -25:].tolist()
+    figure.add_scatter(y=reached, name=name, mode="lines+markers")
     print(f"{name}: {texts[name]}\n")
-asked = {"dash": "dash", "color": "black", "width": 2}
-figure.add_hline(y=level, line=asked, opacity=1, annotation_text="level asked for")
-figure.update_layout(template="simple_white", width=900, height=420, title=f"Feature {index} along three generations")
+figure.add_hline(
+    y=level,
+    line={"dash": "dash", "color": "black", "width": 2},
+    opacity=1,
+    annotation_text="level asked for",
+)
+figure.update_layout(
+    template="simple_white",
+    width=900,
+    height=420,
+    title=f"Feature {index} along three generations",
+)
 figure.update_xaxes(title_text="token (0: the last of the prompt)")
-figure.update_yaxes(title_text="activation of the feature (autoencoder's units)")
+units = "autoencoder's units"
+figure.update_yaxes(title_text=f"activation of the feature ({units})")
 
 # %% [markdown]
 # The fixed vector raises the feature by the same amount everywhere: too little where something works against it, too
@@ -90,11 +120,14 @@ figure.update_yaxes(title_text="activation of the feature (autoencoder's units)"
 
 # %%
 prompt = "The ship sailed out on the ocean, and the waves"
-aims = {"at least 15": sl.sae.feature(sae, index, at_least=15), "off": sl.sae.feature(sae, index, level=0)}
-print("unsteered:", model.generate(prompt, max_new_tokens=25, do_sample=False, verbose=False), "\n")
+aims = {
+    "at least 15": sl.sae.feature(sae, index, at_least=15),
+    "off": sl.sae.feature(sae, index, level=0),
+}
+print("unsteered:", model.generate(prompt, **options), "\n")
 for name, aim in aims.items():
     with sl.steer(model, sl.sae.hold(model, aim)) as run:
-        text = model.generate(prompt, max_new_tokens=25, do_sample=False, verbose=False)
+        text = model.generate(prompt, **options)
     acted = run.record.layers("u_norm")[target.site.layer][0, -25:] > 0
     print(f"{name}: acted on {int(acted.sum())} of 25 tokens: {text}\n")
 
@@ -106,13 +139,22 @@ for name, aim in aims.items():
 # of them; and the first continuation of each.
 
 # %%
-words = r"\bsea|ocean|wave|ship|sail|boat|coast|beach|shore|fish|coral|tide|island|whale|water|marine|harbo"
+words = re.compile(
+    r"\bsea|ocean|wave|ship|sail|boat|coast|beach|shore"
+    r"|fish|coral|tide|island|whale|water|marine|harbo",
+    re.IGNORECASE,
+)
 prompts = sl.shipped_texts("prompts", split="held_out")[2:12]
-controllers = {"unsteered": None, "held": held}
-controllers["held at three times the level"] = sl.sae.hold(model, sl.sae.feature(sae, index, level=3 * level))
+higher = sl.sae.feature(sae, index, level=3 * level)
+controllers = {
+    "unsteered": None,
+    "held": held,
+    "held at three times the level": sl.sae.hold(model, higher),
+}
 for name, controller in controllers.items():
-    found = [text.text for text in generate_texts(model, controller, prompts, max_new_tokens=15)]
-    count = sum(bool(re.search(words, text, re.I)) for text in found)
+    found = generate_texts(model, controller, prompts, max_new_tokens=15)
+    found = [text.text for text in found]
+    count = sum(bool(words.search(text)) for text in found)
     print(f"{name}: {count} of {len(prompts)}. {prompts[0]} ...{found[0]}")
 
 # %% [markdown]

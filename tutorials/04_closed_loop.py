@@ -39,7 +39,8 @@ prompts = sl.shipped_texts("prompts", split="dev")[:6]
 
 # %%
 vectors = sl.caa(model, dev, layers="all")
-plant = sl.linearize(model, ["".join(text) for text in dev.positive[:2]], progress=False)
+texts = ["".join(text) for text in dev.positive[:2]]
+plant = sl.linearize(model, texts, progress=False)
 options = {"linearization": plant, "progress": False}
 controllers = {
     "one layer": vectors.only([15]) * 2.5,
@@ -49,9 +50,17 @@ controllers = {
     "A-LQR from zero": sl.lqr(model, dev, level=2, paper=True, **options),
 }
 for name, controller in controllers.items():
-    fit = sl.calibrate(model, controller, prompts, budget=kl(tokens=10) <= 0.3, tolerance=0.1, progress=False)
+    fit = sl.calibrate(
+        model,
+        controller,
+        prompts,
+        budget=kl(tokens=10) <= 0.3,
+        tolerance=0.1,
+        progress=False,
+    )
     controllers[name] = fit.controller
-    print(f"{name:16} strength {fit.strength:.2f}, KL {fit.value:.2f} ({fit.met})")
+    found = f"strength {fit.strength:.2f}, KL {fit.value:.2f} ({fit.met})"
+    print(f"{name:16} {found}")
 
 # %% [markdown]
 # ## Undisturbed, and against a disturbance
@@ -62,7 +71,10 @@ for name, controller in controllers.items():
 
 # %%
 against = vectors.only([12]) * -2
-effect, bench = propensity(sl.shipped("sentiment", split="held_out")[:14]), Bench(model, prompts)
+effect, bench = (
+    propensity(sl.shipped("sentiment", split="held_out")[:14]),
+    Bench(model, prompts),
+)
 
 
 def values(controller=None):
@@ -72,12 +84,15 @@ def values(controller=None):
 
 def spread(change):
     """The mean, and half of a 95 % interval."""
-    return f"{float(change.mean()):+.2f} ± {float(1.96 * change.std() / len(change) ** 0.5):.2f}"
+    half = 1.96 * change.std() / len(change) ** 0.5
+    return f"{float(change.mean()):+.2f} ± {float(half):.2f}"
 
 
 plain = values()
-free = {name: values(controller) - plain for name, controller in controllers.items()}
-pushed = {name: values(controller + against) - plain for name, controller in controllers.items()}
+free, pushed = {}, {}
+for name, controller in controllers.items():
+    free[name] = values(controller) - plain
+    pushed[name] = values(controller + against) - plain
 rows = {
     name: {
         "effect": spread(free[name]),
@@ -110,21 +125,32 @@ hook = f"blocks.{layer}.hook_resid_post"
 figure, table = go.Figure(), {}
 for name, controller in controllers.items():
     shifts = torch.full((3, 40), torch.nan)
-    for row, text in enumerate(generate_texts(model, controller, prompts[:3], max_new_tokens=40)):
+    texts = generate_texts(model, controller, prompts[:3], max_new_tokens=40)
+    for row, text in enumerate(texts):
         ids = torch.tensor([[*text.prompt, *text.completion]])
         with torch.no_grad():
             _, plain = model.run_with_cache(ids, names_filter=hook)
-            with sl.steer(model, controller, record=None) as run, run.scoring(len(text.prompt)):
+            with (
+                sl.steer(model, controller, record=None) as run,
+                run.scoring(len(text.prompt)),
+            ):
                 _, steered = model.run_with_cache(ids, names_filter=hook)
-        shift = ((steered[hook] - plain[hook])[0, len(text.prompt) - 1 :] @ v) / v.square().sum()
+        moved = (steered[hook] - plain[hook])[0, len(text.prompt) - 1 :]
+        shift = (moved @ v) / v.square().sum()
         shifts[row, : min(40, len(shift))] = shift[:40]
     figure.add_scatter(y=shifts.nanmean(0).tolist(), name=name, mode="lines")
-    table[name] = {"tokens 0-9": shifts[:, :10].nanmean(), "tokens 30-39": shifts[:, 30:].nanmean()}
+    table[name] = {
+        "tokens 0-9": shifts[:, :10].nanmean(),
+        "tokens 30-39": shifts[:, 30:].nanmean(),
+    }
     table[name]["spread over tokens"] = shifts[~shifts.isnan()].std()
 figure.update_xaxes(title_text="token (0: the last of the prompt)")
 figure.update_yaxes(title_text="shift along v (units of μ)")
 figure.update_layout(
-    template="simple_white", width=900, height=420, title="What is left after block 25, mean of three texts"
+    template="simple_white",
+    width=900,
+    height=420,
+    title="What is left after block 25, mean of three texts",
 )
 
 # %%

@@ -34,7 +34,7 @@ def broken_in_source(source: Path) -> list[str]:
         return []
     text = source.read_text()
     cells = jupytext.read(source).cells
-    wrong = wide(cells) if source.stem not in ("02_hold_a_feature", "04_closed_loop") else []
+    wrong = wide(cells)
     filled = [line for line in text.splitlines() if line.strip("# ") and not line.startswith("# %%")]
     if len(filled) > LINES:
         wrong.append(f"{len(filled)} lines that are not blank; a tutorial has {LINES} at most")

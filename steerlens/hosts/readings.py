@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,8 @@ def readings(model: Model, *, limit: int = 1 << 30) -> Iterator[Readings]:
     Gradients, Jacobians and the tokens' single states are not kept.
 
     They are dropped at the end of the context, and if the model has changed: weights, device, dtype, adapters, training
-    mode, or hooks, so that a fit inside `steer` reads anew. A change that PyTorch does not count, by `weight.data`,
-    is noticed only if it changes the model's fingerprint: begin a new context after it.
+    mode, hooks, or a module's `forward`, so that a fit inside `steer` reads anew. A change that PyTorch does not count,
+    by `weight.data`, is noticed only if it changes the model's fingerprint: begin a new context after it.
     Contexts of one model within each other, or in several threads, share one memory, with the first one's limit.
     `compare` and `sweep` open one.
 
@@ -166,6 +166,22 @@ def _nbytes(row: dict[Site, Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in row.values())
 
 
+class _Itself:
+    """Equal to this very object; its id would also be that of a later one, at the same address."""
+
+    def __init__(self, held: Any):
+        try:
+            self.held: Any = ref(held)
+        except TypeError:  # no weak references to such objects
+            self.held = lambda: held
+
+    def __eq__(self, other: object) -> bool:
+        own = self.held()
+        return own is not None and isinstance(other, _Itself) and own is other.held()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _stamp(host: Host) -> Any:
     """Changes whenever the model may compute something else."""
     root = getattr(host.model, "_module", host.model)
@@ -174,10 +190,12 @@ def _stamp(host: Host) -> Any:
         for value in (*module._parameters.values(), *module._buffers.values()):
             if value is not None:
                 version = None if value.is_inference() else value._version
-                tensors.append((id(value), value.data_ptr() if not value.is_meta else 0, version, value.dtype))
+                tensors.append((_Itself(value), value.data_ptr() if not value.is_meta else 0, version, value.dtype))
         at = (*module._forward_hooks, *module._forward_pre_hooks)
-        lens = [id(hook) for hook in getattr(module, "fwd_hooks", ())]
-        if at or lens or module.training:
-            hooks.append((id(module), at, tuple(lens), module.training))
-    edits = tuple(map(id, getattr(host.model, "_edits", ())))
+        lens = [_Itself(hook) for hook in getattr(module, "fwd_hooks", ())]
+        # what some libraries put in front of a module, instead of a hook
+        own = [_Itself(module.__dict__["forward"])] if "forward" in module.__dict__ else []
+        if at or lens or own or module.training:
+            hooks.append((_Itself(module), at, lens, own, module.training))
+    edits = [_Itself(edit) for edit in getattr(host.model, "_edits", ())]
     return tuple(tensors), tuple(hooks), edits, repr(host.fingerprint())

@@ -28,7 +28,7 @@ class Side(Condition):
 
     def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """One summary `[batch d]`."""
-        score = pooled[0].flatten(1) @ self.direction - self.threshold
+        score = height(pooled[0], self.direction, self.threshold)
         return (score > 0).to(score.dtype), {"score": score}
 
 
@@ -71,7 +71,7 @@ class Ramp(Condition):
 
     def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """One summary `[batch d]`."""
-        score = pooled[0].flatten(1) @ self.direction - self.threshold
+        score = height(pooled[0], self.direction, self.threshold)
         strength = self.offset + self.slope * score
         strength = strength if self.low is None else strength.clamp(min=self.low)
         return (strength if self.high is None else strength.clamp(max=self.high)), {"score": score}
@@ -95,7 +95,7 @@ class Probability(Condition):
 
     def decide(self, pooled: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """One summary `[batch d]`."""
-        score = pooled[0].flatten(1) @ self.direction - self.threshold
+        score = height(pooled[0], self.direction, self.threshold)
         return torch.sigmoid(score), {"score": score}
 
 
@@ -125,6 +125,11 @@ class Resemblance(Condition):
         similarity = found.amax(0) if self.above else found.amin(0)
         met = similarity > self.threshold if self.above else similarity < self.threshold
         return met.to(similarity.dtype), {"similarity": similarity}
+
+
+def height(x: Tensor, direction: Tensor, threshold: Tensor) -> Tensor:
+    """`<x, direction> - threshold`, `[batch ...], [d], [] -> [batch]`."""
+    return x.flatten(1) @ direction - threshold
 
 
 def resemblance(x: Tensor, c: Tensor) -> Tensor:
