@@ -59,3 +59,14 @@ def test_by_sparse_a_feature_that_is_on_in_the_other_sides_texts_ranks_lower():
     assert (sparse.loc[(sparse.on_negative == 1) & (sparse.on_positive == 1), "score"] == 0).all()
     with pytest.raises(ValueError, match="by='size'"):
         sl.sae.rank_features(case.model, sae, case.data, by="size")
+
+
+@pytest.mark.parametrize("host", ["hooked", "nnsight"])
+def test_the_score_by_output_is_the_same_on_every_host(host):
+    if host == "nnsight":
+        pytest.importorskip("nnsight")
+    sae = autoencoder()
+    one, other = (Case("caa", name, dtype=torch.float64) for name in ("bridge", host))
+    expected = sl.sae.rank_features(one.model, sae, one.data).score
+    found = sl.sae.rank_features(other.model, sae, other.data).score
+    assert found[expected.index].tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)

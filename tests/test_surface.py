@@ -157,10 +157,15 @@ def test_a_record_is_a_cache_and_a_picture(record, model):
 def test_reprs_say_what_a_thing_is(record, model):
     controller = sl.add(torch.ones(32), layer=1)
     assert repr(record) == (
-        "Record(8 signals of 2 rows, 4 tokens: the record holds u at layers 1, 3; u_norm at layers 1, 3; "
+        "Record(8 signals of 2 rows, 4 tokens: u at layers 1, 3; u_norm at layers 1, 3; "
         "error at layers 1, 3; projection at layers 1, 3)"
     )
+    with sl.steer(model, controller) as run:
+        model(torch.tensor([[3, 17]]))
+    assert repr(run.record) == "Record(1 signal of 1 row, 2 tokens: u_norm at layer 1)"
+    assert repr(type(record)()) == "Record(it is empty)"
     assert repr(controller) == "Controller(add: 1 loop at layer 1, 128 B)"
+    assert repr(sl.Controller(controller.loops)) == "Controller(1 loop at layer 1, 128 B)"
     assert repr(sl.Pairs(["a"], ["b", "c"])) == "Pairs(1 positive, 2 negative, read='last')"
     assert repr(sl.Add(torch.ones(32))) == "Add(vector=[32])"
     assert repr(sl.Feedback(level(), torch.ones(1, 32))) == (

@@ -69,7 +69,7 @@ def draw(series: list, level: float, ink: str, faint: str, ground: str, colours:
         "<title>One feature of a sparse autoencoder along three generations</title>",
         f'<rect width="{WIDTH}" height="{height}" rx="10" fill="{ground}"/>',
         f'<text x="14" y="28" font-size="18" font-weight="600" fill="{ink}">',
-        "Feature “sea” at each generated token</text>",
+        "A feature strong in texts about the sea, at each token</text>",
     ]
     step = (WIDTH - LEFT - RIGHT) / TOKENS
     for row, ((text, values), title, colour) in enumerate(zip(series, TITLES, colours, strict=True)):

@@ -109,8 +109,12 @@ class Record(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         first = next(iter(self), None)
-        size = "" if first is None else " of {} rows, {} tokens".format(*self[first].shape[:2])
-        return f"Record({len(self)} signals{size}: {described(self)})"
+        if first is None:
+            return f"Record({described(self)})"
+        rows, tokens = self[first].shape[:2]
+        count = f"{len(self)} signal{'s' * (len(self) != 1)} of {rows} row{'s' * (rows != 1)}"
+        size = f"{count}, {tokens} token{'s' * (tokens != 1)}"
+        return f"Record({size}: {described(self).removeprefix('the record holds ')})"
 
     def _repr_html_(self) -> str:
         from steerlens.core.tables import VIEWS

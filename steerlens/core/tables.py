@@ -38,7 +38,9 @@ def described(record: Mapping[str, Tensor]) -> str:
     for full in record:
         layer, signal = parts_of(full)
         layers.setdefault(signal, []).append(layer)
-    words = [f"{signal} at layers {_ranges(sorted(where))}" for signal, where in layers.items()]
+    words = [
+        f"{signal} at layer{'s' * (len(set(where)) != 1)} {_ranges(sorted(where))}" for signal, where in layers.items()
+    ]
     return f"the record holds {'; '.join(words[:12])}{'; ...' if len(words) > 12 else ''}" if words else "it is empty"
 
 

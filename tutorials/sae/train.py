@@ -125,7 +125,7 @@ def choose(sae: SAE, density: Tensor) -> Tensor:
     rank = torch.zeros(sae.cfg.d_sae)
     model = smollm2()
     for name in ("anger", "french", "ocean", "wedding", "sentiment"):
-        table = sl.sae.rank_features(model, sae, sl.shipped(name, read="mean"))
+        table = sl.sae.rank_features(model, sae, sl.shipped(name, read="mean"), by="effect")
         rank[torch.tensor(list(table.index[:12]))] = 1.0
     useful = (density > 5e-4) & (density < 3e-2)
     order = torch.argsort(rank * 10 + useful * (1 + density), descending=True)
