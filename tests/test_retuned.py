@@ -218,6 +218,7 @@ def test_a_file_can_be_retuned(tmp_path):
         (lambda: fitted("caa") + fitted("hpr"), {"layers": 1}, "enters the fit of caa and hpr"),
         (lambda: fitted("pid"), {"kp": 0.0}, "one of them other than 0"),
         (lambda: fitted("lqr"), {"level": float("nan")}, "finite"),
+        (lambda: fitted("hold"), {"level": float("nan")}, "level=nan; it must be finite"),
         (lambda: fitted("lqr"), {"level": [1.0, 2.0]}, "2 numbers for 1 concepts"),
         (lambda: fitted("lqr"), {"angle_rad": 1.0}, "angle_rad enters the fit of lqr"),
         (lambda: fitted("caa", strength=0.0), {"strength": 1.0}, "no factor changes to 1"),
@@ -229,3 +230,9 @@ def test_a_file_can_be_retuned(tmp_path):
 def test_what_cannot_be_changed_is_refused_with_a_reason(make, changes, words):
     with pytest.raises(ValueError, match=words):
         make().retuned(**changes)
+
+
+@pytest.mark.parametrize("name", ["lqr", "hold"])
+def test_a_level_that_is_no_number_is_refused(name):
+    with pytest.raises(TypeError, match="level='x'; give a number, or a list of numbers"):
+        fitted(name).retuned(level="x")

@@ -13,7 +13,7 @@ from steerlens.core import Law, Loop, Setpoint, Site
 from steerlens.core.law import finite
 from steerlens.core.types import Json, Where
 from steerlens.fit.contrast import Pairs
-from steerlens.fit.reading import contrast_means
+from steerlens.fit.reading import contrast_means, numbers
 from steerlens.fit.retune import Draft, edited
 from steerlens.hosts import Host
 from steerlens.laws.feedback import Preview
@@ -163,7 +163,7 @@ def levels_of(level: Any, count: int) -> list[float]:
     Raises:
         ValueError: not as many numbers as concepts, or one that is not finite.
     """
-    given = torch.as_tensor(LEVEL if level is None else level, dtype=torch.float64).tolist()
+    given = numbers("level", LEVEL if level is None else level)
     levels: list[float] = given if isinstance(given, list) else [given] * count
     if len(levels) != count:
         raise ValueError(f"level has {len(levels)} numbers for {count} concepts")

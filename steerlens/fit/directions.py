@@ -15,7 +15,7 @@ from steerlens.core import Law, Loop, Site
 from steerlens.core.types import Json
 from steerlens.fit.contrast import Pairs, Text, tokenize
 from steerlens.fit.logistic import linear_probe
-from steerlens.fit.reading import check_finite, contrast_states
+from steerlens.fit.reading import check_finite, contrast_states, numbers
 from steerlens.fit.retune import Draft, edited
 from steerlens.hosts import Host
 
@@ -201,7 +201,7 @@ class Levels:
         return found
 
     def _numbers(self, name: str, given: float | Sequence[float]) -> list[float]:
-        values = torch.as_tensor(given, dtype=torch.float64).tolist()
+        values = numbers(name, given)
         each: list[float] = values if isinstance(values, list) else [values] * self.count
         if len(each) != self.count:
             raise ValueError(f"{name} has {len(each)} numbers for {self.count} directions")
@@ -281,7 +281,9 @@ def tuned_levels(recipe: Json) -> list[str]:
 
 def retune_held(draft: Draft) -> None:
     """Another `level` or `trigger` for the loops of `hold`."""
-    level, trigger, unit, side = (draft.arguments[name] for name in ("level", "trigger", "unit", "side"))
+    # the new values as they were given: in a recipe NaN is a text
+    given = draft.arguments | dict(draft.changes)
+    level, trigger, unit, side = (given[name] for name in ("level", "trigger", "unit", "side"))
     affine = {
         site: [torch.tensor(part, dtype=torch.float64) for part in each] for site, each in draft.found["affine"].items()
     }

@@ -141,3 +141,15 @@ def unit(vector: Tensor, site: Site) -> Tensor:
     if norm == 0:
         raise ValueError(f"both sides have identical activations at {site}; do all texts end in the same token?")
     return vector / norm
+
+
+def numbers(name: str, given: Any) -> Any:
+    """A number, or a list of numbers, as floats.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    try:
+        return torch.as_tensor(given, dtype=torch.float64).tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}={given!r}; give a number, or a list of numbers") from error
