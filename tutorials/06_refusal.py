@@ -3,7 +3,7 @@
 #
 # **You will see** a vector that makes SmolLM2-135M-Instruct decline requests, how many of twelve it declines at which
 # strength beside random directions, what else changes, and the same vector behind a gate that opens for one topic only.
-# **Time:** about a minute and a half on two cores; no GPU.
+# **Time:** under three minutes on two cores; no GPU.
 
 # %%
 import pandas as pd
