@@ -110,7 +110,7 @@ pd.DataFrame(rows).T
 # loops that ask for a shift lie between: their intervals of the difference to the fixed pushes do not hold zero.
 #
 # The push costs the open loop at every layer two fifths of its effect, and the vector at one layer, which comes after the
-# push, a quarter. What the loops lose cannot be told from zero: they see the state off its setpoint and add what is
+# push, a quarter. What the loops lose is not distinguishable from zero: they see the state off its setpoint and add what is
 # missing, the firmer the gains, the more of it. That is what feedback is for: when pushed, the loop from zero is far ahead
 # of the open loops, and the other two no longer behind.
 #
