@@ -161,7 +161,7 @@ pd.DataFrame(table).T.astype(float).round(2)
 # it was made of. (Of twelve sampled texts of 64 tokens it keeps .5 in the first quarter and .4 in the last:
 # `benchmarks/feedback.py`.) A push at every layer is renewed at every layer, and needs no feedback to stay. The firm
 # loop keeps the shift most constant from token to token (the smallest spread), which is what it asks for; the loop
-# from zero asks for a value, and its shift varies with what the text would have had. The first table says that a
+# from zero asks for a value, and its shift varies with what the text would have had. The first table shows that a
 # constant shift did not help the text.
 #
 # ## What was not shown
