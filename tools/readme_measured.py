@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- measured: python tools/readme_measured.py -->", "<!-- end of measured -->"
 #: Columns of the page, and how the README calls them.
-COLUMNS = {"arm": "arm", "effect": "effect", "wrong way": "wrong way", "KL mean": "KL", "neutral loss": "neutral loss"}
+COLUMNS = {"arm": "arm", "effect": "effect", "wrong way": "wrong way", "neutral loss": "neutral loss"}
 
 
 def main() -> None:

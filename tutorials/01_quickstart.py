@@ -141,6 +141,6 @@ sl.Controller.load("ocean.safetensors")
 # %% [markdown]
 # ## What was not shown
 #
-# That one method is better than the other: twenty prompts, one concept and a list of words cannot tell 11 from 16. Nor
+# That one method is better than the other: twenty prompts, one concept and a list of words cannot rank 11 and 16. Nor
 # that the text is still good: [tutorial 3](03_layer_and_strength.ipynb) measures what steering damages, and
 # [tutorial 4](04_closed_loop.ipynb) when feedback pays.

@@ -107,10 +107,10 @@ pd.DataFrame(rows).T
 
 # %% [markdown]
 # Undisturbed, the fixed pushes at every layer and the loop from zero do best, and the vector at one layer worst. The two
-# loops that ask for a shift lie between: their intervals of the difference to the fixed pushes do not hold zero.
+# loops that ask for a shift lie between: their intervals of the difference to the fixed pushes do not contain zero.
 #
 # The push costs the open loop at every layer two fifths of its effect, and the vector at one layer, which comes after the
-# push, a quarter. What the loops lose cannot be told from zero: they see the state off its setpoint and add what is
+# push, a quarter. What the loops lose is not distinguishable from zero: they see the state off its setpoint and add what is
 # missing, the firmer the gains, the more of it. That is what feedback is for: when pushed, the loop from zero is far ahead
 # of the open loops, and the other two no longer behind.
 #
@@ -161,12 +161,12 @@ pd.DataFrame(table).T.astype(float).round(2)
 # it was made of. (Of twelve sampled texts of 64 tokens it keeps .5 in the first quarter and .4 in the last:
 # `benchmarks/feedback.py`.) A push at every layer is renewed at every layer, and needs no feedback to stay. The firm
 # loop keeps the shift most constant from token to token (the smallest spread), which is what it asks for; the loop
-# from zero asks for a value, and its shift varies with what the text would have had. The first table says that a
+# from zero asks for a value, and its shift varies with what the text would have had. The first table shows that a
 # constant shift did not help the text.
 #
 # ## What was not shown
 #
-# More than one behaviour, one small model, fourteen items and three texts; an interval over items does not hold the luck
+# More than one behaviour, one small model, fourteen items and three texts; an interval over items does not include the luck
 # of the prompts. `python benchmarks/feedback.py --task ocean` does the same with a concept: there, too, the loops keep more
 # when pushed and none is better undisturbed, but A-LQR is no worse than the fixed pushes, and not the loop from zero but
 # firm gains keep most. One disturbance, at one layer, along the very direction that is steered: a loop cannot reject what it

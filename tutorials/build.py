@@ -109,7 +109,7 @@ def stale(notebook: nbformat.NotebookNode, target: Path) -> list[str]:
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drops what changes from run to run without meaning: times, cell ids, where the repository lies."""
+    """Drops what changes from run to run without meaning: times, cell ids, where a printed text was cut, the folder."""
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index}"
         cell.get("metadata", {}).pop("execution", None)
@@ -117,8 +117,20 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if output.output_type == "stream":
                 output.text = NOISE.sub("", output.text.replace(f"{ROOT}{os.sep}", ""))
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("text", "any").strip()]
+            cell.outputs = joined([output for output in cell.outputs if output.get("text", "any").strip()])
     return notebook
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs of which those of one stream that follow each other are one: a page shows a gap between two of them."""
+    whole: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        # a figure or a table has no name of a stream
+        if whole and output.get("name") and output.get("name") == whole[-1].get("name"):
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 if __name__ == "__main__":
