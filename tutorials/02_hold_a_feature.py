@@ -31,8 +31,8 @@ print(
 # `rank_features` sorts the features by what raising each would do to the output, to first order: how much likelier the
 # texts about the ocean become than the other texts (`score`, nats per token). A feature whose `effect` is positive, too,
 # is more active in texts about the ocean: the difference of the means in standard deviations. `on_negative` is the share
-# of the other texts in which it is on. The largest `effect` of all, which is in a row of this table as well, belongs to
-# a feature that is on in a third of the other texts, and steers less: [measured](../docs/sae.md#which-feature-steers).
+# of the other texts in which it is on. Here the first feature leads by `effect`, too; where the two rankings differ, the
+# one by output steers more: [measured](../docs/sae.md#which-feature-steers).
 
 # %%
 pairs = sl.shipped("ocean", split="dev", read="mean")

@@ -1,21 +1,34 @@
-"""Text for training the sparse autoencoder: SmolLM2 writes it, on subjects and in forms named here.
+"""Text for training the sparse autoencoder: books in the public domain, and what SmolLM2 writes on subjects named here.
 
-    python tutorials/sae/text.py FOLDER        # FOLDER/text.jsonl, 150,000 tokens, about fifteen CPU minutes
+    python tutorials/sae/text.py FOLDER        # FOLDER/text.jsonl, 1,736 texts, about eight CPU minutes
 
-The model is under Apache-2.0 and writes at temperature 1 from these prompts, so nothing in the text is copied from a
-data set.
+The books, plain UTF-8 from Project Gutenberg (gutenberg.org/ebooks/NUMBER), lie in FOLDER/books/NUMBER.txt; their authors
+died more than seventy years ago. The model is under Apache-2.0 and writes at temperature 1 from the prompts below.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 from steerlens.models import smollm2
+
+#: Numbers of Project Gutenberg, and how many tokens are taken of each, in passages spread over the book.
+BOOKS = {
+    2701: "Herman Melville, Moby-Dick",
+    1342: "Jane Austen, Pride and Prejudice",
+    1661: "Arthur Conan Doyle, The Adventures of Sherlock Holmes",
+    160: "Kate Chopin, The Awakening and Selected Short Stories",
+    944: "Charles Darwin, The Voyage of the Beagle",
+    805: "F. Scott Fitzgerald, This Side of Paradise",
+    5423: "Victor Hugo, L'homme qui rit",
+}
+PER_BOOK, PASSAGE = 26_000, 90
 
 FORMS = """Write a short story about {}.
 Write a diary entry about {}.
@@ -67,7 +80,7 @@ silence; a secret; a ghost; a dragon; a pirate; a wizard; a detective; a spy; an
 a lawyer; a journalist; a thief; twins; a family; a divorce; neighbours; a party; beer; smoking; sugar; salt; fire; ice; gold;
 iron; glass; plastic; paper; wood; stone; oil; waste; recycling; a bridge; a tower; a castle; a tunnel; a ship; an aeroplane"""
 
-TOKENS, NEW, BATCH = 150_000, 120, 192
+TOKENS, NEW, BATCH = 20_000, 120, 96
 
 
 @torch.inference_mode()
@@ -77,10 +90,14 @@ def write(folder: Path) -> None:
     subjects = [subject.strip() for subject in SUBJECTS.replace("\n", " ").split(";")]
     prompts = [form.format(subject) for form in FORMS for subject in subjects]
     random.Random(0).shuffle(prompts)
-    torch.manual_seed(0)
-    written = 0
-    with (folder / "text.jsonl").open("w") as file:
-        for start in range(0, len(prompts), BATCH):
+    found = folder / "written.jsonl"
+    done = found.read_text().splitlines() if found.exists() else []
+    written = sum(len(tokenizer(json.loads(line)["text"])["input_ids"]) for line in done)
+    with found.open("a") as file:
+        for start in range(len(done), len(prompts), BATCH):
+            if written >= TOKENS:
+                return
+            torch.manual_seed(start)  # of each batch, so that a run may be broken off and go on
             asked = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + BATCH]]
             batch = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
@@ -92,11 +109,37 @@ def write(folder: Path) -> None:
                 written += len(tokenizer(text)["input_ids"])
             file.flush()
             print(f"{written} tokens", flush=True)
-            if written >= TOKENS:
-                return
+
+
+def passages(book: str) -> list[str]:
+    """Of some ninety words each, from paragraph to paragraph, without the notes of Project Gutenberg."""
+    body = re.split(r"\*\*\* ?(?:START|END) OF.*\*\*\*", book)
+    body = max(body, key=len).replace("_", "")
+    found, words = [], []
+    for paragraph in re.split(r"\n\s*\n", body):
+        words += paragraph.split()
+        if len(words) >= PASSAGE:
+            found.append(" ".join(words[: 2 * PASSAGE]))
+            words = []
+    return found
+
+
+def collect(folder: Path) -> None:
+    """Passages of the books and what the model wrote, shuffled, one JSON object a line."""
+    _, tokenizer = smollm2(host="hf")
+    texts = [json.loads(line)["text"] for line in (folder / "written.jsonl").read_text().splitlines()]
+    for number in BOOKS:
+        found = passages((folder / "books" / f"{number}.txt").read_text(encoding="utf-8-sig"))
+        lengths = [min(len(ids), 128) for ids in tokenizer(found)["input_ids"]]
+        every = max(1, sum(lengths) // PER_BOOK)
+        texts += found[every // 2 :: every]
+    random.Random(0).shuffle(texts)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    print(f"{len(texts)} texts, {sum(map(len, tokenizer(texts)['input_ids']))} tokens")
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
     write(target)
+    collect(target)

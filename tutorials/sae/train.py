@@ -1,10 +1,11 @@
 """Train the sparse autoencoder that the tutorials use, with sae-lens, on SmolLM2; then cut a small one out of it.
 
     python tutorials/sae/text.py FOLDER
-    python tutorials/sae/train.py FOLDER      # about six CPU minutes; writes FOLDER/whole and FOLDER/slice
+    python tutorials/sae/train.py FOLDER      # about fifteen CPU minutes; writes FOLDER/whole and FOLDER/slice
 
 BatchTopK while it is trained, JumpReLU afterwards. Attention sinks are left out: position 0, and every token whose norm
-is above five times the median. The quality printed is that of the whole autoencoder on texts it was not trained on.
+is above five times the median. The quality printed is that of the whole autoencoder on texts it was not trained on. For
+the shipped one it was: explained variance 0.791, L0 24.5, 3,066 of 3,072 features alive, on 21,619 tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 from sae_lens import SAE
@@ -25,10 +27,13 @@ from torch import Tensor, nn
 
 import steerlens as sl
 from steerlens.models import smollm2
+from steerlens.sae.reading import Ranking
 
-LAYER, D_SAE, K, CONTEXT = 15, 1536, 24, 128
-STEPS, BATCH, LR = 500, 1024, 1e-3
+LAYER, D_SAE, K, CONTEXT = 15, 3072, 24, 128
+STEPS, BATCH, LR = 816, 1024, 1e-3
 KEPT = 512  # features of the slice
+#: Contrast texts whose features the slice has, by every ranking.
+CONCEPTS = ("ocean", "wedding", "sentiment", "anger", "french", "certainty", "formality", "compliance")
 
 
 @torch.inference_mode()
@@ -64,6 +69,10 @@ def batches(x: Tensor, seed: int = 0) -> Iterator[Tensor]:
 
 
 def train(x: Tensor, folder: Path) -> None:
+    # The decoder's bias would take most of the steps to reach the mean, which Adam approaches by LR a step, and features
+    # that are always on would stand in for it until then.
+    mean = x.float().mean(0)
+    x = (x.float() - mean).half()
     metadata = SAEMetadata(
         hook_name=f"blocks.{LAYER}.hook_resid_post",
         model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -94,7 +103,11 @@ def train(x: Tensor, folder: Path) -> None:
         BatchTopKTrainingSAE(config),
         batches(x),
     )
-    trainer.fit().save_inference_model(str(folder))
+    sae = trainer.fit()
+    with torch.no_grad():
+        # the encoder reads x - b_dec, so this moves input and output alike
+        sae.b_dec += mean
+    sae.save_inference_model(str(folder))
 
 
 @torch.inference_mode()
@@ -119,22 +132,22 @@ def quality(sae: SAE, x: Tensor, title: str) -> Tensor:
     return on / len(x)
 
 
-@torch.inference_mode()
 def choose(sae: SAE, density: Tensor) -> Tensor:
     """Features to keep: those that tell the shipped concepts apart, then rare ones unlike those chosen before."""
     rank = torch.zeros(sae.cfg.d_sae)
     model = smollm2()
-    for name in ("anger", "french", "ocean", "wedding", "sentiment"):
-        table = sl.sae.rank_features(model, sae, sl.shipped(name, read="mean"), by="effect")
-        rank[torch.tensor(list(table.index[:12]))] = 1.0
+    for name in CONCEPTS:
+        pairs = sl.shipped(name, split="dev", read="mean")
+        for by in get_args(Ranking):
+            rank[torch.tensor(list(sl.sae.rank_features(model, sae, pairs, by=by).index[:8]))] = 1.0
     useful = (density > 5e-4) & (density < 3e-2)
     order = torch.argsort(rank * 10 + useful * (1 + density), descending=True)
-    rows = nn.functional.normalize(sae.W_dec, dim=-1)
+    rows = nn.functional.normalize(sae.W_dec.detach(), dim=-1)
     kept: list[int] = []
     for index in order.tolist():
         if len(kept) == KEPT or not (useful[index] or rank[index]):
             break
-        if not kept or float((rows[kept] @ rows[index]).max()) < 0.6:
+        if not kept or rank[index] or float((rows[kept] @ rows[index]).max()) < 0.6:
             kept.append(index)
     return torch.tensor(sorted(kept))
 
