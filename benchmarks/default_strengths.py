@@ -25,6 +25,7 @@ import common  # noqa: F401 (first, as it sets the environment)
 import torch  # isort: skip
 
 from budget import LIMIT, MODELS, divergence, jacobians
+from equal import read_best
 
 import steerlens as sl
 from steerlens.core import Controller
@@ -46,10 +47,9 @@ def texts(task: str, method: str) -> sl.Pairs:
     if method == "actadd" and task in WORDS:
         return sl.Pairs([WORDS[task][0]], [WORDS[task][1]])
     pairs = shipped(task, split="dev")
-    completed = isinstance(pairs.positive[0], tuple)
-    if known.card.needs == "completions" and not completed:
+    if known.card.needs == "completions" and not isinstance(pairs.positive[0], tuple):
         return sl.Pairs(*([(PROMPT, text) for text in side] for side in (pairs.positive, pairs.negative)))
-    return shipped(task, split="dev", read="completion" if completed else "mean")
+    return read_best(task, "dev")
 
 
 def fit(model: Any, task: str, method: str, paper: bool, plant: sl.Linearization) -> Controller:

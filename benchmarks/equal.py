@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,28 @@ from budget import at_limit
 from torch import Tensor
 
 import steerlens as sl
-from steerlens.core import Controller
+from steerlens.core import Controller, Site
 from steerlens.evaluate import Arm, Bench, propensity
 from steerlens.evaluate.bench import UNSTEERED
 from steerlens.evaluate.bootstrap import mean_interval
 from steerlens.evaluate.log import Log
 from steerlens.evaluate.meter import item_means
+from steerlens.fit.contrast import tokenize
 from steerlens.fit.shipped import shipped, shipped_texts
+from steerlens.hosts import host_of
 
 
 def read_best(task: str, split: str) -> sl.Pairs:
     """Half of a shipped set, read over its completions, or as a mean over its sentences."""
     completed = isinstance(shipped(task, split=split).positive[0], tuple)
     return shipped(task, split=split, read="completion" if completed else "mean")
+
+
+def ordinary(model: Any, texts: list[str], sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """States of all tokens of some texts, `[token d]`, but of position 0, which is an attention sink."""
+    host = host_of(model)
+    states = host.states([tokenize(text, host)[0] for text in texts], sites)
+    return {site: torch.cat([x[1:] for x in states[site]]) for site in sites}
 
 
 class Field:

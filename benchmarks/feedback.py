@@ -28,6 +28,7 @@ import common  # noqa: F401 (first, as it sets the environment)
 
 import torch  # isort: skip
 from budget import LIMIT, MODELS, at_limit, jacobians
+from equal import read_best
 from torch import Tensor
 
 import steerlens as sl
@@ -58,9 +59,7 @@ class Study:
     def __init__(self, model: Any, task: str, folder: Path, *, prompts: int, numbers: Mapping[str, Any] | None = None):
         self.model, self.task = model, task
         self.depth = sl.hosts.host_of(model).n_layers
-        pairs = shipped(task, split="dev")
-        self.completed = isinstance(pairs.positive[0], tuple)
-        self.dev = shipped(task, split="dev", read="completion" if self.completed else "mean")
+        self.dev = read_best(task, "dev")
         self.bench = Bench(model, shipped_texts("prompts", split="dev")[:prompts])
         self.plant = jacobians(model, folder)
         self.vectors = sl.caa(model, self.dev, layers="all")

@@ -30,7 +30,7 @@ import common  # noqa: F401 (first, as it sets the environment)
 import torch  # isort: skip
 
 from budget import MODELS, at_limit, jacobians
-from equal import Field, read_best
+from equal import Field, ordinary, read_best
 from torch import Tensor
 
 import steerlens as sl
@@ -38,7 +38,6 @@ from steerlens.control.riccati import CostToGo
 from steerlens.core import Controller, Site
 from steerlens.evaluate import Arm, Bench, propensity
 from steerlens.evaluate.meter import item_means
-from steerlens.fit.contrast import tokenize
 from steerlens.fit.shipped import shipped, shipped_texts
 from steerlens.hosts import host_of
 from steerlens.laws.feedback import Feedback
@@ -56,9 +55,8 @@ def output_fisher(model: Any, texts: list[str]) -> Tensor:
     `J' (diag p - p p') J`, J the Jacobian of the logits, over all tokens of the texts but the first. Of a
     TransformerBridge.
     """
-    host = host_of(model)
-    site = Site(host.n_layers - 1, "resid_post")
-    states = torch.cat([x[1:] for x in host.states([tokenize(text, host)[0] for text in texts], [site])[site]])
+    site = Site(host_of(model).n_layers - 1, "resid_post")
+    states = ordinary(model, texts, [site])[site]
     weight = model.unembed.weight.detach()  # [vocab d]
     total = torch.zeros(states.shape[1], states.shape[1], dtype=torch.float64)
     for x in states:
@@ -115,9 +113,8 @@ def scaled(model: Any, vectors: Tensor, source: int, target: int, bench: Bench) 
 
 def host_norm(model: Any, layer: int) -> Tensor:
     """Median norm of the state of neutral text after a block."""
-    host, site = host_of(model), Site(layer, "resid_post")
-    states = host.states([tokenize(text, host)[0] for text in shipped_texts("neutral", split="dev")[:4]], [site])[site]
-    return torch.cat([x[1:] for x in states]).norm(dim=1).median()
+    site = Site(layer, "resid_post")
+    return ordinary(model, shipped_texts("neutral", split="dev")[:4], [site])[site].norm(dim=1).median()
 
 
 def best_of(candidates: list[Controller], task: str, field: Field, items: int) -> tuple[str, Controller]:

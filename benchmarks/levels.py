@@ -17,6 +17,7 @@ import common  # noqa: F401 (first, as it sets the environment)
 import torch  # isort: skip
 
 from budget import MODELS, divergence, jacobians
+from equal import read_best
 
 import steerlens as sl
 from steerlens.evaluate import Bench
@@ -51,8 +52,7 @@ if __name__ == "__main__":
     plant = jacobians(model, given.folder)
     bench = Bench(model, shipped_texts("prompts", split="dev")[: given.prompts])
     for task in given.tasks:
-        completed = isinstance(shipped(task, split="dev").positive[0], tuple)
-        pairs = shipped(task, split="dev", read=given.read or ("completion" if completed else "mean"))
+        pairs = shipped(task, split="dev", read=given.read) if given.read else read_best(task, "dev")
         for name in given.methods:
             options = {"linearization": plant, "progress": False} if name == "lqr" else {}
             controller = getattr(sl, name)(model, pairs, **options)

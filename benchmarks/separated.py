@@ -22,26 +22,23 @@ import common  # noqa: F401 (first, as it sets the environment)
 import torch  # isort: skip
 
 from budget import MODELS, jacobians
-from equal import Field, read_best
+from equal import Field, ordinary, read_best
 from torch import Tensor
 
 import steerlens as sl
 from steerlens.core import Controller, Site
-from steerlens.fit.contrast import tokenize
 from steerlens.fit.shipped import shipped_texts
 from steerlens.hosts import host_of
 
 
 def separations(model: Any, pairs: sl.Pairs) -> Tensor:
     """The class difference over the spread of neutral text, before each block and after the last, `[layer+1]`."""
-    host = host_of(model)
     vectors = [loop.law.vector for loop in sl.caa(model, pairs, layers="all").loops]
-    sites = [Site(t, "resid_post") for t in range(host.n_layers)]
-    # position 0 is an attention sink
-    states = host.states([tokenize(text, host)[0] for text in shipped_texts("neutral", split="dev")], sites)
+    sites = [Site(t, "resid_post") for t in range(host_of(model).n_layers)]
+    states = ordinary(model, shipped_texts("neutral", split="dev"), sites)
     found = [0.0]
     for site, v in zip(sites, vectors, strict=True):
-        along = torch.cat([x[1:] for x in states[site]]) @ (v / v.norm())
+        along = states[site] @ (v / v.norm())
         found.append(float(v.norm() / along.std()))
     return torch.tensor(found)
 
